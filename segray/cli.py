@@ -1,0 +1,113 @@
+"""The ``segray`` command: one function for each verb. The two job files run the same functions.
+
+Modules that import torch or Ray are imported inside the verbs, so that a mistake is answered at once.
+"""
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from segray.config import SegmentFile, TrainConfig, load_config
+from segray.errors import SegrayError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Train a segmentation model on labelled images, and apply it to a whole bucket. Both run on Ray.",
+)
+ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="Configuration; a path or URI.")]
+SetOption = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: train.num_epochs=3.")
+]
+_INTERRUPTED_EXIT_CODE = 130
+
+
+def build_console() -> Console:
+    """Build the console that verbs print to; lines are never wrapped where nobody watches."""
+    return Console() if sys.stdout.isatty() else Console(width=1000, soft_wrap=True)
+
+
+@app.command()
+def train(config: ConfigArgument, overrides: SetOption = None) -> None:
+    """Train a model on labelled images, and leave a bundle."""
+    settings = load_config(TrainConfig, config, overrides or [])
+    console = build_console()
+    from segray.train.driver import run_training
+
+    console.print(f"bundle: {run_training(settings, console)}", highlight=False)
+
+
+@app.command()
+def segment(
+    bundle: Annotated[str, typer.Option(metavar="URI", help="Bundle that segray train made.")],
+    images: Annotated[str, typer.Option(metavar="URI", help="Folder or prefix of images.")],
+    output: Annotated[str, typer.Option(metavar="URI", help="Run folder; the same call goes on with it.")],
+    config: Annotated[
+        str | None, typer.Argument(metavar="[CONFIG.yaml]", help="Configuration; its segment section is used.")
+    ] = None,
+    masks: Annotated[str | None, typer.Option(metavar="URI", help="Ground truth, paired by name, to score.")] = None,
+    overrides: SetOption = None,
+) -> None:
+    """Segment every image under a folder or prefix, and leave Parquet."""
+    settings = load_config(SegmentFile, config, overrides or []).segment
+    console = build_console()
+    from segray.segment.driver import SegmentJob, print_outcome, run_segmentation
+
+    print_outcome(run_segmentation(SegmentJob(bundle, images, output, masks, settings), console), console)
+
+
+@app.command()
+def check(config: ConfigArgument, overrides: SetOption = None) -> None:
+    """Open every image and mask, and list every fault with what mends it. Exit code 1 if there is any."""
+    settings = load_config(TrainConfig, config, overrides or [])
+    console = build_console()
+    from segray.train.driver import run_check
+
+    if not run_check(settings, console):
+        raise typer.Exit(1)
+
+
+@app.command()
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder to work in.")] = Path("runs/demo"),
+    only_data: Annotated[bool, typer.Option("--only-data", help="Only make the labelled images.")] = False,
+) -> None:
+    """Run the whole job on drawn shapes: labels, training, segmentation, scores, pictures."""
+    console = build_console()
+    from segray.demo import run_demo, save_demo_shapes
+
+    if only_data:
+        save_demo_shapes(output, console)
+    else:
+        run_demo(output, console)
+
+
+def run(command: Callable[[], object]) -> NoReturn:
+    """Run a command line and exit: an error of segray is one line on standard error and an exit code."""
+    try:
+        command()
+    except SegrayError as error:
+        from segray.cluster import find_segray_error
+
+        known = find_segray_error(error) or error
+        print(f"error: {' '.join(str(known).split())}", file=sys.stderr)
+        sys.exit(known.exit_code)
+    except KeyboardInterrupt:
+        print("interrupted; the same command goes on from here", file=sys.stderr)
+        sys.exit(_INTERRUPTED_EXIT_CODE)
+    sys.exit(0)
+
+
+def main() -> NoReturn:
+    """Entry point of the ``segray`` command."""
+    run(app)
+
+
+def run_job(verb: str) -> NoReturn:
+    """Entry point of a job file: ``segray VERB`` with the job's own arguments."""
+    run(lambda: app([verb, *sys.argv[1:]], prog_name=f"jobs/{verb}.py"))

@@ -1,0 +1,74 @@
+"""``segray demo``: the whole main job on drawn shapes, from labelled images to Parquet, in about two minutes."""
+
+import shutil
+from pathlib import Path
+
+from rich.console import Console
+
+from segray.config import TrainConfig
+from segray.errors import ConfigError
+from segray.segment.driver import SegmentJob, print_outcome, run_segmentation
+from segray.shapes import save_shapes
+from segray.storage import join_uri, read_bytes, write_bytes
+from segray.train.driver import run_training
+
+NUM_TRAIN, NUM_TEST = 96, 24
+_SETTINGS = {
+    "image_size": [128, 128],
+    "model": {"arch": "unet", "encoder_name": "resnet18"},
+    "train": {"num_epochs": 6, "global_batch_size": 8, "learning_rate": 2e-3, "num_train_workers": 2},
+    "segment": {"fragment_size": 8},
+}
+
+
+def run_demo(folder: Path, console: Console) -> None:
+    """Make shapes, train on them, segment a folder with two broken files in it, and say where everything lies."""
+    folder = _clear(folder)
+    console.rule("1 of 3: labelled images")
+    shapes = save_demo_shapes(folder / "shapes", console)
+    console.rule("2 of 3: segray train")
+    config = TrainConfig.model_validate(
+        {**_SETTINGS, "data": {"layout": {"oxford_iiit_pet": {"root": shapes}}}, "output": str(folder / "train")}
+    )
+    bundle = run_training(config, console)
+    console.rule("3 of 3: segray segment")
+    images, masks = _copy_test_images(shapes, folder / "bucket")
+    job = SegmentJob(bundle, images, str(folder / "segmented"), masks, config.segment)
+    print_outcome(run_segmentation(job, console), console)
+    for name in ("bundle", "bundle/predictions.png", "bundle/curves.png"):
+        console.print(f"{name:<24}{folder / 'train' / name}", highlight=False)
+
+
+def save_demo_shapes(folder: Path, console: Console) -> str:
+    """Make the labelled images alone; return their root."""
+    root = str(folder.absolute())
+    save_shapes(root, NUM_TRAIN, NUM_TEST)
+    console.print(f"drew {NUM_TRAIN} images to train on and {NUM_TEST} to test on: {root}", highlight=False)
+    return root
+
+
+def _clear(folder: Path) -> Path:
+    """Make the demo's folder afresh, but never empty a folder that the demo did not make."""
+    folder = folder.absolute()
+    marker = folder / ".segray-demo"
+    if folder.exists() and any(folder.iterdir()):
+        if not marker.exists():
+            raise ConfigError(f"--output {folder}: not empty, and not of a demo; choose a new folder")
+        shutil.rmtree(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    marker.touch()
+    return folder
+
+
+def _copy_test_images(shapes: str, bucket: Path) -> tuple[str, str]:
+    """Copy the test images and masks to folders of their own, and add an empty and a truncated file."""
+    images, masks = str(bucket / "images"), str(bucket / "masks")
+    names = [line.split()[0] for line in read_bytes(join_uri(shapes, "annotations/test.txt")).decode().splitlines()]
+    for name in names:
+        write_bytes(join_uri(images, f"{name}.jpg"), read_bytes(join_uri(shapes, "images", f"{name}.jpg")))
+        mask = read_bytes(join_uri(shapes, "annotations/trimaps", f"{name}.png"))
+        write_bytes(join_uri(masks, f"{name}.png"), mask)
+    whole = read_bytes(join_uri(images, f"{names[0]}.jpg"))
+    write_bytes(join_uri(images, "broken_empty.jpg"), b"")
+    write_bytes(join_uri(images, "broken_truncated.jpg"), whole[: len(whole) // 2])
+    return images, masks

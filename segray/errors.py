@@ -1,0 +1,81 @@
+"""Every error that segray raises on purpose, and the exit code that each one gives the process.
+
+    SegrayError                 1
+    ├── ConfigError             2   a setting is wrong: names the setting
+    ├── DataError               1   images, masks or a manifest are wrong: names the file and the remedy
+    │   └── ImageFault          1   one image cannot be used: becomes an error row when segmenting
+    ├── BundleError             1   a bundle is damaged, or of another version
+    ├── RunMismatchError        2   an output folder belongs to another model, configuration or listing
+    ├── TrainingError           1   training cannot go on (a loss that is not finite, a worker lost too often)
+    └── StorageError            4   the world is at fault: permission, network, disk; try again once it is mended
+        └── MissingFileError    4   nothing is at this URI
+
+A message says, in one line, what was got, what was expected, and what to do.
+"""
+
+from enum import StrEnum
+
+
+class SegrayError(Exception):
+    """Base of all errors a user of segray can meet."""
+
+    exit_code = 1
+
+
+class ConfigError(SegrayError):
+    """A setting is unknown, has the wrong type or contradicts another one."""
+
+    exit_code = 2
+
+
+class DataError(SegrayError):
+    """Images, masks or a manifest are not what the configuration says."""
+
+
+class FaultKind(StrEnum):
+    """Closed list of reasons for which a planned image becomes an error row (column ``error_kind``)."""
+
+    UNREADABLE = "unreadable"
+    TRUNCATED = "truncated"
+    UNSUPPORTED = "unsupported"
+    TOO_LARGE = "too_large"
+    MISSING = "missing"
+    CHANGED = "changed"
+    MASK_MISSING = "mask_missing"
+    MASK_MISMATCH = "mask_mismatch"
+    FAILED = "failed"
+
+
+class ImageFault(DataError):
+    """One image, or its mask, cannot be used; all others can."""
+
+    def __init__(self, kind: FaultKind, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+    def __reduce__(self) -> tuple[type["ImageFault"], tuple[FaultKind, str]]:
+        return type(self), (self.kind, str(self))  # exceptions with two arguments do not pickle by themselves
+
+
+class BundleError(SegrayError):
+    """A model bundle is damaged, incomplete or written by an incompatible version."""
+
+
+class RunMismatchError(SegrayError):
+    """An output folder already holds a run of another model, configuration or listing."""
+
+    exit_code = 2
+
+
+class TrainingError(SegrayError):
+    """Training stopped for a reason that starting again would not mend."""
+
+
+class StorageError(SegrayError):
+    """A file system or object store refused, failed or was out of reach."""
+
+    exit_code = 4
+
+
+class MissingFileError(StorageError):
+    """Nothing is stored at a URI that should hold something."""

@@ -1,0 +1,153 @@
+"""Which image goes with which mask: paired folders, a Parquet or CSV manifest, or the Oxford-IIIT Pet layout."""
+
+import io
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import csv
+from pyarrow import parquet as pq
+
+from segray.config import DataConfig, OxfordPetLayout, SplitConfig
+from segray.errors import DataError
+from segray.images import IMAGE_EXTENSIONS, MASK_EXTENSIONS
+from segray.storage import StoredFile, get_file_name, join_uri, list_files, normalize_uri, read_bytes
+
+
+class Sample(NamedTuple):
+    """A labelled image."""
+
+    image_uri: str
+    mask_uri: str
+
+
+class Splits(NamedTuple):
+    """The labelled images of a run, each split in a fixed order (by image URI)."""
+
+    train: list[Sample]
+    val: list[Sample]
+
+
+def load_splits(data: DataConfig) -> Splits:
+    """List the training and the validation samples that a configuration names.
+
+    Raises:
+        DataError: A folder or split is empty, or an image has no mask, or a mask no image.
+        StorageError: A folder or manifest cannot be read.
+    """
+    if isinstance(data.layout, OxfordPetLayout):
+        root = normalize_uri(data.layout.oxford_iiit_pet.root)
+        train = _load_oxford_split(root, "trainval")
+        val = None if data.val else _load_oxford_split(root, "test")
+    else:
+        assert data.train is not None
+        train = _load_split(data.train, "train")
+        val = None if data.val is None or data.val.fraction else _load_split(data.val, "val")
+    if val is None:
+        assert data.val is not None
+        train, val = _draw_fraction(train, data.val)
+    return Splits(train, val)
+
+
+def _load_split(split: SplitConfig, name: str) -> list[Sample]:
+    if split.manifest is not None:
+        return _load_manifest(normalize_uri(split.manifest), name)
+    assert split.images is not None
+    assert split.masks is not None
+    return _pair_folders(normalize_uri(split.images), normalize_uri(split.masks))
+
+
+def get_pairing_key(uri: str, root: str) -> str:
+    """Return the path below ``root`` without its extension, by which an image finds its mask."""
+    path = uri[len(root) :].lstrip("/")
+    return path[: -len(get_file_name(path).rsplit(".", 1)[1]) - 1] if "." in get_file_name(path) else path
+
+
+def index_masks(masks_root: str) -> dict[str, str]:
+    """Return the mask URIs under a folder by pairing key.
+
+    Raises:
+        DataError: Two masks of the same name but for the extension.
+    """
+    return _index_by_key(list_files(masks_root, MASK_EXTENSIONS), masks_root)
+
+
+def _index_by_key(files: Iterable[StoredFile], root: str) -> dict[str, str]:
+    by_key: dict[str, str] = {}
+    for file in files:
+        other = by_key.setdefault(get_pairing_key(file.uri, root), file.uri)
+        if other != file.uri:
+            raise DataError(
+                f"{min(other, file.uri)} and {max(other, file.uri)} have one name; keep one, or use a manifest"
+            )
+    return by_key
+
+
+def _pair_folders(images_root: str, masks_root: str) -> list[Sample]:
+    images = _index_by_key(list_files(images_root, IMAGE_EXTENSIONS), images_root)
+    masks = index_masks(masks_root)
+    common = images.keys() & masks.keys()
+    if not common:
+        raise DataError(
+            f"no pairs: {len(images)} images under {images_root}, {len(masks)} masks under {masks_root}, and no path "
+            "without extension in common; name each mask as its image, or use a manifest"
+        )
+    for missing, what, other, root in (
+        (images.keys() - common, "image", "mask", masks_root),
+        (masks.keys() - common, "mask", "image", images_root),
+    ):
+        if missing:
+            raise DataError(
+                f"{len(missing)} {what}{'s have' if len(missing) > 1 else ' has'} no {other} under {root} "
+                f"(first: {min(missing)}); add or remove them, or use a manifest"
+            )
+    return sorted(Sample(images[key], masks[key]) for key in common)
+
+
+def _load_manifest(uri: str, split: str) -> list[Sample]:
+    content = io.BytesIO(read_bytes(uri))
+    try:
+        if uri.lower().endswith((".parquet", ".pq")):
+            table = pq.read_table(content)
+        else:
+            strings = dict.fromkeys(("image_uri", "mask_uri", "split"), pa.string())
+            table = csv.read_csv(content, convert_options=csv.ConvertOptions(column_types=strings))
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{uri}: expected Parquet or CSV with a header: {error}") from error
+    missing = {"image_uri", "mask_uri", "split"} - set(table.column_names)
+    if missing:
+        raise DataError(f"{uri}: expected columns image_uri, mask_uri and split; missing: {', '.join(sorted(missing))}")
+    rows = table.select(["image_uri", "mask_uri", "split"]).to_pylist()
+    samples = [Sample(normalize_uri(r["image_uri"]), normalize_uri(r["mask_uri"])) for r in rows if r["split"] == split]
+    if not samples:
+        found = ", ".join(sorted({str(row["split"]) for row in rows})) or "nothing"
+        raise DataError(f"{uri}: no rows with split {split!r}; the column holds: {found}")
+    if len({sample.image_uri for sample in samples}) < len(samples):
+        raise DataError(f"{uri}: split {split!r} names an image twice; keep one row for each image")
+    return sorted(samples)
+
+
+def _load_oxford_split(root: str, name: str) -> list[Sample]:
+    list_uri = join_uri(root, "annotations", f"{name}.txt")
+    # lines are "Abyssinian_100 1 1 1": name, class, species, breed
+    names = [line.split()[0] for line in read_bytes(list_uri).decode("utf-8").splitlines() if line.strip()]
+    if not names:
+        raise DataError(f"{list_uri}: expected one image name a line, got an empty file")
+    return sorted(
+        Sample(join_uri(root, "images", f"{name}.jpg"), join_uri(root, "annotations", "trimaps", f"{name}.png"))
+        for name in names
+    )
+
+
+def _draw_fraction(samples: list[Sample], split: SplitConfig) -> tuple[list[Sample], list[Sample]]:
+    assert split.fraction is not None
+    num_val = max(1, round(len(samples) * split.fraction))
+    if num_val >= len(samples):
+        raise DataError(f"val.fraction {split.fraction} of {len(samples)} images leaves none to train on; add images")
+    order = np.random.default_rng(split.seed).permutation(len(samples))
+    val = {int(index) for index in order[:num_val]}
+    return (
+        [sample for index, sample in enumerate(samples) if index not in val],
+        [samples[index] for index in sorted(val)],
+    )

@@ -1,0 +1,108 @@
+"""One way to every network: ``build_model`` gives a module from (N, 3, H, W) to logits (N, C, H, W) at any size."""
+
+import difflib
+
+import segmentation_models_pytorch as smp
+import timm
+import torch
+from torch import nn
+from torch.nn import functional
+
+from segray.config import ModelConfig
+from segray.errors import ConfigError
+from segray.models.fcn import FCN, FCN_ENCODERS, FCN_STRIDES
+
+# Every network here halves its input five times; other sizes are padded to a multiple and cropped back.
+STRIDE = 32
+SMP_ARCHITECTURES = tuple(smp.MODEL_ARCHITECTURES_MAPPING)
+ARCHITECTURES = (*FCN_STRIDES, *SMP_ARCHITECTURES)
+
+
+class SegmentationModel(nn.Module):
+    """A network for any image size.
+
+    Attributes:
+        network: The wrapped module; its ``encoder`` is what ``freeze_encoder`` freezes.
+    """
+
+    def __init__(self, network: nn.Module, freeze_encoder: bool = False) -> None:
+        super().__init__()
+        self.network = network
+        self._encoder_is_frozen = freeze_encoder
+        if freeze_encoder:
+            network.get_submodule("encoder").requires_grad_(False)
+
+    def forward(self, image_nchw: torch.Tensor) -> torch.Tensor:
+        """Map normalised images (N, 3, H, W) to logits (N, C, H, W)."""
+        height, width = image_nchw.shape[-2:]
+        padding = (0, -width % STRIDE, 0, -height % STRIDE)
+        if any(padding):
+            image_nchw = functional.pad(image_nchw, padding, mode="replicate")
+        logits_nchw: torch.Tensor = self.network(image_nchw)
+        return logits_nchw[..., :height, :width]
+
+    def train(self, mode: bool = True) -> "SegmentationModel":
+        """Set training mode; a frozen encoder stays in evaluation mode, so that BatchNorm keeps its statistics."""
+        super().train(mode)
+        if self._encoder_is_frozen:
+            self.network.get_submodule("encoder").eval()
+        return self
+
+
+def check_model_names(config: ModelConfig) -> None:
+    """Refuse an architecture or encoder that does not exist, before anything is loaded or started.
+
+    Raises:
+        ConfigError: Names the setting, and what can be had.
+    """
+    arch, encoder = config.arch.lower(), config.encoder_name
+    if arch not in ARCHITECTURES:
+        raise ConfigError(f"model.arch: unknown architecture {config.arch!r}; choose from {', '.join(ARCHITECTURES)}")
+    if arch in FCN_STRIDES and encoder not in FCN_ENCODERS:
+        raise ConfigError(
+            f"model.encoder_name: {arch} needs a VGG encoder, got {encoder!r}; choose from {', '.join(FCN_ENCODERS)}"
+        )
+    known = smp.encoders.get_encoder_names()
+    if encoder.startswith("tu-"):
+        if not timm.is_model(encoder.removeprefix("tu-")):
+            raise ConfigError(f"model.encoder_name: timm has no model {encoder.removeprefix('tu-')!r}")
+    elif encoder not in known:
+        close = difflib.get_close_matches(encoder, known, n=3)
+        hint = f"did you mean {' or '.join(close)}?" if close else "see segmentation-models-pytorch's list of encoders"
+        raise ConfigError(f"model.encoder_name: unknown encoder {encoder!r}; {hint}")
+
+
+def build_model(config: ModelConfig, num_classes: int) -> SegmentationModel:
+    """Build a network with random weights, or with a pretrained encoder where ``encoder_weights`` says so.
+
+    Args:
+        config: Architecture and encoder.
+        num_classes: Channels of the logits.
+
+    Raises:
+        ConfigError: An unknown name, a combination that the architecture cannot take, or weights that are not there.
+    """
+    check_model_names(config)
+    arch = config.arch.lower()
+    try:
+        if arch in FCN_STRIDES:
+            network: nn.Module = FCN(arch, config.encoder_name, config.encoder_weights, num_classes)
+        else:
+            network = smp.create_model(
+                arch,
+                encoder_name=config.encoder_name,
+                encoder_weights=config.encoder_weights,
+                in_channels=3,
+                classes=num_classes,
+            )
+    except OSError as error:  # the hub cannot be reached
+        raise ConfigError(
+            f"model.encoder_weights: cannot load {config.encoder_weights!r} for {config.encoder_name}: "
+            f"{' '.join(str(error).split())[:300]}; give this machine access to the model hub, or set null"
+        ) from error
+    except (KeyError, ValueError, AssertionError, AttributeError) as error:
+        raise ConfigError(
+            f"model: {arch} cannot be built on {config.encoder_name} with encoder_weights {config.encoder_weights}: "
+            f"{' '.join(str(error).split())[:300]}"
+        ) from error
+    return SegmentationModel(network, config.freeze_encoder)

@@ -1,0 +1,73 @@
+"""FCN-32s, FCN-16s and FCN-8s on a VGG encoder.
+
+Source: Long, Shelhamer and Darrell, "Fully Convolutional Networks for Semantic Segmentation", CVPR 2015.
+
+The skips are VGG's *pooled* features: pool3 (256 channels, stride 8), pool4 (512, stride 16), pool5 (512, stride 32).
+segmentation-models-pytorch's VGG encoder gives features from before each pool, so its layers are run here.
+"""
+
+import segmentation_models_pytorch as smp
+import torch
+from torch import nn
+
+FCN_STRIDES = {"fcn32s": 32, "fcn16s": 16, "fcn8s": 8}
+FCN_ENCODERS = tuple(f"vgg{depth}{norm}" for depth in (11, 13, 16, 19) for norm in ("", "_bn"))
+_POOL3_CHANNELS, _POOL4_CHANNELS, _POOL5_CHANNELS = 256, 512, 512
+_CLASSIFIER_CHANNELS = 4096
+
+
+class FCN(nn.Module):
+    """A fully convolutional network with skips down to the stride that its name says."""
+
+    def __init__(self, arch: str, encoder_name: str, encoder_weights: str | None, num_classes: int) -> None:
+        super().__init__()
+        self.stride = FCN_STRIDES[arch]
+        self.encoder = smp.encoders.get_encoder(encoder_name, weights=encoder_weights)
+        self.classifier = nn.Sequential(  # VGG's fully connected layers as convolutions: fc6, fc7, score
+            nn.Conv2d(_POOL5_CHANNELS, _CLASSIFIER_CHANNELS, 7, padding=3),
+            nn.ReLU(inplace=True),
+            nn.Dropout2d(),
+            nn.Conv2d(_CLASSIFIER_CHANNELS, _CLASSIFIER_CHANNELS, 1),
+            nn.ReLU(inplace=True),
+            nn.Dropout2d(),
+            nn.Conv2d(_CLASSIFIER_CHANNELS, num_classes, 1),
+        )
+        if self.stride <= 16:
+            self.score_pool4 = nn.Conv2d(_POOL4_CHANNELS, num_classes, 1)
+            self.upscore_pool5 = build_bilinear_upsampling(num_classes, 2)
+        if self.stride <= 8:
+            self.score_pool3 = nn.Conv2d(_POOL3_CHANNELS, num_classes, 1)
+            self.upscore_pool4 = build_bilinear_upsampling(num_classes, 2)
+        self.upscore = build_bilinear_upsampling(num_classes, self.stride)
+
+    def compute_taps(self, image_nchw: torch.Tensor) -> list[torch.Tensor]:
+        """Return the features after each of VGG's five pools, strides 2 to 32."""
+        taps, features = [], image_nchw
+        for layer in self.encoder.features:
+            features = layer(features)
+            if isinstance(layer, nn.MaxPool2d):
+                taps.append(features)
+        return taps
+
+    def forward(self, image_nchw: torch.Tensor) -> torch.Tensor:
+        """Map images (N, 3, H, W), sides multiples of 32, to logits (N, C, H, W)."""
+        _, _, pool3, pool4, pool5 = self.compute_taps(image_nchw)
+        score = self.classifier(pool5)
+        if self.stride <= 16:
+            score = self.upscore_pool5(score) + self.score_pool4(pool4)
+        if self.stride <= 8:
+            score = self.upscore_pool4(score) + self.score_pool3(pool3)
+        logits_nchw: torch.Tensor = self.upscore(score)
+        return logits_nchw
+
+
+def build_bilinear_upsampling(num_channels: int, factor: int) -> nn.ConvTranspose2d:
+    """Build a learnable upsampling that starts as bilinear interpolation of each channel (the paper's section 3.3)."""
+    size = 2 * factor
+    layer = nn.ConvTranspose2d(num_channels, num_channels, size, stride=factor, padding=factor // 2, bias=False)
+    ramp = 1 - (torch.arange(size) - (size - 1) / 2).abs() / factor
+    with torch.no_grad():
+        layer.weight.zero_()
+        for channel in range(num_channels):
+            layer.weight[channel, channel] = ramp[:, None] * ramp[None, :]
+    return layer

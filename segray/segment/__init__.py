@@ -1,0 +1,1 @@
+"""The only way from a bucket of images to Parquet."""

@@ -1,0 +1,152 @@
+"""From a bundle and a folder of images to a finished run folder; calling it again goes on, or finds it finished."""
+
+from dataclasses import dataclass
+
+import pyarrow as pa
+from rich.console import Console
+from rich.table import Table
+
+from segray.bundle import BundleManifest, load_manifest
+from segray.cluster import connect_ray
+from segray.config import SegmentSettings
+from segray.progress import build_bar
+from segray.segment.plan import (
+    build_plan,
+    compute_plan_sha256,
+    count_fragments,
+    list_finished_fragments,
+    save_plan,
+)
+from segray.segment.report import build_report
+from segray.segment.run import Fingerprint, read_run, require_same_run, save_run, write_if_changed
+from segray.segment.summary import Tally, build_summary, format_summary_parquet, tally_fragments
+from segray.storage import join_uri, normalize_uri, write_bytes
+
+
+@dataclass(frozen=True)
+class SegmentJob:
+    """What to segment, with what, and where to. URIs are as the user gave them.
+
+    Attributes:
+        masks_uri: Ground truth, paired by path without extension; None to segment without scoring.
+    """
+
+    bundle_uri: str
+    images_uri: str
+    output_uri: str
+    masks_uri: str | None
+    settings: SegmentSettings
+
+
+@dataclass(frozen=True)
+class SegmentOutcome:
+    """A finished run."""
+
+    output_uri: str
+    num_ok: int
+    errors: dict[str, int]
+    summary: pa.Table
+
+
+def run_segmentation(job: SegmentJob, console: Console) -> SegmentOutcome:
+    """Segment every image, connecting to Ray if there is anything left to do.
+
+    Raises:
+        SegrayError: The input is unusable, the output belongs to another run, or the world failed. What was finished
+            stays, and the same call goes on from there.
+    """
+    manifest, bundle_sha256 = load_manifest(normalize_uri(job.bundle_uri))
+    output = normalize_uri(job.output_uri)
+    masks = normalize_uri(job.masks_uri) if job.masks_uri else None
+    with console.status("listing images"):
+        plan = build_plan(normalize_uri(job.images_uri), masks, job.settings)
+        fingerprint = Fingerprint(bundle_sha256, _describe_config(job), compute_plan_sha256(plan))
+    inputs = {"bundle": normalize_uri(job.bundle_uri), "images": normalize_uri(job.images_uri), "masks": masks}
+    run = read_run(output)
+    if run is not None:
+        require_same_run(run, fingerprint, output)
+    else:
+        save_plan(output, plan)
+        save_run(output, fingerprint, inputs, status="running", counts={"planned": len(plan)})
+    num_fragments = count_fragments(plan)
+    pending = sorted(set(range(num_fragments)) - list_finished_fragments(output))
+    if pending:
+        _run_pending(job, manifest, bundle_sha256, plan, pending, console)
+    tally = tally_fragments(output, range(num_fragments), manifest.classes.num_classes)
+    summary = build_summary(tally, manifest.classes)
+    if pending or run is None or run["status"] != "complete":
+        _finish(output, num_fragments, tally, summary, manifest)
+        counts = {"planned": len(plan), "ok": tally.num_ok, "errors": dict(sorted(tally.errors.items()))}
+        save_run(output, fingerprint, inputs, status="complete", counts=counts)
+    return SegmentOutcome(output, tally.num_ok, dict(sorted(tally.errors.items())), summary)
+
+
+def _describe_config(job: SegmentJob) -> dict[str, object]:
+    return {**job.settings.of_rows, "ground_truth": job.masks_uri is not None}
+
+
+def _run_pending(
+    job: SegmentJob,
+    manifest: BundleManifest,
+    bundle_sha256: str,
+    plan: pa.Table,
+    pending: list[int],
+    console: Console,
+) -> None:
+    images_of = plan["fragment"].value_counts()
+    num_images = dict(zip(images_of.field("values").to_pylist(), images_of.field("counts").to_pylist(), strict=True))
+    num_pending = sum(num_images[fragment] for fragment in pending)
+    console.print(
+        f"segmenting {num_pending} of {len(plan)} images in {len(pending)} fragments, "
+        f"{job.settings.num_predictors} predictor{'s' if job.settings.num_predictors > 1 else ''} "
+        f"on {'GPU' if job.settings.num_gpus_per_predictor else 'CPU'} ({job.settings.precision}), "
+        f"{manifest.model.arch}/{manifest.model.encoder_name}, {len(manifest.class_names)} classes",
+        highlight=False,
+    )
+    num_errors = 0
+    with build_bar(console, "images") as bar:
+        task = bar.add_task("segment", total=num_pending, note="starting")
+        with connect_ray(job.settings.num_predictors * job.settings.num_gpus_per_predictor):
+            from segray.segment.pipeline import run_pipeline  # 6 s of imports: not before the input has been looked at
+
+            for done in run_pipeline(
+                pending,
+                output_uri=normalize_uri(job.output_uri),
+                bundle_uri=normalize_uri(job.bundle_uri),
+                bundle_sha256=bundle_sha256,
+                manifest=manifest,
+                settings=job.settings,
+                has_truth=job.masks_uri is not None,
+            ):
+                num_errors += done["num_errors"]
+                bar.update(task, advance=done["num_ok"] + done["num_errors"], note=f"{num_errors} errors")
+
+
+def _finish(output: str, num_fragments: int, tally: Tally, summary: pa.Table, manifest: BundleManifest) -> None:
+    write_if_changed(join_uri(output, "summary.parquet"), format_summary_parquet(summary))
+    write_bytes(join_uri(output, "report.html"), build_report(output, num_fragments, summary, tally, manifest.classes))
+
+
+def print_outcome(outcome: SegmentOutcome, console: Console) -> None:
+    """Print the summary as a table, the errors by kind, and where everything lies."""
+    rows = outcome.summary.to_pylist()
+    columns = [name for name in outcome.summary.column_names if any(row[name] is not None for row in rows)]
+    table = Table()
+    for name in columns:
+        table.add_column(name, justify="left" if name == "class_name" else "right")
+    for row in rows:
+        table.add_row(*(_format_cell(row[name]) for name in columns))
+    console.print(table)
+    scores = [row["dataset_iou"] for row in rows if row["dataset_iou"] is not None]
+    if scores:
+        console.print(f"mean IoU over {len(scores)} classes: {sum(scores) / len(scores):.4f}", highlight=False)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in outcome.errors.items()) or "no errors"
+    console.print(f"{outcome.num_ok} images segmented, {kinds}", highlight=False)
+    for name in ("images/", "summary.parquet", "report.html"):
+        console.print(f"{name:<16}{join_uri(outcome.output_uri, name)}", highlight=False)
+
+
+def _format_cell(value: object) -> str:
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else "–" if value is None else str(value)

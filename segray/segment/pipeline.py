@@ -1,0 +1,69 @@
+"""Plan, decode, predict, write: the four stages as one Ray Data pipeline, a fragment being one row all the way.
+
+A row cannot be split or merged by any stage (``batch_size=1``), and a stage's memory is bounded by a fragment's bytes.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import ray
+from ray.data import ActorPoolStrategy, DataContext
+
+from segray.bundle import BundleManifest
+from segray.cluster import find_segray_error
+from segray.config import SegmentSettings
+from segray.segment.decode import FragmentDecoder
+from segray.segment.predictor import FragmentPredictor
+from segray.segment.writer import FragmentWriter
+
+# Enough for a lost node or two. Ray's own pools restart a crashing actor for ever.
+_MAX_ATTEMPTS = 3
+_WRITE_CPUS = 0.25  # writing mostly waits
+_ONE_FRAGMENT: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
+
+
+def run_pipeline(
+    fragments: Sequence[int],
+    *,
+    output_uri: str,
+    bundle_uri: str,
+    bundle_sha256: str,
+    manifest: BundleManifest,
+    settings: SegmentSettings,
+    has_truth: bool,
+) -> Iterator[dict[str, int]]:
+    """Make the given fragments of a planned run; yield ``fragment``, ``num_ok`` and ``num_errors`` as each is written.
+
+    Raises:
+        SegrayError: What a stage raised; fragments that were written stay, and need not be made again.
+    """
+    context = DataContext.get_current()
+    context.enable_progress_bars = False  # segray shows its own
+    context.target_max_block_size = None  # a fragment is never cut
+    classes = manifest.classes
+    decode = FragmentDecoder(output_uri, classes, manifest.image_size, settings.max_image_px, has_truth)
+    write = FragmentWriter(output_uri, classes, settings.mask_encoding)
+    written = (
+        ray.data.from_items([{"fragment": fragment} for fragment in fragments], override_num_blocks=len(fragments))
+        .map_batches(decode, **_ONE_FRAGMENT, num_cpus=1, max_retries=_MAX_ATTEMPTS)
+        .map_batches(
+            FragmentPredictor,
+            **_ONE_FRAGMENT,
+            fn_constructor_args=(bundle_uri, bundle_sha256, settings, _count_predictors_per_node(settings)),
+            compute=ActorPoolStrategy(size=settings.num_predictors),
+            num_cpus=1,
+            num_gpus=settings.num_gpus_per_predictor,
+            max_restarts=_MAX_ATTEMPTS,
+            max_task_retries=_MAX_ATTEMPTS,
+        )
+        .map_batches(write, **_ONE_FRAGMENT, num_cpus=_WRITE_CPUS, max_retries=_MAX_ATTEMPTS)
+    )
+    try:
+        yield from written.iter_rows()
+    except Exception as error:
+        raise find_segray_error(error) or error from error
+
+
+def _count_predictors_per_node(settings: SegmentSettings) -> int:
+    num_nodes = sum(bool(node["Alive"]) for node in ray.nodes())
+    return -(-settings.num_predictors // max(1, num_nodes))

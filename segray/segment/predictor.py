@@ -1,0 +1,96 @@
+"""GPU (or CPU) stage: holds the model, and maps decoded fragments to finished rows with raw masks."""
+
+import os
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import torch
+
+from segray.bundle import load_bundle
+from segray.config import SegmentSettings
+from segray.errors import BundleError
+from segray.metrics import compute_dice, compute_iou, count_from_confusion, to_nullable
+from segray.models.prediction import compute_confusion, predict_image
+from segray.schema import IMAGES_SCHEMA
+from segray.transforms import pad_batch
+
+PREDICTED_SCHEMA = pa.schema([("fragment", pa.int64()), ("rows", pa.large_list(pa.struct(list(IMAGES_SCHEMA))))])
+
+
+class FragmentPredictor:
+    """Maps rows of ``DECODED_SCHEMA`` to rows of ``PREDICTED_SCHEMA``; one in each predictor process.
+
+    Args:
+        bundle_uri: The model.
+        bundle_sha256: What the run was planned with; a bundle that was replaced since is refused.
+        settings: ``batch_size`` and ``precision``; the GPU that Ray assigned is used if any was asked for.
+        num_predictors_per_node: Predictors that share the cores of a node where there is no GPU.
+    """
+
+    def __init__(
+        self, bundle_uri: str, bundle_sha256: str, settings: SegmentSettings, num_predictors_per_node: int
+    ) -> None:
+        bundle = load_bundle(bundle_uri)
+        if bundle.sha256 != bundle_sha256:
+            raise BundleError(f"{bundle_uri}: replaced while the run was going on; restore it, or start another output")
+        self._device = torch.device("cuda" if settings.num_gpus_per_predictor > 0 else "cpu")
+        if self._device.type == "cpu":  # Ray gives an actor one thread
+            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_predictors_per_node))
+        self._settings = settings
+        self._classes = bundle.manifest.classes
+        self._preprocessing = bundle.manifest.preprocessing
+        self._image_size = bundle.manifest.image_size
+        self._model = bundle.model.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Predict one fragment."""
+        decoded = batch.to_batches()[0]
+        rows = decoded["rows"][0].as_py()
+        truths = decoded["truths"][0]
+        pixels = np.frombuffer(decoded["images"][0].as_buffer(), np.uint8).reshape(-1, *self._image_size, 3)
+        usable = [row for row in rows if row["error_kind"] is None]
+        for index, (row, logits_chw) in enumerate(zip(usable, self._iterate_logits(pixels), strict=True)):
+            truth = truths[index].as_buffer() if truths[index].is_valid else None
+            row |= self._finish(logits_chw, (row["height"], row["width"]), truth)
+        for row in rows:
+            row["status"] = "ok" if row["error_kind"] is None else "error"
+        return pa.table({"fragment": decoded["fragment"], "rows": [rows]}, schema=PREDICTED_SCHEMA)
+
+    def _iterate_logits(self, pixels: npt.NDArray[np.uint8]) -> Iterator[torch.Tensor]:
+        """Yield the logits (C, h, w) of each image; every forward pass has the same, padded shape."""
+        size = self._settings.batch_size
+        for start in range(0, len(pixels), size):
+            images = pixels[start : start + size]
+            padded = torch.from_numpy(np.array(pad_batch(images, size)))  # a copy: Ray's buffers are read-only
+            use_bf16 = self._settings.precision == "bf16"
+            with torch.inference_mode(), torch.autocast(self._device.type, torch.bfloat16, enabled=use_bf16):
+                logits_nchw = self._model(self._preprocessing.apply(padded.to(self._device)))
+            yield from logits_nchw[: len(images)]
+
+    @torch.inference_mode()
+    def _finish(self, logits_chw: torch.Tensor, size: tuple[int, int], truth: pa.Buffer | None) -> dict[str, Any]:
+        """Return the columns of one image that depend on its prediction."""
+        prediction = predict_image(logits_chw, size)
+        pixel_count = prediction.pixel_count.cpu().numpy()
+        present = pixel_count > 0
+        confidence = prediction.confidence_sum.cpu().numpy() / np.maximum(pixel_count, 1)
+        columns: dict[str, Any] = {
+            "mask": prediction.mask.cpu().numpy().astype(self._classes.mask_dtype).tobytes(),
+            "mask_encoding": "raw",
+            "pixel_count": pixel_count.tolist(),
+            "mean_confidence": to_nullable(np.where(present, confidence, np.nan)),
+            "entropy": prediction.entropy_sum.item() / (size[0] * size[1]),
+        }
+        if truth is None:
+            return columns
+        truth_hw = torch.from_numpy(np.frombuffer(truth, self._classes.index_dtype).reshape(size).copy())
+        classes = self._classes
+        confusion = compute_confusion(
+            truth_hw.to(self._device), prediction.mask, classes.num_classes, classes.ignore_index
+        )
+        counts = count_from_confusion(confusion.cpu().numpy())
+        scores = {"iou": to_nullable(compute_iou(counts)), "dice": to_nullable(compute_dice(counts))}
+        return {**columns, **{name: value.tolist() for name, value in counts._asdict().items()}, **scores}

@@ -1,0 +1,98 @@
+"""``report.html``: what a person looks at first. One file, pictures inside, nothing fetched from elsewhere."""
+
+import base64
+import io
+from typing import Any
+
+import jinja2
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+from PIL import Image
+
+from segray.classes import ClassMap
+from segray.errors import ImageFault, MissingFileError
+from segray.images import decode_image, decode_mask
+from segray.pictures import Panel, draw_class_bars, draw_comparison
+from segray.segment.plan import load_fragment
+from segray.segment.summary import Tally, read_rows
+from segray.storage import get_file_name, read_bytes
+
+_NUM_PICTURES = 6
+_NUM_ERRORS = 20
+_MAX_PICTURE_SIDE_PX = 640
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("segray.segment", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
+)
+
+
+def build_report(output_uri: str, num_fragments: int, summary: pa.Table, tally: Tally, classes: ClassMap) -> bytes:
+    """Return the report of a finished run as an HTML file, with pictures of a few images from all over it."""
+    panels, errors = _pick_rows(output_uri, num_fragments, classes)
+    num_px = max(1, int(tally.sums["pixel_count"].sum()))
+    plots = [("share of pixels", [float(count) / num_px for count in tally.sums["pixel_count"]])]
+    if tally.has_truth:
+        plots.append(("IoU over the data set", summary["dataset_iou"].to_pylist()))
+    num_errors = sum(tally.errors.values())
+    rows = summary.to_pylist()
+    html = _TEMPLATES.get_template("report.html.j2").render(
+        output_uri=output_uri,
+        num_images=tally.num_ok + num_errors,
+        num_ok=tally.num_ok,
+        num_errors=num_errors,
+        columns=[name for name in summary.column_names if any(row[name] is not None for row in rows)],
+        summary=[{name: _format_cell(value) for name, value in row.items()} for row in rows],
+        plots=[{"title": title, "png": _inline(draw_class_bars(values, classes, title))} for title, values in plots],
+        picture=_inline(draw_comparison(panels, classes)) if panels else None,
+        errors=errors,
+        error_counts=sorted(tally.errors.items()),
+    )
+    return html.encode()
+
+
+def _format_cell(value: object) -> str:
+    return "–" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
+
+
+def _inline(png: bytes) -> str:
+    return base64.b64encode(png).decode()
+
+
+def _pick_rows(output_uri: str, num_fragments: int, classes: ClassMap) -> tuple[list[Panel], list[dict[str, Any]]]:
+    """Return pictures and errors from fragments evenly spaced over the run."""
+    chosen = sorted({int(f) for f in np.linspace(0, num_fragments - 1, min(num_fragments, _NUM_PICTURES))})
+    panels: list[Panel] = []
+    errors: list[dict[str, Any]] = []
+    for fragment in chosen:
+        rows = read_rows(output_uri, fragment).to_pylist()
+        errors += [row for row in rows if row["status"] == "error"]
+        usable = [row for row in rows if row["status"] == "ok"]
+        mask_uris = dict(
+            zip(*(load_fragment(output_uri, fragment)[n].to_pylist() for n in ("uri", "mask_uri")), strict=True)
+        )
+        share = -(-_NUM_PICTURES // len(chosen))
+        for row in usable[:: max(1, len(usable) // share)][:share]:
+            panel = _load_panel(row, mask_uris[row["uri"]], classes)
+            if panel:
+                panels.append(panel)
+    return panels[:_NUM_PICTURES], errors[:_NUM_ERRORS]
+
+
+def _load_panel(row: dict[str, Any], mask_uri: str | None, classes: ClassMap) -> Panel | None:
+    try:
+        image = decode_image(read_bytes(row["uri"]))
+        truth = classes.encode(decode_mask(read_bytes(mask_uri))) if mask_uri else None
+    except (ImageFault, MissingFileError):  # changed since: the rows stand, there is only no picture
+        return None
+    step = -(-max(image.shape[:2]) // _MAX_PICTURE_SIDE_PX)
+    mask = load_mask(row, classes)
+    truth = None if truth is None else truth[::step, ::step]
+    return Panel(get_file_name(row["uri"]), image[::step, ::step], truth, mask[::step, ::step])
+
+
+def load_mask(row: dict[str, Any], classes: ClassMap) -> npt.NDArray[np.integer]:
+    """Return the mask of an ``ok`` row, (height, width) class indices, in whichever encoding it is stored."""
+    if row["mask_encoding"] == "png":
+        return np.asarray(Image.open(io.BytesIO(row["mask"]), formats=("PNG",)))
+    return np.frombuffer(row["mask"], classes.mask_dtype).reshape(row["height"], row["width"])

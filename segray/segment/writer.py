@@ -1,0 +1,60 @@
+"""CPU stage: finished rows to one Parquet file, which appears whole or not at all."""
+
+import io
+
+import numpy as np
+import pyarrow as pa
+from pyarrow import parquet as pq
+
+from segray.classes import ClassMap
+from segray.images import encode_mask_png
+from segray.schema import IMAGES_SCHEMA
+from segray.segment.plan import get_fragment_uri
+from segray.storage import write_bytes
+
+WRITTEN_SCHEMA = pa.schema([("fragment", pa.int64()), ("num_ok", pa.int64()), ("num_errors", pa.int64())])
+
+
+class FragmentWriter:
+    """Writes rows of ``PREDICTED_SCHEMA``, and maps them to rows of ``WRITTEN_SCHEMA``."""
+
+    def __init__(self, output_uri: str, classes: ClassMap, mask_encoding: str) -> None:
+        self._output_uri = output_uri
+        self._classes = classes
+        self._mask_encoding = mask_encoding
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Write one fragment. Writing it again, here or elsewhere, gives the same bytes under the same name.
+
+        Raises:
+            StorageError: The store refused or failed; nothing was written.
+        """
+        predicted = batch.to_batches()[0]
+        fragment = predicted["fragment"][0].as_py()
+        rows = predicted["rows"].flatten()
+        table = pa.table(rows.flatten(), schema=IMAGES_SCHEMA)
+        if self._mask_encoding == "png":
+            table = self._encode_masks(table)
+        buffer = io.BytesIO()
+        # masks do not repeat: a dictionary of them would only cost
+        pq.write_table(table, buffer, compression="zstd", use_dictionary=["status", "error_kind", "mask_encoding"])
+        write_bytes(get_fragment_uri(self._output_uri, fragment), buffer.getbuffer())
+        num_errors = table["error_kind"].length() - table["error_kind"].null_count
+        counts = {"fragment": [fragment], "num_ok": [len(table) - num_errors], "num_errors": [num_errors]}
+        return pa.table(counts, schema=WRITTEN_SCHEMA)
+
+    def _encode_masks(self, table: pa.Table) -> pa.Table:
+        columns = ("mask", "height", "width")
+        masks = [
+            None if mask is None else self._encode_mask(mask, height, width)
+            for mask, height, width in zip(*(table[name].to_pylist() for name in columns), strict=True)
+        ]
+        encodings = [None if mask is None else "png" for mask in masks]
+        for name, values in (("mask", masks), ("mask_encoding", encodings)):
+            field = IMAGES_SCHEMA.field(name)
+            table = table.set_column(IMAGES_SCHEMA.get_field_index(name), field, pa.array(values, field.type))
+        return table
+
+    def _encode_mask(self, mask: bytes, height: int, width: int) -> bytes:
+        indices = np.frombuffer(mask, self._classes.mask_dtype).reshape(height, width)
+        return encode_mask_png(indices, self._classes.num_classes)

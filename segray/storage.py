@@ -1,0 +1,227 @@
+"""Read, list and write files by URI, on a local disk or any object store that pyarrow's file systems take.
+
+A URI is either a local path (``/data/a.png``, ``data/a.png``, ``file:///data/a.png``) or ``scheme://authority/key``.
+Keys are taken as they are: nothing is percent-decoded, so ``s3://bucket/a%20b #1.png`` names exactly that key. Only
+``file://`` URIs are decoded, as their standard says. Credentials, region and endpoint come from where the store's own
+tools read them: for S3 the usual AWS chain, ``AWS_REGION`` and ``AWS_ENDPOINT_URL``.
+"""
+
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from urllib.parse import unquote, urlsplit
+
+from pyarrow import fs
+
+from segray.errors import MissingFileError, StorageError
+
+# Stores whose PUT is atomic: a reader sees the whole object or none. Elsewhere a rename is the atomic act.
+ATOMIC_PUT_STORES = {"s3", "gcs", "abfs"}
+S3_CONNECT_TIMEOUT_S = 5
+S3_REQUEST_TIMEOUT_S = 30
+S3_MAX_ATTEMPTS = 5
+
+
+@dataclass(frozen=True, slots=True)
+class StoredFile:
+    """A file found by a listing."""
+
+    uri: str
+    size_bytes: int
+
+
+def normalize_uri(uri: str) -> str:
+    """Return the one spelling of a URI that segray stores: absolute local paths, no ``file://``, no trailing slash."""
+    if uri.startswith("file://"):
+        uri = unquote(uri.removeprefix("file://"))
+    if is_local(uri):
+        return str(Path(uri).expanduser().absolute())
+    return uri.rstrip("/")
+
+
+def is_local(uri: str) -> bool:
+    """Say whether a URI is a path of this machine."""
+    return "://" not in uri or uri.startswith("file://")
+
+
+def is_relative(uri: str) -> bool:
+    """Say whether a URI is a path that depends on the current folder."""
+    return is_local(uri) and not uri.startswith(("/", "~", "file://"))
+
+
+def join_uri(uri: str, *names: str) -> str:
+    """Append path components to a URI."""
+    return "/".join([uri.rstrip("/"), *names])
+
+
+def get_file_name(uri: str) -> str:
+    """Return the part of a URI after its last slash."""
+    return uri.rsplit("/", 1)[-1]
+
+
+def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """Return the file system of a URI, and the path of the URI in it.
+
+    Raises:
+        StorageError: pyarrow does not know the scheme, or cannot set up its store.
+    """
+    uri = normalize_uri(uri)
+    if is_local(uri):
+        return _open_store("file", ""), uri
+    scheme, _, rest = uri.partition("://")
+    authority, _, key = rest.partition("/")
+    try:
+        filesystem = _open_store(scheme, authority)
+    except (OSError, ValueError) as error:
+        raise StorageError(f"cannot open {scheme}://{authority}: {_describe(error)}") from error
+    root = authority if scheme in {"s3", "gs", "gcs"} else ""
+    return filesystem, f"{root}/{key}".rstrip("/") if key or root else "/"
+
+
+@lru_cache(maxsize=32)
+def _open_store(scheme: str, authority: str) -> fs.FileSystem:
+    if scheme == "file":
+        return fs.LocalFileSystem()
+    if scheme == "s3":
+        return _open_s3(authority)
+    return fs.FileSystem.from_uri(f"{scheme}://{authority}/")[0]
+
+
+def _open_s3(bucket: str) -> fs.FileSystem:
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    if region is None:
+        region = "us-east-1" if endpoint else fs.resolve_s3_region(bucket)
+    location = urlsplit(endpoint) if endpoint else None
+    return fs.S3FileSystem(
+        region=region,
+        endpoint_override=location.netloc if location else None,
+        scheme=location.scheme if location else "https",
+        connect_timeout=S3_CONNECT_TIMEOUT_S,
+        request_timeout=S3_REQUEST_TIMEOUT_S,
+        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=S3_MAX_ATTEMPTS),
+    )
+
+
+def list_files(uri: str, extensions: Iterable[str] | None = None) -> Iterator[StoredFile]:
+    """Yield the files under a folder or prefix and all below it, in no particular order.
+
+    Args:
+        uri: Folder or prefix.
+        extensions: Lower-case extensions without the dot; others are passed over. None takes every file.
+
+    Raises:
+        MissingFileError: The folder does not exist.
+        StorageError: The store refused or failed.
+    """
+    uri = normalize_uri(uri)
+    filesystem, path = open_filesystem(uri)
+    wanted = None if extensions is None else tuple(f".{e}" for e in extensions)
+    try:
+        infos = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
+    except NotADirectoryError as error:
+        raise StorageError(f"expected a folder, got a file: {uri}") from error
+    except OSError as error:
+        raise _translate(error, "list", uri) from error
+    for info in infos:
+        if info.type == fs.FileType.File and (wanted is None or info.path.lower().endswith(wanted)):
+            yield StoredFile(uri + info.path[len(path) :], info.size)
+
+
+def list_names(uri: str) -> set[str]:
+    """Return the names directly under a folder or prefix; empty if there is no such folder."""
+    filesystem, path = open_filesystem(uri)
+    try:
+        infos = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
+    except OSError as error:
+        raise _translate(error, "list", uri) from error
+    return {info.base_name for info in infos}
+
+
+def exists(uri: str) -> bool:
+    """Say whether a file or a non-empty folder is at a URI."""
+    filesystem, path = open_filesystem(uri)
+    try:
+        return bool(filesystem.get_file_info(path).type != fs.FileType.NotFound)
+    except OSError as error:
+        raise _translate(error, "look at", uri) from error
+
+
+def read_bytes(uri: str) -> bytes:
+    """Return the whole content of a file.
+
+    Raises:
+        MissingFileError: Nothing is there.
+        StorageError: The store refused or failed.
+    """
+    filesystem, path = open_filesystem(uri)
+    try:
+        with filesystem.open_input_file(path) as stream:
+            return bytes(stream.read())
+    except OSError as error:
+        raise _translate(error, "read", uri) from error
+
+
+def write_bytes(uri: str, content: bytes | memoryview) -> None:
+    """Store a whole file by one atomic act, replacing what was there.
+
+    A reader, and a writer that died half-way, see the old file or the new one, never a part.
+
+    Raises:
+        StorageError: The store refused or failed; nothing was changed.
+    """
+    filesystem, path = open_filesystem(uri)
+    try:
+        if isinstance(filesystem, fs.LocalFileSystem):
+            _replace_local_file(Path(path), content)
+        elif filesystem.type_name in ATOMIC_PUT_STORES:
+            with filesystem.open_output_stream(path) as stream:
+                stream.write(content)
+        else:
+            partial = f"{path}.{uuid.uuid4().hex}.tmp"
+            filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+            with filesystem.open_output_stream(partial) as stream:
+                stream.write(content)
+            filesystem.move(partial, path)
+    except OSError as error:
+        raise _translate(error, "write", uri) from error
+
+
+def _replace_local_file(path: Path, content: bytes | memoryview) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")  # hidden: no Parquet reader picks it up
+    try:
+        with partial.open("xb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # otherwise a power cut can leave the new name on an empty file
+        partial.replace(path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
+def remove_file(uri: str) -> None:
+    """Remove a file; it is no error if it is not there."""
+    filesystem, path = open_filesystem(uri)
+    try:
+        filesystem.delete_file(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        raise _translate(error, "remove", uri) from error
+
+
+def _translate(error: OSError, verb: str, uri: str) -> StorageError:
+    if isinstance(error, FileNotFoundError):
+        return MissingFileError(f"cannot {verb} {uri}: there is nothing; check the spelling, or create it first")
+    if isinstance(error, PermissionError):
+        return StorageError(f"cannot {verb} {uri}: permission denied; check the rights of this user or its credentials")
+    return StorageError(f"cannot {verb} {uri}: {_describe(error)}")
+
+
+def _describe(error: Exception) -> str:
+    return " ".join(str(error).split()) or type(error).__name__

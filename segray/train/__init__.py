@@ -1,0 +1,1 @@
+"""The only way from labelled images to a bundle."""

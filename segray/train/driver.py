@@ -1,0 +1,139 @@
+"""From a configuration to a bundle: claim the output, check the labels, fit, keep the best epoch."""
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from segray.bundle import has_bundle
+from segray.classes import ClassMap
+from segray.cluster import connect_ray
+from segray.config import TrainConfig
+from segray.errors import RunMismatchError
+from segray.manifest import Sample, Splits, load_splits
+from segray.models import check_model_names
+from segray.progress import build_bar
+from segray.storage import exists, join_uri, normalize_uri, read_bytes, write_bytes
+from segray.train.labels import LabelReport, check_dataset, require_learnable
+
+
+def run_training(config: TrainConfig, console: Console) -> str:
+    """Train and return the URI of the bundle; a run that was interrupted goes on, a finished one is found finished.
+
+    Raises:
+        SegrayError: The input is unusable, the output belongs to another run, the loss is not finite, or workers were
+            lost more often than allowed.
+    """
+    check_model_names(config.model)
+    splits = load_splits(config.data)
+    output = normalize_uri(config.output)
+    bundle_uri = join_uri(output, "bundle")
+    _claim_output(config, output)
+    console.print(describe_run(config, splits), highlight=False)
+    if has_bundle(bundle_uri):
+        console.print("this run is complete; nothing to do", highlight=False)
+        return bundle_uri
+    classes = get_classes(config)
+    with connect_ray(config.train.num_train_workers if config.train.use_gpu else 0):
+        for name, samples in splits._asdict().items():
+            require_learnable(check_labels(samples, classes, name, console), name)
+        from segray.train.fit import fit, write_bundle  # 8 s of imports: not before the labels have been looked at
+
+        fit(config, classes, splits, output, console)
+        with console.status("writing the bundle"):
+            write_bundle(config, classes, splits, output, bundle_uri, console)
+    return bundle_uri
+
+
+def get_classes(config: TrainConfig) -> ClassMap:
+    """Return the classes that a configuration declares."""
+    return ClassMap(config.data.class_names, config.data.class_values, config.data.ignore_values)
+
+
+def _claim_output(config: TrainConfig, output: str) -> None:
+    """Bind the output folder to this configuration, or find that it is bound already.
+
+    Raises:
+        RunMismatchError: The folder belongs to a run with other settings; names the first that differs.
+        StorageError: The folder cannot be written.
+    """
+    uri = join_uri(output, "train.json")
+    mine = config.of_weights
+    if exists(uri):
+        theirs = json.loads(read_bytes(uri))
+        difference = find_difference(theirs, mine)
+        if difference:
+            raise RunMismatchError(
+                f"{config.output} holds a training run with other settings ({difference}); choose another output"
+            )
+        return
+    write_bytes(uri, json.dumps(mine, indent=2).encode())
+
+
+def find_difference(theirs: Any, mine: Any, path: str = "") -> str | None:
+    """Return the first setting that differs between two resolved configurations, as ``name: there … , here …``."""
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        for name in sorted(theirs.keys() | mine.keys()):
+            difference = find_difference(theirs.get(name), mine.get(name), f"{path}.{name}" if path else name)
+            if difference:
+                return difference
+        return None
+    return None if theirs == mine else f"{path}: there {theirs!r}, here {mine!r}"
+
+
+def describe_run(config: TrainConfig, splits: Splits) -> str:
+    """Return the first line of output: device, workers, images per split, and classes."""
+    settings = config.train
+    backend = "" if settings.num_train_workers == 1 else (", nccl" if settings.use_gpu else ", gloo")
+    height, width = config.image_size
+    names = config.data.class_names
+    return (
+        f"device {'GPU' if settings.use_gpu else 'CPU'} ({settings.precision}{backend}), "
+        f"{settings.num_train_workers} worker{'s' if settings.num_train_workers > 1 else ''}, "
+        f"images {len(splits.train)} train + {len(splits.val)} val at {height}x{width}, "
+        f"{len(names)} classes: {', '.join(names)}"
+    )
+
+
+def check_labels(samples: Sequence[Sample], classes: ClassMap, split: str, console: Console) -> LabelReport:
+    """Check the labels of a split with a progress display."""
+    report = LabelReport.empty(classes.num_classes)
+    with build_bar(console, "images") as bar:
+        task = bar.add_task(f"check {split}", total=len(samples), note="")
+        for report in check_dataset(samples, classes):
+            bar.update(task, completed=report.num_samples, note=f"{len(report.faults)} faults")
+    return report
+
+
+def run_check(config: TrainConfig, console: Console) -> bool:
+    """Check all labels, print each fault and what is labelled; return whether there is none.
+
+    Raises:
+        SegrayError: The images and masks cannot be listed or paired, or the store failed.
+    """
+    splits = load_splits(config.data)
+    classes = get_classes(config)
+    with connect_ray():
+        reports = {name: check_labels(samples, classes, name, console) for name, samples in splits._asdict().items()}
+    for fault in [fault for report in reports.values() for fault in report.faults]:
+        console.print(str(fault), highlight=False, markup=False)
+    table = Table("class", "raw value")
+    for name in reports:
+        for what in ("pixels", "share", "images"):
+            table.add_column(f"{name} {what}", justify="right")
+    for index, (class_name, value) in enumerate(zip(classes.names, classes.values, strict=True)):
+        cells = [cell for report in reports.values() for cell in _describe_class(report, index)]
+        table.add_row(class_name, str(value), *cells)
+    console.print(table)
+    num_faults = sum(len(report.faults) for report in reports.values())
+    num_samples = sum(report.num_samples for report in reports.values())
+    console.print(f"{num_samples} images and masks checked, {num_faults} faults", highlight=False)
+    return num_faults == 0
+
+
+def _describe_class(report: LabelReport, index: int) -> tuple[str, str, str]:
+    num_px = int(report.pixel_count[index])
+    share = num_px / max(1, int(report.pixel_count.sum()))
+    return f"{num_px:,}", f"{share:.2%}", str(report.image_count[index])

@@ -1,0 +1,54 @@
+"""Pixels to model input: the same arithmetic in training, in evaluation and over a bucket."""
+
+from typing import Self
+
+import numpy as np
+import numpy.typing as npt
+import segmentation_models_pytorch as smp
+import torch
+from pydantic import BaseModel, ConfigDict
+
+from segray.config import ModelConfig
+from segray.errors import ConfigError
+
+
+class Preprocessing(BaseModel):
+    """Normalisation of RGB values 0..255: ``(value - mean) / std`` for each channel. Travels in the bundle."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    mean: tuple[float, float, float] = (255 * 0.485, 255 * 0.456, 255 * 0.406)  # of ImageNet
+    std: tuple[float, float, float] = (255 * 0.229, 255 * 0.224, 255 * 0.225)
+
+    @classmethod
+    def of_encoder(cls, model: ModelConfig) -> Self:
+        """Return what an encoder's pretrained weights were trained with; ImageNet's values without such weights.
+
+        Raises:
+            ConfigError: The weights expect something that segray does not feed (BGR).
+        """
+        if model.encoder_weights is None or model.encoder_name.startswith("tu-"):
+            return cls()
+        params = smp.encoders.get_preprocessing_params(model.encoder_name, model.encoder_weights)
+        if params["input_space"] != "RGB":
+            raise ConfigError(
+                f"model.encoder_weights: {model.encoder_weights} of {model.encoder_name} expects "
+                f"{params['input_space']} images; choose other weights"
+            )
+        scale = 255 / params["input_range"][1]
+        return cls(mean=tuple(scale * m for m in params["mean"]), std=tuple(scale * s for s in params["std"]))
+
+    def apply(self, image_nhwc: torch.Tensor) -> torch.Tensor:
+        """Normalise (N, H, W, 3) uint8 to (N, 3, H, W) float32, channels last in memory, on the tensor's device."""
+        mean = torch.tensor(self.mean, device=image_nhwc.device)
+        std = torch.tensor(self.std, device=image_nhwc.device)
+        return ((image_nhwc.float() - mean) / std).permute(0, 3, 1, 2)
+
+
+def pad_batch(images: npt.NDArray[np.uint8], batch_size: int) -> npt.NDArray[np.uint8]:
+    """Pad (n, H, W, 3) with black images to (batch_size, H, W, 3).
+
+    A fixed batch shape keeps the arithmetic of an image the same whatever else is in its batch.
+    """
+    missing = batch_size - len(images)
+    return np.pad(images, ((0, missing), (0, 0), (0, 0), (0, 0))) if missing else images
