@@ -9,10 +9,10 @@ from pathlib import Path
 from typing import Annotated, NoReturn
 
 import typer
-from rich.console import Console
 
 from segray.config import SegmentFile, TrainConfig, load_config
 from segray.errors import SegrayError
+from segray.progress import build_console
 
 app = typer.Typer(
     add_completion=False,
@@ -25,11 +25,6 @@ SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: train.num_epochs=3.")
 ]
 _INTERRUPTED_EXIT_CODE = 130
-
-
-def build_console() -> Console:
-    """Build the console that verbs print to; lines are never wrapped where nobody watches."""
-    return Console() if sys.stdout.isatty() else Console(width=1000, soft_wrap=True)
 
 
 @app.command()

@@ -31,7 +31,6 @@ def connect_ray(num_gpus: float = 0) -> Iterator[None]:
     Raises:
         ConfigError: This machine, with no cluster around it, has fewer GPUs than that.
     """
-    _quieten()
     import ray  # 1 s: not before the input has been looked at
 
     if ray.is_initialized():
@@ -39,17 +38,26 @@ def connect_ray(num_gpus: float = 0) -> Iterator[None]:
         return
     address = os.environ.get("RAY_ADDRESS")
     # workers' own output goes to Ray's log folder; what a user has to know comes through segray's display and errors
-    quiet = {"logging_level": logging.WARNING, "log_to_driver": bool(os.environ.get("SEGRAY_WORKER_LOGS"))}
+    with_logs = bool(os.environ.get("SEGRAY_WORKER_LOGS"))
+    # the future behaviour; unset, Ray warns each time
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if not with_logs:
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else Ray's C++ writes to the driver's terminal
+    options = {"logging_level": logging.WARNING, "log_to_driver": with_logs}
     if address:
         forwarded = {name: os.environ[name] for name in _FORWARDED_VARIABLES if name in os.environ}
-        ray.init(address=address, runtime_env={"env_vars": forwarded}, **quiet)
+        ray.init(address=address, runtime_env={"env_vars": forwarded}, **options)
     else:
+        # default 2 s, and fit() waits for several of these
+        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+        # a cluster of its own asks for a token, Ray's default where RAY_AUTH_MODE is not set; it need not announce that
+        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
         ray.init(
             address="local",
             num_cpus=max(MIN_LOCAL_CPUS, os.cpu_count() or 1),
             include_dashboard=False,
             _node_ip_address="127.0.0.1",
-            **quiet,
+            **options,
         )
     try:
         found = ray.cluster_resources().get("GPU", 0)
@@ -77,11 +85,3 @@ def find_segray_error(error: BaseException) -> SegrayError | None:
 def get_last_line(error: BaseException) -> str:
     """Return the last line of a long error text, where Ray puts what went wrong."""
     return ([line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[-1]
-
-
-def _quieten() -> None:
-    """Leave the terminal to segray's own progress display; warnings and errors still come through."""
-    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")  # default 2 s: each fit() waits several of these
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the future behaviour; unset, Ray warns each time
-    for name in ("ray.data", "ray.train"):
-        logging.getLogger(name).setLevel(logging.WARNING)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from segray.cluster import connect_ray
 from segray.config import TrainConfig
 from segray.errors import ConfigError
 from segray.segment.driver import SegmentJob, print_outcome, run_segmentation
@@ -26,15 +27,17 @@ def run_demo(folder: Path, console: Console) -> None:
     folder = _clear(folder)
     console.rule("1 of 3: labelled images")
     shapes = save_demo_shapes(folder / "shapes", console)
-    console.rule("2 of 3: segray train")
     config = TrainConfig.model_validate(
         {**_SETTINGS, "data": {"layout": {"oxford_iiit_pet": {"root": shapes}}}, "output": str(folder / "train")}
     )
-    bundle = run_training(config, console)
-    console.rule("3 of 3: segray segment")
-    images, masks = _copy_test_images(shapes, folder / "bucket")
-    job = SegmentJob(bundle, images, str(folder / "segmented"), masks, config.segment)
-    print_outcome(run_segmentation(job, console), console)
+    with connect_ray():  # one for both verbs: each would start its own
+        console.rule("2 of 3: segray train")
+        bundle = run_training(config, console)
+        console.rule("3 of 3: segray segment")
+        images, masks = _copy_test_images(shapes, folder / "bucket")
+        job = SegmentJob(bundle, images, str(folder / "segmented"), masks, config.segment)
+        outcome = run_segmentation(job, console)
+    print_outcome(outcome, console)
     for name in ("bundle", "bundle/predictions.png", "bundle/curves.png"):
         console.print(f"{name:<24}{folder / 'train' / name}", highlight=False)
 

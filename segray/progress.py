@@ -1,7 +1,11 @@
 """The progress display that all verbs share."""
 
+import sys
+
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+_LOG_WIDTH = 120
 
 
 def build_bar(console: Console, unit: str) -> Progress:
@@ -16,4 +20,10 @@ def build_bar(console: Console, unit: str) -> Progress:
         TimeRemainingColumn(),
         console=console,
         transient=True,
+        disable=not console.is_terminal,
     )
+
+
+def build_console() -> Console:
+    """Build the console that verbs print to; where nobody watches, lines are not wrapped and no bar is drawn."""
+    return Console() if sys.stdout.isatty() else Console(width=_LOG_WIDTH, soft_wrap=True)

@@ -22,6 +22,17 @@ from segray.segment.run import Fingerprint, read_run, require_same_run, save_run
 from segray.segment.summary import Tally, build_summary, format_summary_parquet, tally_fragments
 from segray.storage import join_uri, normalize_uri, write_bytes
 
+# of summary.parquet, in the terminal's words
+_TABLE_COLUMNS = {
+    "image_count": "images",
+    "pixel_count": "pixels",
+    "dataset_iou": "IoU",
+    "dataset_dice": "Dice",
+    "precision": "precision",
+    "recall": "recall",
+    "mean_image_iou": "mean image IoU",
+}
+
 
 @dataclass(frozen=True)
 class SegmentJob:
@@ -130,20 +141,22 @@ def _finish(output: str, num_fragments: int, tally: Tally, summary: pa.Table, ma
 def print_outcome(outcome: SegmentOutcome, console: Console) -> None:
     """Print the summary as a table, the errors by kind, and where everything lies."""
     rows = outcome.summary.to_pylist()
-    columns = [name for name in outcome.summary.column_names if any(row[name] is not None for row in rows)]
-    table = Table()
-    for name in columns:
-        table.add_column(name, justify="left" if name == "class_name" else "right")
+    table = Table("class")
+    for name, header in _TABLE_COLUMNS.items():
+        if any(row[name] is not None for row in rows):
+            table.add_column(header, justify="right")
     for row in rows:
-        table.add_row(*(_format_cell(row[name]) for name in columns))
+        cells = [_format_cell(row[name]) for name in _TABLE_COLUMNS if any(other[name] is not None for other in rows)]
+        table.add_row(row["class_name"], *cells)
     console.print(table)
     scores = [row["dataset_iou"] for row in rows if row["dataset_iou"] is not None]
     if scores:
         console.print(f"mean IoU over {len(scores)} classes: {sum(scores) / len(scores):.4f}", highlight=False)
-    kinds = ", ".join(f"{count} {kind}" for kind, count in outcome.errors.items()) or "no errors"
-    console.print(f"{outcome.num_ok} images segmented, {kinds}", highlight=False)
+    kinds = ", ".join(f"{count} {kind}" for kind, count in outcome.errors.items())
+    num_errors = sum(outcome.errors.values())
+    console.print(f"{outcome.num_ok} images segmented, {num_errors} not{kinds and f' ({kinds})'}", highlight=False)
     for name in ("images/", "summary.parquet", "report.html"):
-        console.print(f"{name:<16}{join_uri(outcome.output_uri, name)}", highlight=False)
+        console.print(f"{name:<24}{join_uri(outcome.output_uri, name)}", highlight=False)
 
 
 def _format_cell(value: object) -> str:

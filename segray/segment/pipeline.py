@@ -3,6 +3,8 @@
 A row cannot be split or merged by any stage (``batch_size=1``), and a stage's memory is bounded by a fragment's bytes.
 """
 
+import logging
+import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -39,6 +41,9 @@ def run_pipeline(
     """
     context = DataContext.get_current()
     context.enable_progress_bars = False  # segray shows its own
+    logging.getLogger("ray.data").setLevel(logging.ERROR)  # importing it has set it to INFO
+    # 2.60 deprecates max_retries, max_restarts and max_task_retries here, and has nothing in their place yet
+    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
     context.target_max_block_size = None  # a fragment is never cut
     classes = manifest.classes
     decode = FragmentDecoder(output_uri, classes, manifest.image_size, settings.max_image_px, has_truth)

@@ -101,7 +101,7 @@ def list_checkpoints(run_uri: str) -> list[str]:
 
 
 def find_newest_state(run_uri: str, warn: Callable[[str], None]) -> tuple[str, TrainingState] | None:
-    """Return the newest whole checkpoint of a run and its URI, or None if there is none; ``warn`` hears of damaged ones."""
+    """Return the newest whole checkpoint of a run and its URI, or None; ``warn`` hears of damaged ones."""
     return next(_iterate_states(run_uri, warn), None)
 
 

@@ -5,6 +5,7 @@ import io
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import ray.train
 import ray.train.torch
 import torch
@@ -99,9 +100,14 @@ def write_bundle(
         files={
             "metrics.csv": format_metrics_csv(history, classes),
             "curves.png": draw_curves(history, classes),
-            "predictions.png": _draw_predictions(config, classes, splits.val[:_NUM_PICTURES], best, preprocessing),
+            "predictions.png": _draw_predictions(config, classes, _spread(splits.val), best, preprocessing),
         },
     )
+
+
+def _spread(samples: Sequence[Sample]) -> Sequence[Sample]:
+    """Return a few samples from all over a split."""
+    return samples[:: -(-len(samples) // _NUM_PICTURES)]
 
 
 def _draw_predictions(
@@ -117,7 +123,9 @@ def _draw_predictions(
     for sample in samples:
         image, truth = load_labelled_image(sample, classes)
         with torch.inference_mode():
-            logits = model(preprocessing.apply(torch.from_numpy(resize_image(image, config.image_size))[None]))
+            logits = model(
+                preprocessing.apply(torch.from_numpy(np.array(resize_image(image, config.image_size)))[None])
+            )
         mask = compute_mask(logits[0], (truth.shape[0], truth.shape[1])).numpy()
         panels.append(Panel(get_file_name(sample.image_uri), image, truth, mask))
     return draw_comparison(panels, classes)
