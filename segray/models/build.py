@@ -16,6 +16,8 @@ from segray.models.fcn import FCN, FCN_ENCODERS, FCN_STRIDES
 STRIDE = 32
 SMP_ARCHITECTURES = tuple(smp.MODEL_ARCHITECTURES_MAPPING)
 ARCHITECTURES = (*FCN_STRIDES, *SMP_ARCHITECTURES)
+_OPTIONS = {"dpt": {"dynamic_img_size": True}}  # else a vision transformer takes one size only
+_PROBE_SIZE = 128  # the smallest that every architecture takes (PAN pools its stride-16 features three times)
 
 
 class SegmentationModel(nn.Module):
@@ -47,6 +49,21 @@ class SegmentationModel(nn.Module):
         if self._encoder_is_frozen:
             self.network.get_submodule("encoder").eval()
         return self
+
+
+def freeze_unused_parameters(model: SegmentationModel) -> None:
+    """Freeze parameters that no logit depends on, such as encoder stages past the depth that a decoder asks for.
+
+    DistributedDataParallel would wait for their gradients, and weight decay would shrink them for nothing.
+    """
+    was_training = model.training
+    model.eval()  # so that BatchNorm statistics stay as they are
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    logits_nchw = model(torch.zeros(1, 3, _PROBE_SIZE, _PROBE_SIZE))
+    gradients = torch.autograd.grad(logits_nchw.sum(), parameters, allow_unused=True)
+    for parameter, gradient in zip(parameters, gradients, strict=True):
+        parameter.requires_grad_(gradient is not None)
+    model.train(was_training)
 
 
 def check_model_names(config: ModelConfig) -> None:
@@ -94,6 +111,7 @@ def build_model(config: ModelConfig, num_classes: int) -> SegmentationModel:
                 encoder_weights=config.encoder_weights,
                 in_channels=3,
                 classes=num_classes,
+                **_OPTIONS.get(arch, {}),
             )
     except OSError as error:  # the hub cannot be reached
         raise ConfigError(

@@ -88,7 +88,8 @@ def load_state(uri: str) -> TrainingState:
         else:
             parameter, _, name = name.partition(".")
             parameters.setdefault(int(parameter), {})[name] = value
-    optimizer = {"state": parameters, "param_groups": index["optimizer_groups"]}
+    groups = [{**group, "betas": tuple(group["betas"])} for group in index["optimizer_groups"]]  # JSON has lists
+    optimizer = {"state": parameters, "param_groups": groups}
     return TrainingState(index["num_epochs_done"], model, optimizer, index["schedule"], index["history"])
 
 

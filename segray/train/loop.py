@@ -18,7 +18,7 @@ from segray.classes import ClassMap
 from segray.config import TrainConfig
 from segray.manifest import Splits
 from segray.metrics import compute_defined_mean, compute_dice, compute_iou, count_from_confusion, to_nullable
-from segray.models import SegmentationModel, build_model
+from segray.models import SegmentationModel, build_model, freeze_unused_parameters
 from segray.train.checkpoint import TrainingState, find_newest_state, load_state, save_state
 from segray.train.feed import compute_num_steps, compute_step_order, iterate_evaluation, iterate_training
 from segray.train.progress import ProgressPoster
@@ -87,6 +87,7 @@ def _set_up(job: TrainJob) -> _Trainer:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
     torch.manual_seed(settings.seed)  # the same first weights on every rank
     model = build_model(job.config.model, job.classes.num_classes).to(memory_format=torch.channels_last)
+    freeze_unused_parameters(model)
     found = _find_newest_state_together(job, context.get_world_rank())
     if found:
         model.load_state_dict(found.model)

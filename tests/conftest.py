@@ -1,0 +1,94 @@
+"""What several test files share: a small drawn data set, one Ray for in-process runs, a bundle without training."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from rich.console import Console
+
+from segray.bundle import save_bundle
+from segray.classes import ClassMap
+from segray.cluster import connect_ray
+from segray.config import ModelConfig, TrainConfig
+from segray.models import build_model
+from segray.shapes import save_shapes
+from segray.transforms import Preprocessing
+
+PET_CLASSES = ClassMap(("pet", "background", "border"), (1, 2, 3))
+SHAPE_SIZE = 64
+NUM_TRAIN, NUM_TEST = 18, 7
+
+
+@pytest.fixture(scope="session")
+def shapes_root(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("shapes")
+    save_shapes(str(root), NUM_TRAIN, NUM_TEST, SHAPE_SIZE)
+    return root
+
+
+@pytest.fixture(scope="session")
+def ray_session() -> Iterator[None]:
+    with connect_ray():
+        yield
+
+
+@pytest.fixture
+def console() -> Console:
+    return Console(width=500, soft_wrap=True)
+
+
+@pytest.fixture(scope="session")
+def make_train_config(shapes_root: Path) -> Callable[..., TrainConfig]:
+    def make(output: Path, **train: object) -> TrainConfig:
+        settings = {"num_epochs": 2, "global_batch_size": 6, "num_train_workers": 2, **train}
+        return TrainConfig.model_validate(
+            {
+                "data": {"layout": {"oxford_iiit_pet": {"root": str(shapes_root)}}},
+                "image_size": [SHAPE_SIZE, SHAPE_SIZE],
+                "train": settings,
+                "output": str(output),
+            }
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of random weights; its BatchNorm statistics make the classes come out mixed."""
+    folder = tmp_path_factory.mktemp("bundle")
+    torch.manual_seed(3)
+    model = build_model(ModelConfig(), PET_CLASSES.num_classes)
+    with torch.no_grad():
+        for _ in range(3):
+            model.train()(torch.randn(4, 3, SHAPE_SIZE, SHAPE_SIZE))
+    save_bundle(
+        str(folder),
+        weights=model.state_dict(),
+        model=ModelConfig(),
+        classes=PET_CLASSES,
+        image_size=(SHAPE_SIZE, SHAPE_SIZE),
+        preprocessing=Preprocessing(),
+        metrics={},
+        config={},
+        files={},
+    )
+    return folder
+
+
+@pytest.fixture
+def labelled_folders(tmp_path: Path) -> tuple[Path, Path]:
+    """Five images of differing sizes and their masks of values 0, 1 and 255, by name."""
+    rng = np.random.default_rng(0)
+    images, masks = tmp_path / "images", tmp_path / "masks"
+    for index in range(5):
+        size = (40 + 3 * index, 50 + index)
+        (images / "sub").mkdir(parents=True, exist_ok=True)
+        (masks / "sub").mkdir(parents=True, exist_ok=True)
+        name = f"sub/{index}" if index % 2 else str(index)
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(images / f"{name}.png")
+        Image.fromarray(rng.choice([0, 1, 255], size).astype(np.uint8)).save(masks / f"{name}.png")
+    return images, masks

@@ -1,0 +1,104 @@
+"""Settings: what is read, and the one line that a mistake gets."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from segray.config import SegmentFile, TrainConfig, check_absolute, load_config
+from segray.errors import ConfigError
+
+VALID: dict[str, Any] = {
+    "data": {
+        "train": {"images": "i", "masks": "m"},
+        "val": {"fraction": 0.1},
+        "class_names": ["a", "b"],
+    },
+    "image_size": [64, 96],
+    "output": "out",
+}
+
+
+def load(tmp_path: Path, values: Any, *overrides: str) -> TrainConfig:
+    path = tmp_path / "config.yaml"
+    path.write_text(values if isinstance(values, str) else yaml.safe_dump(values))
+    return load_config(TrainConfig, str(path), overrides)
+
+
+def test_defaults_and_overrides(tmp_path: Path) -> None:
+    config = load(tmp_path, VALID, "train.num_epochs=3", "model.encoder_name=vgg16", "data.class_values=[5, 9]")
+    assert config.train.num_epochs == 3
+    assert config.model.encoder_name == "vgg16"
+    assert config.data.class_values == (5, 9)
+    assert load(tmp_path, VALID).data.class_values == (0, 1)
+    assert load(tmp_path, VALID, "train.learning_rate=1e-4").train.learning_rate == 1e-4  # YAML 1.1 reads a string
+
+
+def test_oxford_layout_brings_its_classes(tmp_path: Path) -> None:
+    values = {**VALID, "data": {"layout": {"oxford_iiit_pet": {"root": "r"}}}}
+    data = load(tmp_path, values).data
+    assert data.class_names == ("pet", "background", "border")
+    assert data.class_values == (1, 2, 3)
+
+
+def test_segment_reads_a_training_configuration_and_a_segment_section_alone(tmp_path: Path) -> None:
+    path = tmp_path / "segment.yaml"
+    path.write_text(yaml.safe_dump({**VALID, "segment": {"batch_size": 3}}))
+    assert load_config(SegmentFile, str(path)).segment.batch_size == 3
+    path.write_text("segment: {fragment_size: 5}")
+    assert load_config(SegmentFile, str(path)).segment.fragment_size == 5
+    assert load_config(SegmentFile, None, ["segment.fragment_size=9"]).segment.fragment_size == 9
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["train.num_epoch=3"], r"train\.num_epoch: unknown setting; did you mean train\.num_epochs\?"),
+        (["train.num_epochs=zero"], r"train\.num_epochs: .*got 'zero'"),
+        (["train.num_epochs=0"], r"train\.num_epochs: .*greater than or equal to 1"),
+        (["train.global_batch_size=7", "train.num_train_workers=2"], r"7 cannot be shared evenly .*choose a multiple"),
+        (["data.val=null"], r"val: expected"),
+        (["data.train={fraction: 0.5}"], r"train: expected"),
+        (["data.train={images: a}"], r"data\.train: expected images and masks.*got images"),
+        (["data.class_names=[a]"], r"class_names: expected 2 to"),
+        (["data.class_names=[a, a]"], r"distinct names"),
+        (["data.class_values=[0]"], r"one value for each of the 2 class_names, got 1"),
+        (["data.ignore_values=[1]"], r"distinct values"),
+        (["data.layout=cityscapes"], r"data\.layout: .*'folders'.*got 'cityscapes'"),
+        (["image_size=[64]"], r"image_size"),
+        (["segment.mask_encoding=jpeg"], r"segment\.mask_encoding: .*'raw' or 'png'"),
+        (["nonsense"], r"--set nonsense: expected KEY=VALUE"),
+        (["data.train={"], r"--set data\.train=\{: the value is not YAML"),
+    ],
+)
+def test_a_mistake_names_the_setting(tmp_path: Path, overrides: list[str], message: str) -> None:
+    with pytest.raises(ConfigError, match=message) as caught:
+        load(tmp_path, VALID, *overrides)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", ["- a list", "a: [", "\tb: 1"])
+def test_a_file_that_is_not_a_configuration_is_named(tmp_path: Path, content: str) -> None:
+    with pytest.raises(ConfigError, match=r"config\.yaml: expected"):
+        load(tmp_path, content)
+
+
+def test_required_settings(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"image_size: this setting is required; output: this setting is required"):
+        load(tmp_path, {"data": VALID["data"]})
+
+
+def test_settings_that_only_change_the_speed_do_not_bind_a_run(tmp_path: Path) -> None:
+    slow, fast = load(tmp_path, VALID), load(tmp_path, VALID, "train.num_decode_threads=9", "segment.num_predictors=7")
+    assert slow.of_weights == fast.of_weights
+    assert slow.segment.of_rows == fast.segment.of_rows
+    other = load(tmp_path, VALID, "train.seed=1", "segment.batch_size=3")
+    assert other.of_weights != slow.of_weights
+    assert other.segment.of_rows != slow.segment.of_rows
+
+
+def test_jobs_refuse_relative_paths() -> None:
+    assert check_absolute("output", "s3://bucket/run/") == "s3://bucket/run"
+    with pytest.raises(ConfigError, match="output: runs/a is relative"):
+        check_absolute("output", "runs/a")

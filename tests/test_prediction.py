@@ -1,0 +1,54 @@
+"""Masks and statistics from logits, against torch and numpy done plainly."""
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional
+
+from segray.models import prediction
+from segray.models.prediction import compute_mask, predict_image
+
+LOGITS = torch.randn(5, 12, 20, generator=torch.Generator().manual_seed(0)) * 3
+SIZES = [(12, 20), (45, 77), (7, 9), (1, 1), (100, 3)]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_mask_is_the_argmax_of_resized_logits(size: tuple[int, int]) -> None:
+    resized = functional.interpolate(LOGITS[None], size=size, mode="bilinear", align_corners=False)[0]
+    assert torch.equal(compute_mask(LOGITS, size), resized.argmax(0))
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_bands_give_what_the_whole_gives(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = predict_image(LOGITS, size)
+    monkeypatch.setattr(prediction, "MAX_BAND_VALUES", 5 * size[1] * 4)  # four rows at a time
+    banded = predict_image(LOGITS, size)
+    assert torch.equal(banded.mask, whole.mask)
+    assert torch.equal(banded.pixel_count, whole.pixel_count)
+    torch.testing.assert_close(banded.confidence_sum, whole.confidence_sum, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(banded.entropy_sum, whole.entropy_sum, rtol=1e-5, atol=1e-5)
+
+
+def test_statistics_equal_numpy() -> None:
+    size = (30, 41)
+    resized = functional.interpolate(LOGITS[None], size=size, mode="bilinear", align_corners=False)[0].double().numpy()
+    probability = np.exp(resized) / np.exp(resized).sum(0)
+    mask, got = resized.argmax(0), predict_image(LOGITS, size)
+    for index in range(len(LOGITS)):
+        assert got.pixel_count[index] == (mask == index).sum()
+        expected = probability.max(0)[mask == index].sum()
+        assert got.confidence_sum[index].item() == pytest.approx(expected, rel=1e-6)
+    assert got.entropy_sum.item() == pytest.approx(-(probability * np.log(probability)).sum(), rel=1e-6)
+
+
+def test_certain_logits_have_no_entropy() -> None:
+    logits = torch.full((3, 4, 4), -200.0)
+    logits[1] = 200.0
+    got = predict_image(logits, (8, 8))
+    assert got.entropy_sum.item() == 0
+    assert got.confidence_sum.tolist() == [0, 64, 0]
+
+
+def test_half_precision_logits_are_resized_in_single() -> None:
+    half = LOGITS.bfloat16()
+    assert torch.equal(compute_mask(half, (45, 77)), compute_mask(half.float(), (45, 77)))
