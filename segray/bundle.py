@@ -158,14 +158,13 @@ def load_manifest(uri: str) -> tuple[BundleManifest, str]:
         raise BundleError(f"{manifest_uri}: damaged at {where}: {problem['msg']}; copy the bundle again") from error
 
 
-def load_bundle(uri: str) -> Bundle:
-    """Read a bundle and build its model.
+def read_weights(uri: str, manifest: BundleManifest) -> bytes:
+    """Return the content of a bundle's weights file, checked.
 
     Raises:
-        BundleError: There is no bundle, or its weights are not the ones it was written with.
+        BundleError: The file is missing, or is not the one that the bundle was written with.
         StorageError: The store refused or failed.
     """
-    manifest, sha256 = load_manifest(uri)
     weights_uri = join_uri(uri, _WEIGHTS)
     try:
         content = read_bytes(weights_uri)
@@ -177,13 +176,26 @@ def load_bundle(uri: str) -> Bundle:
             f"{weights_uri}: damaged, sha256 {found[:12]}… instead of {manifest.weights_sha256[:12]}…; "
             "copy the bundle again"
         )
+    return content
+
+
+def load_bundle(uri: str) -> Bundle:
+    """Read a bundle and build its model.
+
+    Raises:
+        BundleError: There is no bundle, or its weights are not the ones it was written with.
+        StorageError: The store refused or failed.
+    """
+    manifest, sha256 = load_manifest(uri)
+    content = read_weights(uri, manifest)
     # the weights come from the file: nothing is fetched for the encoder
     model = build_model(manifest.model.model_copy(update={"encoder_weights": None}), len(manifest.class_names))
     try:
         model.load_state_dict(load_safetensors(content))
     except (RuntimeError, SafetensorError) as error:
         raise BundleError(
-            f"{weights_uri}: the weights do not fit {manifest.model.arch} on {manifest.model.encoder_name} as built by "
+            f"{join_uri(uri, _WEIGHTS)}: the weights do not fit {manifest.model.arch} on {manifest.model.encoder_name} "
+            "as built by "
             f"segmentation-models-pytorch {version('segmentation-models-pytorch')}; the bundle was made with "
             f"{manifest.versions.get('segmentation-models-pytorch')}: install that version"
         ) from error

@@ -7,6 +7,7 @@
     ├── BundleError             1   a bundle is damaged, or of another version
     ├── RunMismatchError        2   an output folder belongs to another model, configuration or listing
     ├── TrainingError           1   training cannot go on (a loss that is not finite, a worker lost too often)
+    ├── WorkerError             1   a worker failed in a way that segray has no name for
     └── StorageError            4   the world is at fault: permission, network, disk; try again once it is mended
         └── MissingFileError    4   nothing is at this URI
 
@@ -69,6 +70,10 @@ class RunMismatchError(SegrayError):
 
 class TrainingError(SegrayError):
     """Training stopped for a reason that starting again would not mend."""
+
+
+class WorkerError(SegrayError):
+    """A Ray worker failed in a way that segray has no better name for; carries the last line of what Ray said."""
 
 
 class StorageError(SegrayError):

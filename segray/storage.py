@@ -9,12 +9,13 @@ tools read them: for S3 the usual AWS chain, ``AWS_REGION`` and ``AWS_ENDPOINT_U
 import os
 import uuid
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from pyarrow import fs
+from pyarrow import NativeFile, fs
 
 from segray.errors import MissingFileError, StorageError
 
@@ -120,34 +121,27 @@ def list_files(uri: str, extensions: Iterable[str] | None = None) -> Iterator[St
     uri = normalize_uri(uri)
     filesystem, path = open_filesystem(uri)
     wanted = None if extensions is None else tuple(f".{e}" for e in extensions)
-    try:
+    with _translated("list", uri):
         infos = filesystem.get_file_info(fs.FileSelector(path, recursive=True))
-    except NotADirectoryError as error:
-        raise StorageError(f"expected a folder, got a file: {uri}") from error
-    except OSError as error:
-        raise _translate(error, "list", uri) from error
     for info in infos:
         if info.type == fs.FileType.File and (wanted is None or info.path.lower().endswith(wanted)):
             yield StoredFile(uri + info.path[len(path) :], info.size)
 
 
-def list_names(uri: str) -> set[str]:
-    """Return the names directly under a folder or prefix; empty if there is no such folder."""
+def list_names(uri: str, *, folders: bool = False) -> set[str]:
+    """Return the names of the files, or of the folders, directly under a folder or prefix; empty if it is not there."""
     filesystem, path = open_filesystem(uri)
-    try:
+    wanted = fs.FileType.Directory if folders else fs.FileType.File
+    with _translated("list", uri):
         infos = filesystem.get_file_info(fs.FileSelector(path, allow_not_found=True))
-    except OSError as error:
-        raise _translate(error, "list", uri) from error
-    return {info.base_name for info in infos}
+    return {info.base_name for info in infos if info.type == wanted}
 
 
 def exists(uri: str) -> bool:
     """Say whether a file or a non-empty folder is at a URI."""
     filesystem, path = open_filesystem(uri)
-    try:
+    with _translated("look at", uri):
         return bool(filesystem.get_file_info(path).type != fs.FileType.NotFound)
-    except OSError as error:
-        raise _translate(error, "look at", uri) from error
 
 
 def read_bytes(uri: str) -> bytes:
@@ -157,12 +151,16 @@ def read_bytes(uri: str) -> bytes:
         MissingFileError: Nothing is there.
         StorageError: The store refused or failed.
     """
+    with open_for_reading(uri) as stream:
+        return bytes(stream.read())
+
+
+@contextmanager
+def open_for_reading(uri: str) -> Iterator[NativeFile]:
+    """Open a file for reading at any position; what fails in the block is named as ``read_bytes`` names it."""
     filesystem, path = open_filesystem(uri)
-    try:
-        with filesystem.open_input_file(path) as stream:
-            return bytes(stream.read())
-    except OSError as error:
-        raise _translate(error, "read", uri) from error
+    with _translated("read", uri), filesystem.open_input_file(path) as stream:
+        yield stream
 
 
 def write_bytes(uri: str, content: bytes | memoryview) -> None:
@@ -174,7 +172,7 @@ def write_bytes(uri: str, content: bytes | memoryview) -> None:
         StorageError: The store refused or failed; nothing was changed.
     """
     filesystem, path = open_filesystem(uri)
-    try:
+    with _translated("write", uri):
         if isinstance(filesystem, fs.LocalFileSystem):
             _replace_local_file(Path(path), content)
         elif filesystem.type_name in ATOMIC_PUT_STORES:
@@ -186,8 +184,6 @@ def write_bytes(uri: str, content: bytes | memoryview) -> None:
             with filesystem.open_output_stream(partial) as stream:
                 stream.write(content)
             filesystem.move(partial, path)
-    except OSError as error:
-        raise _translate(error, "write", uri) from error
 
 
 def _replace_local_file(path: Path, content: bytes | memoryview) -> None:
@@ -207,20 +203,25 @@ def _replace_local_file(path: Path, content: bytes | memoryview) -> None:
 def remove_file(uri: str) -> None:
     """Remove a file; it is no error if it is not there."""
     filesystem, path = open_filesystem(uri)
-    try:
+    with _translated("remove", uri), suppress(FileNotFoundError):
         filesystem.delete_file(path)
-    except FileNotFoundError:
-        pass
+
+
+@contextmanager
+def _translated(verb: str, uri: str) -> Iterator[None]:
+    """Turn what a file system raises into one line that names the act and the URI."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise MissingFileError(
+            f"cannot {verb} {uri}: there is nothing; check the spelling, or create it first"
+        ) from error
+    except PermissionError as error:
+        raise StorageError(
+            f"cannot {verb} {uri}: permission denied; check the rights of this user or its credentials"
+        ) from error
     except OSError as error:
-        raise _translate(error, "remove", uri) from error
-
-
-def _translate(error: OSError, verb: str, uri: str) -> StorageError:
-    if isinstance(error, FileNotFoundError):
-        return MissingFileError(f"cannot {verb} {uri}: there is nothing; check the spelling, or create it first")
-    if isinstance(error, PermissionError):
-        return StorageError(f"cannot {verb} {uri}: permission denied; check the rights of this user or its credentials")
-    return StorageError(f"cannot {verb} {uri}: {_describe(error)}")
+        raise StorageError(f"cannot {verb} {uri}: {_describe(error)}") from error
 
 
 def _describe(error: Exception) -> str:

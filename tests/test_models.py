@@ -90,13 +90,13 @@ def test_fcn_upsampling_starts_bilinear(factor: int) -> None:
 
 def test_a_frozen_encoder_keeps_weights_and_batchnorm_statistics() -> None:
     model = build_model(ModelConfig(freeze_encoder=True), NUM_CLASSES)
-    before = {name: value.clone() for name, value in model.network.encoder.state_dict().items()}
+    before = {name: value.clone() for name, value in model.network.get_submodule("encoder").state_dict().items()}
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
     model.train()(torch.randn(2, 3, 64, 64)).square().mean().backward()
     optimizer.step()
-    after = model.network.encoder.state_dict()
+    after = model.network.get_submodule("encoder").state_dict()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    assert model.network.decoder.training
+    assert model.network.get_submodule("decoder").training
 
 
 def test_pretrained_weights_land_in_the_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +111,7 @@ def test_pretrained_weights_land_in_the_encoder(tmp_path: Path, monkeypatch: pyt
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for arch in ("fcn8s", "unet"):
         config = ModelConfig(arch=arch, encoder_name="vgg16", encoder_weights="imagenet")
-        loaded = build_model(config, NUM_CLASSES).network.encoder.state_dict()
+        loaded = build_model(config, NUM_CLASSES).network.get_submodule("encoder").state_dict()
         for name, expected in reference.features.state_dict().items():
             assert torch.equal(loaded[f"features.{name}"], expected)
 

@@ -6,7 +6,7 @@ import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
-from segray.bundle import BundleManifest, load_manifest
+from segray.bundle import BundleManifest, load_manifest, read_weights
 from segray.cluster import connect_ray
 from segray.config import SegmentSettings
 from segray.progress import build_bar
@@ -20,7 +20,7 @@ from segray.segment.plan import (
 from segray.segment.report import build_report
 from segray.segment.run import Fingerprint, read_run, require_same_run, save_run, write_if_changed
 from segray.segment.summary import Tally, build_summary, format_summary_parquet, tally_fragments
-from segray.storage import join_uri, normalize_uri, write_bytes
+from segray.storage import join_uri, normalize_uri
 
 # of summary.parquet, in the terminal's words
 _TABLE_COLUMNS = {
@@ -82,6 +82,7 @@ def run_segmentation(job: SegmentJob, console: Console) -> SegmentOutcome:
     num_fragments = count_fragments(plan)
     pending = sorted(set(range(num_fragments)) - list_finished_fragments(output))
     if pending:
+        read_weights(normalize_uri(job.bundle_uri), manifest)  # here, for one clear line before any worker starts
         _run_pending(job, manifest, bundle_sha256, plan, pending, console)
     tally = tally_fragments(output, range(num_fragments), manifest.classes.num_classes)
     summary = build_summary(tally, manifest.classes)
@@ -135,7 +136,8 @@ def _run_pending(
 
 def _finish(output: str, num_fragments: int, tally: Tally, summary: pa.Table, manifest: BundleManifest) -> None:
     write_if_changed(join_uri(output, "summary.parquet"), format_summary_parquet(summary))
-    write_bytes(join_uri(output, "report.html"), build_report(output, num_fragments, summary, tally, manifest.classes))
+    report = build_report(output, num_fragments, summary, tally, manifest.classes)
+    write_if_changed(join_uri(output, "report.html"), report)
 
 
 def print_outcome(outcome: SegmentOutcome, console: Console) -> None:

@@ -12,8 +12,9 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 
 from segray.bundle import BundleManifest
-from segray.cluster import find_segray_error
+from segray.cluster import find_segray_error, get_last_line
 from segray.config import SegmentSettings
+from segray.errors import WorkerError
 from segray.segment.decode import FragmentDecoder
 from segray.segment.predictor import FragmentPredictor
 from segray.segment.writer import FragmentWriter
@@ -45,6 +46,7 @@ def run_pipeline(
     # 2.60 deprecates max_retries, max_restarts and max_task_retries here, and has nothing in their place yet
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
     context.target_max_block_size = None  # a fragment is never cut
+    context.raise_original_map_exception = True  # else only the text of a stage's error arrives here
     classes = manifest.classes
     decode = FragmentDecoder(output_uri, classes, manifest.image_size, settings.max_image_px, has_truth)
     write = FragmentWriter(output_uri, classes, settings.mask_encoding)
@@ -66,7 +68,9 @@ def run_pipeline(
     try:
         yield from written.iter_rows()
     except Exception as error:
-        raise find_segray_error(error) or error from error
+        raise find_segray_error(error) or WorkerError(
+            f"segmenting failed: {get_last_line(error)}; run with SEGRAY_WORKER_LOGS=1 to see what led to it"
+        ) from error
 
 
 def _count_predictors_per_node(settings: SegmentSettings) -> int:

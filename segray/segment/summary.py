@@ -22,7 +22,7 @@ from segray.metrics import (
 )
 from segray.schema import IMAGES_SCHEMA, SUMMARY_SCHEMA
 from segray.segment.plan import get_fragment_uri
-from segray.storage import open_filesystem
+from segray.storage import open_for_reading
 
 _NUM_READERS = 8
 _COUNTS = ("pixel_count", "tp_px", "fp_px", "fn_px")
@@ -76,8 +76,8 @@ def tally_fragments(output_uri: str, fragments: Sequence[int], num_classes: int)
 
 def _read_fragments(output_uri: str, fragments: Sequence[int], columns: list[str]) -> Iterator[pa.Table]:
     def read(fragment: int) -> pa.Table:
-        filesystem, path = open_filesystem(get_fragment_uri(output_uri, fragment))
-        return pq.ParquetFile(path, filesystem=filesystem).read(columns=columns)
+        with open_for_reading(get_fragment_uri(output_uri, fragment)) as file:
+            return pq.ParquetFile(file).read(columns=columns)
 
     with ThreadPoolExecutor(_NUM_READERS) as pool:
         yield from pool.map(read, fragments)

@@ -96,7 +96,7 @@ def load_state(uri: str) -> TrainingState:
 def list_checkpoints(run_uri: str) -> list[str]:
     """Return the URIs of the checkpoints of a run, damaged ones included, the newest first."""
     names = sorted(
-        (n for n in list_names(run_uri) if n.startswith(_CHECKPOINT_PREFIX) and not n.endswith(".json")), reverse=True
+        (name for name in list_names(run_uri, folders=True) if name.startswith(_CHECKPOINT_PREFIX)), reverse=True
     )
     return [join_uri(run_uri, name) for name in names]
 
