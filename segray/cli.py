@@ -10,7 +10,8 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from segray.config import SegmentFile, TrainConfig, load_config
+from segray.cluster import find_segray_error, is_submitted_job
+from segray.config import SegmentFile, TrainConfig, load_config, require_absolute
 from segray.errors import SegrayError
 from segray.progress import build_console
 
@@ -31,6 +32,8 @@ _INTERRUPTED_EXIT_CODE = 130
 def train(config: ConfigArgument, overrides: SetOption = None) -> None:
     """Train a model on labelled images, and leave a bundle."""
     settings = load_config(TrainConfig, config, overrides or [])
+    if is_submitted_job():
+        require_absolute(settings.uris)
     console = build_console()
     from segray.train.driver import run_training
 
@@ -50,6 +53,8 @@ def segment(
 ) -> None:
     """Segment every image under a folder or prefix, and leave Parquet."""
     settings = load_config(SegmentFile, config, overrides or []).segment
+    if is_submitted_job():
+        require_absolute({"--bundle": bundle, "--images": images, "--output": output, "--masks": masks})
     console = build_console()
     from segray.segment.driver import SegmentJob, print_outcome, run_segmentation
 
@@ -87,8 +92,6 @@ def run(command: Callable[[], object]) -> NoReturn:
     try:
         command()
     except SegrayError as error:
-        from segray.cluster import find_segray_error
-
         known = find_segray_error(error) or error
         print(f"error: {' '.join(str(known).split())}", file=sys.stderr)
         sys.exit(known.exit_code)

@@ -1,14 +1,14 @@
 """Settings: frozen pydantic models, read from a YAML file and overridden with ``--set section.name=value``."""
 
 import difflib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from segray.errors import ConfigError
-from segray.storage import is_relative, normalize_uri, read_bytes
+from segray.storage import is_relative, read_bytes
 
 MAX_CLASSES = 65_535  # class indices and the ignore index share uint16
 DEFAULT_MAX_IMAGE_PX = 100_000_000
@@ -173,6 +173,18 @@ class TrainConfig(SegmentFile):
     output: str
 
     @property
+    def uris(self) -> dict[str, str]:
+        """All URIs by the name of their setting."""
+        found = {"output": self.output}
+        for name, split in (("train", self.data.train), ("val", self.data.val)):
+            for part in ("images", "masks", "manifest"):
+                if split is not None and (uri := getattr(split, part)) is not None:
+                    found[f"data.{name}.{part}"] = uri
+        if isinstance(self.data.layout, OxfordPetLayout):
+            found["data.layout.oxford_iiit_pet.root"] = self.data.layout.oxford_iiit_pet.root
+        return found
+
+    @property
     def of_weights(self) -> dict[str, Any]:
         """The settings that decide which weights come out; a run in the same output must have the same."""
         train = self.train.model_dump(mode="json", exclude={"num_decode_threads", "max_failures"})
@@ -250,17 +262,17 @@ def _iterate_settings(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
                 yield from _iterate_settings(inner, f"{prefix}{name}.")
 
 
-def check_absolute(setting: str, uri: str) -> str:
-    """Return a URI in its one spelling, refusing a path that depends on the current folder.
+def require_absolute(uris: Mapping[str, str | None]) -> None:
+    """Refuse paths that depend on the current folder, given by the name of their setting.
 
-    Jobs run in a folder of their own that is thrown away, and on machines that do not share it.
+    Submitted jobs run in a folder of their own that is thrown away, and on machines that do not share it.
 
     Raises:
-        ConfigError: The path is relative.
+        ConfigError: Names the first relative path and its setting.
     """
-    if is_relative(uri):
-        raise ConfigError(
-            f"{setting}: {uri} is relative, but a submitted job runs in a folder of its own; "
-            "give an absolute path that every node sees, or an s3:// URI"
-        )
-    return normalize_uri(uri)
+    for setting, uri in uris.items():
+        if uri is not None and is_relative(uri):
+            raise ConfigError(
+                f"{setting}: {uri} is relative, but a submitted job runs in a folder of its own that is thrown away; "
+                "give an absolute path that every node sees, or an s3:// URI"
+            )

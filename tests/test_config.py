@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import yaml
 
-from segray.config import SegmentFile, TrainConfig, check_absolute, load_config
+from segray.config import SegmentFile, TrainConfig, load_config, require_absolute
 from segray.errors import ConfigError
 
 VALID: dict[str, Any] = {
@@ -98,7 +98,8 @@ def test_settings_that_only_change_the_speed_do_not_bind_a_run(tmp_path: Path) -
     assert other.segment.of_rows != slow.segment.of_rows
 
 
-def test_jobs_refuse_relative_paths() -> None:
-    assert check_absolute("output", "s3://bucket/run/") == "s3://bucket/run"
-    with pytest.raises(ConfigError, match="output: runs/a is relative"):
-        check_absolute("output", "runs/a")
+def test_jobs_refuse_relative_paths(tmp_path: Path) -> None:
+    require_absolute({"a": "s3://bucket/run/", "b": "/data", "c": "file:///data", "d": None})
+    config = load(tmp_path, VALID, "output=/out")
+    with pytest.raises(ConfigError, match=r"data\.train\.images: i is relative"):
+        require_absolute(config.uris)

@@ -1,0 +1,35 @@
+# make setup: everything into .venv.   make demo: the whole job, 2 minutes.   make test: checks and tests, 9 minutes.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: setup demo test check lock clean
+
+setup: .venv/installed
+
+# uv and not pip: pip can choose a torch build that torchvision's wheel does not load. The last line proves the pair.
+.venv/installed: requirements.txt pyproject.toml
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet uv
+	$(BIN)/uv pip sync --quiet --python $(BIN)/python requirements.txt
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	$(BIN)/python -c "import torch, torchvision.ops; print('torch', torch.__version__, 'torchvision', torchvision.__version__)"
+	touch $@
+
+demo: setup
+	$(BIN)/segray demo
+
+check: setup
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+test: check
+	$(BIN)/pytest
+
+# after a change of dependencies in pyproject.toml; names no package index
+lock:
+	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --no-emit-index-url \
+	  --custom-compile-command "make lock" --upgrade pyproject.toml --output-file requirements.txt
+
+clean:
+	rm -rf .venv build *.egg-info runs/demo

@@ -1,0 +1,105 @@
+"""The command line: every mistake is one line that says what to do, with its exit code and nothing left behind."""
+
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from segray import cli
+from tests.conftest import SHAPE_SIZE
+
+
+def run(*arguments: str) -> int:
+    """Run `segray ARGUMENTS` as the installed command does, and return its exit code."""
+    with pytest.raises(SystemExit) as caught:
+        cli.run(lambda: cli.app(list(arguments)))
+    assert isinstance(caught.value.code, int)
+    return caught.value.code
+
+
+@pytest.fixture
+def config(tmp_path: Path, shapes_root: Path) -> Path:
+    path = tmp_path / "config.yaml"
+    root = shutil.copytree(shapes_root, tmp_path / "shapes")
+    values = {
+        "data": {"layout": {"oxford_iiit_pet": {"root": str(root)}}},
+        "image_size": [SHAPE_SIZE, SHAPE_SIZE],
+        "output": str(tmp_path / "output"),
+    }
+    path.write_text(yaml.safe_dump(values))
+    return path
+
+
+@pytest.mark.parametrize(
+    ("override", "exit_code", "message"),
+    [
+        (
+            "data.layout.oxford_iiit_pet.root=/nowhere",
+            4,
+            "cannot read /nowhere/annotations/trainval.txt: there is nothing",
+        ),
+        ("trian.num_epochs=3", 2, "trian: unknown setting; did you mean train?"),
+        ("model.arch=unett", 2, "model.arch: unknown architecture 'unett'; choose from fcn32s"),
+        ("model.encoder_name=resnet19", 2, "model.encoder_name: unknown encoder 'resnet19'"),
+        ("train.num_epochs=-1", 2, "train.num_epochs"),
+        ("output=nostore://x/y", 4, "cannot open nostore://x"),
+    ],
+)
+def test_a_wrong_setting_is_one_line(
+    config: Path, override: str, exit_code: int, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("train", str(config), "--set", override) == exit_code
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert not (config.parent / "output").exists()
+
+
+def test_a_missing_configuration_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("train", str(tmp_path / "none.yaml")) == 4
+    assert capsys.readouterr().err.startswith(f"error: cannot read {tmp_path}/none.yaml")
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_check_lists_every_fault_with_its_remedy(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("check", str(config)) == 0
+    assert "25 images and masks checked, 0 faults" in capsys.readouterr().out
+    root = config.parent / "shapes"
+    (root / "images" / "disc_0.jpg").write_bytes(b"")
+    (root / "annotations" / "trimaps" / "star_3.png").unlink()
+    assert run("check", str(config), "--set", "data.class_values=[1, 2, 9]") == 1
+    printed = capsys.readouterr().out
+    assert f"{root}/images/disc_0.jpg: unreadable: empty file" in printed
+    assert f"{root}/annotations/trimaps/star_3.png: mask_missing: no such file; add it" in printed
+    assert f"{root}/annotations/trimaps/square_1.png: mask_mismatch: mask value 3 not declared" in printed
+    assert "25 images and masks checked, 25 faults" in printed
+
+
+def test_jobs_take_the_verbs_arguments_and_refuse_relative_paths(
+    config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")  # as `ray job submit` sets it
+    monkeypatch.setattr(sys, "argv", ["jobs/train.py", str(config), "--set", "output=runs/x"])
+    with pytest.raises(SystemExit) as caught:
+        cli.run_job("train")
+    assert caught.value.code == 2
+    assert "output: runs/x is relative" in capsys.readouterr().err
+    assert run("segment", "--bundle", "/b", "--images", "images", "--output", "/o") == 2
+    assert "--images: images is relative" in capsys.readouterr().err
+
+
+def test_the_demo_empties_no_folder_that_is_not_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.txt").touch()
+    assert run("demo", "--output", str(tmp_path)) == 2
+    assert "not empty, and not of a demo" in capsys.readouterr().err
+    assert (tmp_path / "mine.txt").exists()
+
+
+def test_only_data_makes_a_set_that_can_be_trained_on(tmp_path: Path) -> None:
+    assert run("demo", "--only-data", "--output", str(tmp_path / "shapes")) == 0
+    names = (tmp_path / "shapes/annotations/trainval.txt").read_text().split()[::4]
+    assert len(names) == 96
+    assert all((tmp_path / "shapes/images" / f"{name}.jpg").exists() for name in names)

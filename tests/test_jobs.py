@@ -1,0 +1,99 @@
+"""`ray job submit` of both job files, to a head on this machine that asks for a token, as the README says it."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from pyarrow import parquet as pq
+
+ROOT = Path(__file__).parent.parent
+RAY = str(Path(sys.executable).parent / "ray")
+_START_TIMEOUT_S = 60
+_JOB_TIMEOUT_S = 240
+
+
+def find_free_ports(count: int) -> list[int]:
+    sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
+    ports = [server.getsockname()[1] for server in sockets]
+    for server in sockets:
+        server.close()
+    return ports
+
+
+@pytest.fixture(scope="module")
+def job_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """A head in the foreground, ended by its own process group; the environment with which jobs reach it."""
+    folder = tmp_path_factory.mktemp("head")
+    (folder / "token").write_text("0123456789abcdef" * 4)
+    port, dashboard_port, agent_port, client_port = find_free_ports(4)
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
+        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
+        "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    }
+    command = [RAY, "start", "--head", "--block", "--num-cpus=4", "--node-ip-address=127.0.0.1", f"--port={port}"]
+    command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}", "--disable-usage-stats"]
+    command += [f"--dashboard-agent-listen-port={agent_port}", f"--ray-client-server-port={client_port}"]
+    with (folder / "log").open("w") as log:
+        head = subprocess.Popen(command, env=environment, stdout=log, stderr=log, start_new_session=True)
+    try:
+        deadline_s = time.monotonic() + _START_TIMEOUT_S
+        while "Ray runtime started" not in (folder / "log").read_text():
+            assert head.poll() is None, (folder / "log").read_text()
+            assert time.monotonic() < deadline_s, (folder / "log").read_text()
+            time.sleep(0.2)
+        yield {**environment, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard_port}"}
+    finally:
+        os.killpg(head.pid, signal.SIGKILL)  # its own session: the head, its daemons and workers, and no others
+        head.wait()
+
+
+def submit(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [RAY, "job", "submit", "--working-dir", ".", "--", "python", *arguments],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=_JOB_TIMEOUT_S,
+        check=False,
+    )
+
+
+def test_both_jobs_run_from_the_working_directory(
+    job_environment: dict[str, str], shapes_root: Path, tmp_path: Path
+) -> None:
+    settings = [f"data.layout.oxford_iiit_pet.root={shapes_root}", "image_size=[64, 64]", "train.num_epochs=1"]
+    settings += [f"output={tmp_path}/train"]
+    overrides = [part for setting in settings for part in ("--set", setting)]
+    trained = submit(job_environment, "jobs/train.py", "jobs/train.yaml", *overrides)
+    assert trained.returncode == 0, trained.stdout + trained.stderr
+    assert f"bundle: {tmp_path}/train/bundle" in trained.stdout
+    arguments = ["--bundle", f"{tmp_path}/train/bundle", "--images", f"{shapes_root}/images", "--output"]
+    segmented = submit(job_environment, "jobs/segment.py", "jobs/segment.yaml", *arguments, f"{tmp_path}/segmented")
+    assert segmented.returncode == 0, segmented.stdout + segmented.stderr
+    assert "25 images segmented, 0 not" in segmented.stdout
+    assert json.loads((tmp_path / "segmented" / "run.json").read_text())["status"] == "complete"
+    assert sum(pq.read_metadata(path).num_rows for path in tmp_path.glob("segmented/images/*.parquet")) == 25
+
+
+def test_a_mistake_in_a_job_is_its_exit_code_and_line(job_environment: dict[str, str]) -> None:
+    failed = submit(job_environment, "jobs/segment.py", "--bundle", "/none", "--images", "x", "--output", "/out")
+    assert failed.returncode != 0
+    assert "error: --images: x is relative" in failed.stdout + failed.stderr
+
+
+def test_without_the_token_a_job_is_refused(job_environment: dict[str, str], tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("f" * 64)
+    refused = submit({**job_environment, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}, "jobs/train.py", "--help")
+    assert refused.returncode != 0
+    assert "Unauth" in refused.stdout + refused.stderr or "token" in refused.stdout + refused.stderr
