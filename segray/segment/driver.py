@@ -1,6 +1,6 @@
 """From a bundle and a folder of images to a finished run folder; calling it again goes on, or finds it finished."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 from rich.console import Console
@@ -20,7 +20,7 @@ from segray.segment.plan import (
 from segray.segment.report import build_report
 from segray.segment.run import Fingerprint, read_run, require_same_run, save_run, write_if_changed
 from segray.segment.summary import Tally, build_summary, format_summary_parquet, tally_fragments
-from segray.storage import join_uri, normalize_uri
+from segray.storage import join_uri, list_names, normalize_uri
 
 # of summary.parquet, in the terminal's words
 _TABLE_COLUMNS = {
@@ -34,9 +34,12 @@ _TABLE_COLUMNS = {
 }
 
 
+_RESULTS = {"summary.parquet", "report.html"}  # made from the rows, when all are there
+
+
 @dataclass(frozen=True)
 class SegmentJob:
-    """What to segment, with what, and where to. URIs are as the user gave them.
+    """What to segment, with what, and where to.
 
     Attributes:
         masks_uri: Ground truth, paired by path without extension; None to segment without scoring.
@@ -47,6 +50,21 @@ class SegmentJob:
     output_uri: str
     masks_uri: str | None
     settings: SegmentSettings
+
+    @property
+    def inputs(self) -> dict[str, str | None]:
+        """The URIs that are read."""
+        return {"bundle": self.bundle_uri, "images": self.images_uri, "masks": self.masks_uri}
+
+    def normalize(self) -> "SegmentJob":
+        """Return the job with each URI in its one spelling."""
+        return replace(
+            self,
+            bundle_uri=normalize_uri(self.bundle_uri),
+            images_uri=normalize_uri(self.images_uri),
+            output_uri=normalize_uri(self.output_uri),
+            masks_uri=None if self.masks_uri is None else normalize_uri(self.masks_uri),
+        )
 
 
 @dataclass(frozen=True)
@@ -66,30 +84,31 @@ def run_segmentation(job: SegmentJob, console: Console) -> SegmentOutcome:
         SegrayError: The input is unusable, the output belongs to another run, or the world failed. What was finished
             stays, and the same call goes on from there.
     """
-    manifest, bundle_sha256 = load_manifest(normalize_uri(job.bundle_uri))
-    output = normalize_uri(job.output_uri)
-    masks = normalize_uri(job.masks_uri) if job.masks_uri else None
+    job = job.normalize()
+    manifest, bundle_sha256 = load_manifest(job.bundle_uri)
+    output = job.output_uri
     with console.status("listing images"):
-        plan = build_plan(normalize_uri(job.images_uri), masks, job.settings)
+        plan = build_plan(job.images_uri, job.masks_uri, job.settings)
         fingerprint = Fingerprint(bundle_sha256, _describe_config(job), compute_plan_sha256(plan))
-    inputs = {"bundle": normalize_uri(job.bundle_uri), "images": normalize_uri(job.images_uri), "masks": masks}
     run = read_run(output)
-    if run is not None:
-        require_same_run(run, fingerprint, output)
-    else:
-        save_plan(output, plan)
-        save_run(output, fingerprint, inputs, status="running", counts={"planned": len(plan)})
+    finished = list_finished_fragments(output)
+    require_same_run(run, fingerprint, output, has_rows=bool(finished))
     num_fragments = count_fragments(plan)
-    pending = sorted(set(range(num_fragments)) - list_finished_fragments(output))
+    pending = sorted(set(range(num_fragments)) - finished)
     if pending:
-        read_weights(normalize_uri(job.bundle_uri), manifest)  # here, for one clear line before any worker starts
+        read_weights(job.bundle_uri, manifest)  # here, for one clear line before anything is written or started
+    if run is None:
+        save_plan(output, plan)
+        save_run(output, fingerprint, job.inputs, status="running", counts={"planned": len(plan)})
+    if pending:
         _run_pending(job, manifest, bundle_sha256, plan, pending, console)
     tally = tally_fragments(output, range(num_fragments), manifest.classes.num_classes)
     summary = build_summary(tally, manifest.classes)
-    if pending or run is None or run["status"] != "complete":
+    is_complete = run is not None and run["status"] == "complete" and list_names(output) >= _RESULTS
+    if pending or not is_complete:
         _finish(output, num_fragments, tally, summary, manifest)
         counts = {"planned": len(plan), "ok": tally.num_ok, "errors": dict(sorted(tally.errors.items()))}
-        save_run(output, fingerprint, inputs, status="complete", counts=counts)
+        save_run(output, fingerprint, job.inputs, status="complete", counts=counts)
     return SegmentOutcome(output, tally.num_ok, dict(sorted(tally.errors.items())), summary)
 
 
@@ -123,8 +142,8 @@ def _run_pending(
 
             for done in run_pipeline(
                 pending,
-                output_uri=normalize_uri(job.output_uri),
-                bundle_uri=normalize_uri(job.bundle_uri),
+                output_uri=job.output_uri,
+                bundle_uri=job.bundle_uri,
                 bundle_sha256=bundle_sha256,
                 manifest=manifest,
                 settings=job.settings,

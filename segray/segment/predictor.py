@@ -13,6 +13,7 @@ from segray.bundle import load_bundle
 from segray.config import SegmentSettings
 from segray.errors import BundleError
 from segray.metrics import compute_dice, compute_iou, count_from_confusion, to_nullable
+from segray.models.precision import autocast
 from segray.models.prediction import compute_confusion, predict_image
 from segray.schema import IMAGES_SCHEMA
 from segray.transforms import pad_batch
@@ -65,8 +66,7 @@ class FragmentPredictor:
         for start in range(0, len(pixels), size):
             images = pixels[start : start + size]
             padded = torch.from_numpy(np.array(pad_batch(images, size)))  # a copy: Ray's buffers are read-only
-            use_bf16 = self._settings.precision == "bf16"
-            with torch.inference_mode(), torch.autocast(self._device.type, torch.bfloat16, enabled=use_bf16):
+            with torch.inference_mode(), autocast(self._device, self._settings.precision):
                 logits_nchw = self._model(self._preprocessing.apply(padded.to(self._device)))
             yield from logits_nchw[: len(images)]
 

@@ -34,12 +34,16 @@ def read_run(output_uri: str) -> dict[str, Any] | None:
     return content
 
 
-def require_same_run(run: dict[str, Any], mine: Fingerprint, output_uri: str) -> None:
+def require_same_run(run: dict[str, Any] | None, mine: Fingerprint, output_uri: str, *, has_rows: bool) -> None:
     """Refuse to go on with a folder that another model, configuration or listing began.
 
     Raises:
-        RunMismatchError: Names what differs.
+        RunMismatchError: Names what differs, or that rows lie there of which nothing is known.
     """
+    if run is None:
+        if has_rows:
+            raise RunMismatchError(f"{output_uri} holds rows but no run.json to say of what; choose another --output")
+        return
     theirs = run.get("fingerprint", {})
     differences = []
     if theirs.get("bundle_sha256") != mine.bundle_sha256:

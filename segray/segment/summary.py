@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +14,7 @@ from pyarrow import parquet as pq
 
 from segray.classes import ClassMap
 from segray.metrics import (
+    FloatArray,
     PixelCounts,
     compute_dice,
     compute_iou,
@@ -26,12 +28,13 @@ from segray.storage import open_for_reading
 
 _NUM_READERS = 8
 _COUNTS = ("pixel_count", "tp_px", "fp_px", "fn_px")
-_COLUMNS = ["error_kind", *_COUNTS, "iou", "dice"]
+_SCORES = ("iou", "dice")
+_COLUMNS = ["error_kind", *_COUNTS, *_SCORES]
 
 
 @dataclass
 class Tally:
-    """Sums over a run's rows, all of them exact: integers, and floats to be added by ``math.fsum``."""
+    """Sums over a run's rows. Counts are exact; scores are summed by fragment, and the fragments' sums by ``fsum``."""
 
     num_classes: int
     num_ok: int = 0
@@ -41,9 +44,8 @@ class Tally:
     def __post_init__(self) -> None:
         self.image_count = np.zeros(self.num_classes, np.int64)
         self.sums = {name: np.zeros(self.num_classes, np.int64) for name in _COUNTS}
-        self.scores: dict[str, list[list[float]]] = {
-            name: [[] for _ in range(self.num_classes)] for name in ("iou", "dice")
-        }
+        self.score_sums: dict[str, list[FloatArray]] = {name: [] for name in _SCORES}
+        self.score_counts = {name: np.zeros(self.num_classes, np.int64) for name in _SCORES}
 
     def add(self, rows: pa.Table) -> None:
         """Count the rows of one fragment."""
@@ -51,19 +53,24 @@ class Tally:
         self.errors.update(kind for kind in kinds.to_pylist() if kind is not None)
         self.num_ok += kinds.null_count
         for name in _COUNTS:
-            self.sums[name] += self._stack(rows[name]).sum(axis=0, dtype=np.int64)
+            self.sums[name] += self._stack(rows[name]).astype(np.int64).sum(axis=0)
         self.image_count += (self._stack(rows["pixel_count"]) > 0).sum(axis=0)
         self.has_truth |= rows["tp_px"].null_count < len(rows)
-        for name, per_class in self.scores.items():
-            for image in rows[name].drop_null().to_pylist():
-                for index, score in enumerate(image):
-                    if score is not None:
-                        per_class[index].append(score)
+        for name in _SCORES:
+            scores = self._stack(rows[name]).astype(np.float64)
+            self.score_sums[name].append(np.nansum(scores, axis=0))
+            self.score_counts[name] += (~np.isnan(scores)).sum(axis=0)
 
-    def _stack(self, column: pa.ChunkedArray) -> np.ndarray[tuple[int, ...], np.dtype[np.int64]]:
-        """Return a list column without its nulls as (n, C)."""
-        values = column.drop_null().combine_chunks().flatten()
-        return np.asarray(values.to_numpy(zero_copy_only=False), np.int64).reshape(-1, self.num_classes)
+    def compute_mean_scores(self, name: str) -> list[float | None]:
+        """Return the mean over images of ``iou`` or ``dice``, for each class; None where no image has one."""
+        sums = [math.fsum(parts) for parts in zip(*self.score_sums[name], strict=True)]
+        return [total / int(n) if n else None for total, n in zip(sums, self.score_counts[name], strict=True)]
+
+    def _stack(self, column: pa.ChunkedArray) -> np.ndarray[tuple[int, ...], np.dtype[Any]]:
+        """Return a list column without its null lists as (n, C); null entries are NaN."""
+        values = column.drop_null().combine_chunks().flatten().to_numpy(zero_copy_only=False)
+        stacked: np.ndarray[tuple[int, ...], np.dtype[Any]] = values.reshape(-1, self.num_classes)
+        return stacked
 
 
 def tally_fragments(output_uri: str, fragments: Sequence[int], num_classes: int) -> Tally:
@@ -86,10 +93,6 @@ def _read_fragments(output_uri: str, fragments: Sequence[int], columns: list[str
 def build_summary(tally: Tally, classes: ClassMap) -> pa.Table:
     """Return the summary of a run, a table of ``SUMMARY_SCHEMA``; scores are null without ground truth."""
     counts = PixelCounts(tally.sums["tp_px"], tally.sums["fp_px"], tally.sums["fn_px"])
-    means = {
-        name: [math.fsum(scores) / len(scores) if scores else None for scores in per_class]
-        for name, per_class in tally.scores.items()
-    }
     no_truth = [None] * classes.num_classes
     columns = {
         "class_id": range(classes.num_classes),
@@ -101,8 +104,8 @@ def build_summary(tally: Tally, classes: ClassMap) -> pa.Table:
         "dataset_dice": to_nullable(compute_dice(counts)),
         "precision": to_nullable(compute_precision(counts)),
         "recall": to_nullable(compute_recall(counts)),
-        "mean_image_iou": means["iou"],
-        "mean_image_dice": means["dice"],
+        "mean_image_iou": tally.compute_mean_scores("iou"),
+        "mean_image_dice": tally.compute_mean_scores("dice"),
     }
     arrays = [pa.array(columns[column.name], type=column.type) for column in SUMMARY_SCHEMA]
     return pa.table(arrays, schema=SUMMARY_SCHEMA)

@@ -20,6 +20,7 @@ from segray.errors import MissingFileError, TrainingError
 from segray.storage import join_uri, list_names, read_bytes
 
 _STATE, _INDEX = "state.safetensors", "checkpoint.json"
+RUN_NAME = "ray_train"  # the folder under the output that Ray Train keeps its checkpoints in
 _CHECKPOINT_PREFIX = "checkpoint_"  # Ray Train's name for the folders that it makes
 
 

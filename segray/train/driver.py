@@ -16,7 +16,10 @@ from segray.manifest import Sample, Splits, load_splits
 from segray.models import check_model_names
 from segray.progress import build_bar
 from segray.storage import exists, join_uri, normalize_uri, read_bytes, write_bytes
+from segray.train.checkpoint import RUN_NAME, list_checkpoints
 from segray.train.labels import LabelReport, check_dataset, require_learnable
+
+_SETTINGS_FILE = "train.json"  # under the output: the settings that its checkpoints come from
 
 
 def run_training(config: TrainConfig, console: Console) -> str:
@@ -30,7 +33,7 @@ def run_training(config: TrainConfig, console: Console) -> str:
     splits = load_splits(config.data)
     output = normalize_uri(config.output)
     bundle_uri = join_uri(output, "bundle")
-    _claim_output(config, output)
+    _require_same_run(config, output)
     console.print(describe_run(config, splits), highlight=False)
     if has_bundle(bundle_uri):
         console.print("this run is complete; nothing to do", highlight=False)
@@ -39,6 +42,7 @@ def run_training(config: TrainConfig, console: Console) -> str:
     with connect_ray(config.train.num_train_workers if config.train.use_gpu else 0):
         for name, samples in splits._asdict().items():
             require_learnable(check_labels(samples, classes, name, console), name)
+        write_bytes(join_uri(output, _SETTINGS_FILE), json.dumps(config.of_weights, indent=2).encode())
         from segray.train.fit import fit, write_bundle  # 8 s of imports: not before the labels have been looked at
 
         fit(config, classes, splits, output, console)
@@ -52,24 +56,17 @@ def get_classes(config: TrainConfig) -> ClassMap:
     return ClassMap(config.data.class_names, config.data.class_values, config.data.ignore_values)
 
 
-def _claim_output(config: TrainConfig, output: str) -> None:
-    """Bind the output folder to this configuration, or find that it is bound already.
+def _require_same_run(config: TrainConfig, output: str) -> None:
+    """Refuse an output folder whose finished epochs come from other settings.
 
     Raises:
-        RunMismatchError: The folder belongs to a run with other settings; names the first that differs.
-        StorageError: The folder cannot be written.
+        RunMismatchError: Names the first setting that differs.
     """
-    uri = join_uri(output, "train.json")
-    mine = config.of_weights
-    if exists(uri):
-        theirs = json.loads(read_bytes(uri))
-        difference = find_difference(theirs, mine)
+    uri = join_uri(output, _SETTINGS_FILE)
+    if exists(uri) and list_checkpoints(join_uri(output, RUN_NAME)):
+        difference = find_difference(json.loads(read_bytes(uri)), config.of_weights)
         if difference:
-            raise RunMismatchError(
-                f"{config.output} holds a training run with other settings ({difference}); choose another output"
-            )
-        return
-    write_bytes(uri, json.dumps(mine, indent=2).encode())
+            raise RunMismatchError(f"{output} holds a run with other settings ({difference}); choose another output")
 
 
 def find_difference(theirs: Any, mine: Any, path: str = "") -> str | None:

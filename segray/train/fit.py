@@ -24,13 +24,12 @@ from segray.models import build_model
 from segray.models.prediction import compute_mask
 from segray.pictures import Panel, draw_comparison, draw_curves
 from segray.storage import get_file_name, join_uri, open_filesystem, remove_file
-from segray.train.checkpoint import TrainingState, find_best_state, find_newest_state
+from segray.train.checkpoint import RUN_NAME, TrainingState, find_best_state, find_newest_state
 from segray.train.feed import compute_num_steps, load_labelled_image
 from segray.train.loop import TrainJob, train_loop_per_worker
 from segray.train.progress import show_training
 from segray.transforms import Preprocessing
 
-RUN_NAME = "ray_train"  # the folder that Ray Train keeps its checkpoints in, under the output
 _NUM_PICTURES = 4
 _NUM_CHECKPOINTS = 2  # the best two, and Ray Train keeps the newest besides
 

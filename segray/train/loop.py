@@ -47,7 +47,6 @@ class _Trainer:
     world_rank: int
     world_size: int
     device: torch.device
-    precision: str
     preprocessing: Preprocessing
     replica: nn.Module  # what computes gradients: the model, wrapped where there are several workers
     model: SegmentationModel
@@ -88,7 +87,7 @@ def _set_up(job: TrainJob) -> _Trainer:
     torch.manual_seed(settings.seed)  # the same first weights on every rank
     model = build_model(job.config.model, job.classes.num_classes).to(memory_format=torch.channels_last)
     freeze_unused_parameters(model)
-    found = _find_newest_state_together(job, context.get_world_rank())
+    found = _find_newest_state_together(job, context.get_world_rank(), device)
     if found:
         model.load_state_dict(found.model)
     replica = ray.train.torch.prepare_model(model)
@@ -106,7 +105,6 @@ def _set_up(job: TrainJob) -> _Trainer:
         world_rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         device=device,
-        precision=settings.precision,
         preprocessing=Preprocessing.of_encoder(job.config.model),
         replica=replica,
         model=model,
@@ -117,7 +115,7 @@ def _set_up(job: TrainJob) -> _Trainer:
     )
 
 
-def _find_newest_state_together(job: TrainJob, world_rank: int) -> TrainingState | None:
+def _find_newest_state_together(job: TrainJob, world_rank: int, device: torch.device) -> TrainingState | None:
     """Let rank 0 choose the checkpoint, so that all ranks go on from the same one."""
     found = None
     if world_rank == 0:
@@ -127,7 +125,7 @@ def _find_newest_state_together(job: TrainJob, world_rank: int) -> TrainingState
             poster.post_line(f"going on after epoch {found[1].num_epochs_done}, from {found[0]}")
     chosen = [found[0] if found else None]
     if distributed.is_initialized():
-        distributed.broadcast_object_list(chosen, src=0)
+        distributed.broadcast_object_list(chosen, src=0, device=device)
     if chosen[0] is None:
         return None
     return found[1] if found else load_state(chosen[0])
@@ -182,7 +180,7 @@ def _train_epoch(trainer: _Trainer, num_steps: int) -> Iterator[tuple[int, float
                 preprocessing=trainer.preprocessing,
                 ignore_index=classes.ignore_index,
                 device=trainer.device,
-                precision=trainer.precision,
+                precision=settings.precision,
             )
         except NonFiniteLossError as error:
             order = compute_step_order(step, len(splits.train), settings.global_batch_size, settings.seed)
@@ -221,7 +219,7 @@ def _evaluate_together(trainer: _Trainer) -> np.ndarray[Any, np.dtype[np.int64]]
         classes=trainer.job.classes,
         preprocessing=trainer.preprocessing,
         device=trainer.device,
-        precision=trainer.precision,
+        precision=settings.precision,
     )
     if distributed.is_initialized():
         distributed.all_reduce(confusion)

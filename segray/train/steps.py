@@ -1,7 +1,6 @@
 """One training step and one evaluation pass: no Ray, no reading or writing, any device and number of ranks."""
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 
 import torch
 from torch import distributed, nn
@@ -9,6 +8,7 @@ from torch import distributed, nn
 from segray.classes import ClassMap
 from segray.errors import TrainingError
 from segray.losses import compute_cross_entropy
+from segray.models.precision import autocast
 from segray.models.prediction import compute_confusion, compute_mask
 from segray.train.feed import EvalBatch, TrainBatch
 from segray.transforms import Preprocessing
@@ -16,11 +16,6 @@ from segray.transforms import Preprocessing
 
 class NonFiniteLossError(TrainingError):
     """The loss of a step is NaN or infinite on some rank; raised on every rank, before any weight has moved."""
-
-
-def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
-    """Return the context in which a model computes in the given precision (``bf16`` or ``fp32``)."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
 
 
 def train_step(

@@ -266,6 +266,9 @@ def test_a_folder_of_another_model_or_listing_is_refused(
     more = Path(shutil.copytree(bucket, tmp_path / "bucket"))
     with pytest.raises(RunMismatchError, match="another listing"):
         segment(bundle_dir, more, run)
+    (run / "run.json").unlink()
+    with pytest.raises(RunMismatchError, match="holds rows but no run"):
+        segment(bundle_dir, bucket, run)
 
 
 def test_bad_input_is_named_and_nothing_is_written(bundle_dir: Path, bucket: Path, tmp_path: Path) -> None:
@@ -287,7 +290,7 @@ def test_damaged_weights_stop_the_run_with_one_line(bundle_dir: Path, bucket: Pa
     (bundle / "model.safetensors").write_bytes(weights)
     with pytest.raises(BundleError, match=r"model\.safetensors: damaged"):
         segment(bundle, bucket, tmp_path / "run")
-    assert read_rows(tmp_path / "run") == []
+    assert not (tmp_path / "run").exists()
 
 
 def test_a_fault_of_the_world_is_no_error_row_and_the_next_call_goes_on(

@@ -141,7 +141,7 @@ def test_bad_labels_stop_a_run_before_it_starts(make_train_config: MakeConfig, t
     data = config.data.model_copy(update={"class_values": (1, 2, 4)})
     with pytest.raises(DataError, match=r"18 bad labels in train .*mask value 3 not declared.*and 15 more"):
         train(config.model_copy(update={"data": data}))
-    assert not (tmp_path / "ray_train").exists()
+    assert list(tmp_path.iterdir()) == []  # mended settings may use the same output
 
 
 def test_a_loss_that_is_not_finite_names_step_and_images(make_train_config: MakeConfig, tmp_path: Path) -> None:
