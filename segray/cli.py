@@ -25,7 +25,6 @@ ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="Conf
 SetOption = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: train.num_epochs=3.")
 ]
-_INTERRUPTED_EXIT_CODE = 130
 
 
 @app.command()
@@ -79,10 +78,10 @@ def demo(
 ) -> None:
     """Run the whole job on drawn shapes: labels, training, segmentation, scores, pictures."""
     console = build_console()
-    from segray.demo import run_demo, save_demo_shapes
+    from segray.demo import run_demo, run_demo_data
 
     if only_data:
-        save_demo_shapes(output, console)
+        run_demo_data(output, console)
     else:
         run_demo(output, console)
 
@@ -95,9 +94,6 @@ def run(command: Callable[[], object]) -> NoReturn:
         known = find_segray_error(error) or error
         print(f"error: {' '.join(str(known).split())}", file=sys.stderr)
         sys.exit(known.exit_code)
-    except KeyboardInterrupt:
-        print("interrupted; the same command goes on from here", file=sys.stderr)
-        sys.exit(_INTERRUPTED_EXIT_CODE)
     sys.exit(0)
 
 

@@ -1,35 +1,41 @@
-"""One way to Ray: the cluster that ``RAY_ADDRESS`` names (a submitted job has it set), or a private one on loopback."""
+"""One way to Ray: the cluster that ``RAY_ADDRESS`` names (a submitted job has it set), or a private one."""
 
+import json
 import logging
+import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
-from segray.errors import ConfigError, SegrayError
+from segray.errors import ClusterError, ConfigError, SegrayError
 
 # Ray Data and Ray Train can deadlock on fewer logical CPUs, where each stage waits for the other's.
 MIN_LOCAL_CPUS = 4
 # Where a store is, not who we are: workers need these as the driver has them. Credentials never travel this way.
 _FORWARDED_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
+_JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`, for its driver
 
 
 def is_submitted_job() -> bool:
     """Say whether this process is the driver of a ``ray job submit``."""
-    return "RAY_JOB_CONFIG_JSON_ENV_VAR" in os.environ
+    return _JOB_CONFIG_VARIABLE in os.environ
 
 
 @contextmanager
-def connect_ray(num_gpus: float = 0) -> Iterator[None]:
+def connect_ray(num_cpus: float = 0, num_gpus: float = 0) -> Iterator[None]:
     """Connect to Ray for the duration of a block.
 
     A bare ``ray.init()`` would attach to any cluster that happens to run on this machine, so a private one is started
     unless ``RAY_ADDRESS`` names one. A connection that the caller has made already is used and left open.
 
     Args:
+        num_cpus: CPUs that the work will ask for; a private Ray is given as many, for to Ray they are only a number.
         num_gpus: GPUs that the work will ask for.
 
     Raises:
         ConfigError: This machine, with no cluster around it, has fewer GPUs than that.
+        ClusterError: Ray cannot be started or reached.
     """
     import ray  # 1 s: not before the input has been looked at
 
@@ -37,28 +43,27 @@ def connect_ray(num_gpus: float = 0) -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
-    # workers' own output goes to Ray's log folder; what a user has to know comes through segray's display and errors
-    with_logs = bool(os.environ.get("SEGRAY_WORKER_LOGS"))
     # the future behaviour; unset, Ray warns each time
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    # workers' own output goes to Ray's log folder; what a user has to know comes through segray's display and errors
+    with_logs = bool(os.environ.get("SEGRAY_WORKER_LOGS"))
     if not with_logs:
         os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else Ray's C++ writes to the driver's terminal
-    options = {"logging_level": logging.WARNING, "log_to_driver": with_logs}
+    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": with_logs}
     if address:
-        forwarded = {name: os.environ[name] for name in _FORWARDED_VARIABLES if name in os.environ}
-        ray.init(address=address, runtime_env={"env_vars": forwarded}, **options)
+        options |= {"address": address, "runtime_env": {"env_vars": _collect_forwarded_variables()}}
     else:
         # default 2 s, and fit() waits for several of these
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
         # a cluster of its own asks for a token, Ray's default where RAY_AUTH_MODE is not set; it need not announce that
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-        ray.init(
-            address="local",
-            num_cpus=max(MIN_LOCAL_CPUS, os.cpu_count() or 1),
-            include_dashboard=False,
-            _node_ip_address="127.0.0.1",
-            **options,
-        )
+        logical_cpus = max(MIN_LOCAL_CPUS, os.cpu_count() or 1, math.ceil(num_cpus))
+        options |= {"address": "local", "num_cpus": logical_cpus, "include_dashboard": False}
+    try:
+        ray.init(**options)
+    except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
+        where = f"Ray at RAY_ADDRESS={address} cannot be reached" if address else "a private Ray cannot be started"
+        raise ClusterError(f"{where}: {get_last_line(error)}; check the address and RAY_AUTH_MODE") from error
     try:
         found = ray.cluster_resources().get("GPU", 0)
         if not address and found < num_gpus:  # a cluster may scale up; this machine will not
@@ -69,6 +74,26 @@ def connect_ray(num_gpus: float = 0) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+def _collect_forwarded_variables() -> dict[str, str]:
+    """Return the variables that workers need, without those that the job gives them already: Ray refuses both."""
+    job = json.loads(os.environ.get(_JOB_CONFIG_VARIABLE, "{}"))
+    given = (job.get("runtime_env") or {}).get("env_vars") or {}
+    return {name: os.environ[name] for name in _FORWARDED_VARIABLES if name in os.environ and name not in given}
+
+
+@contextmanager
+def translated_ray_errors(what: str) -> Iterator[None]:
+    """Turn what Ray raises into the segray error inside it, or into a ``ClusterError`` with Ray's last line."""
+    from ray.exceptions import RayError
+
+    try:
+        yield
+    except RayError as error:
+        raise find_segray_error(error) or ClusterError(
+            f"{what} failed: {get_last_line(error)}; run with SEGRAY_WORKER_LOGS=1 to see what led to it"
+        ) from error
 
 
 def find_segray_error(error: BaseException) -> SegrayError | None:

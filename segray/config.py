@@ -28,7 +28,7 @@ class SplitConfig(_Section):
     masks: str | None = Field(None, description="folder of masks")
     manifest: str | None = Field(None, description="Parquet or CSV with columns image_uri, mask_uri and split")
     fraction: float | None = Field(None, gt=0, lt=1, description="share of the training images, drawn at random")
-    seed: int = Field(0, description="seed of that draw")
+    seed: int = Field(0, ge=0, description="seed of that draw")
 
     @model_validator(mode="after")
     def _check_one_form(self) -> Self:

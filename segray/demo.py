@@ -26,7 +26,7 @@ def run_demo(folder: Path, console: Console) -> None:
     """Make shapes, train on them, segment a folder with two broken files in it, and say where everything lies."""
     folder = _clear(folder)
     console.rule("1 of 3: labelled images")
-    shapes = save_demo_shapes(folder / "shapes", console)
+    shapes = _save(folder / "shapes", console)
     config = TrainConfig.model_validate(
         {**_SETTINGS, "data": {"layout": {"oxford_iiit_pet": {"root": shapes}}}, "output": str(folder / "train")}
     )
@@ -42,12 +42,15 @@ def run_demo(folder: Path, console: Console) -> None:
         console.print(f"{name:<24}{folder / 'train' / name}", highlight=False)
 
 
-def save_demo_shapes(folder: Path, console: Console) -> str:
-    """Make the labelled images alone; return their root."""
-    root = str(folder.absolute())
-    save_shapes(root, NUM_TRAIN, NUM_TEST)
-    console.print(f"drew {NUM_TRAIN} images to train on and {NUM_TEST} to test on: {root}", highlight=False)
-    return root
+def run_demo_data(folder: Path, console: Console) -> None:
+    """Make the labelled images alone."""
+    _save(_clear(folder), console)
+
+
+def _save(folder: Path, console: Console) -> str:
+    save_shapes(str(folder), NUM_TRAIN, NUM_TEST)
+    console.print(f"drew {NUM_TRAIN} images to train on and {NUM_TEST} to test on: {folder}", highlight=False)
+    return str(folder)
 
 
 def _clear(folder: Path) -> Path:

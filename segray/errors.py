@@ -7,9 +7,10 @@
     ├── BundleError             1   a bundle is damaged, or of another version
     ├── RunMismatchError        2   an output folder belongs to another model, configuration or listing
     ├── TrainingError           1   training cannot go on (a loss that is not finite, a worker lost too often)
-    ├── WorkerError             1   a worker failed in a way that segray has no name for
+    ├── ClusterError            1   Ray cannot be reached, or a worker failed in a way that segray has no name for
     └── StorageError            4   the world is at fault: permission, network, disk; try again once it is mended
-        └── MissingFileError    4   nothing is at this URI
+        ├── MissingFileError    4   nothing is at this URI
+        └── UnsupportedNameError 4  the store's client cannot open a file of this name
 
 A message says, in one line, what was got, what was expected, and what to do.
 """
@@ -72,8 +73,8 @@ class TrainingError(SegrayError):
     """Training stopped for a reason that starting again would not mend."""
 
 
-class WorkerError(SegrayError):
-    """A Ray worker failed in a way that segray has no better name for; carries the last line of what Ray said."""
+class ClusterError(SegrayError):
+    """Ray cannot be reached, or a worker failed in a way that segray has no name for; carries Ray's last line."""
 
 
 class StorageError(SegrayError):
@@ -84,3 +85,7 @@ class StorageError(SegrayError):
 
 class MissingFileError(StorageError):
     """Nothing is stored at a URI that should hold something."""
+
+
+class UnsupportedNameError(StorageError):
+    """A file's name is one that the client of its store cannot open, such as a key with ``//`` in it."""

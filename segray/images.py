@@ -16,7 +16,7 @@ _IMAGE_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")
 _MASK_FORMATS = ("PNG", "BMP", "GIF", "TIFF")
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N", "I")
 
-# Pillow's own bomb guard is a fixed number that warns first; `_open` refuses by the caller's limit, before any pixel.
+# Pillow's own bomb guard is a fixed number that warns first; `_load` refuses by the caller's limit, before any pixel.
 Image.MAX_IMAGE_PIXELS = None
 
 
@@ -72,7 +72,9 @@ def _load(content: bytes, formats: tuple[str, ...], max_px: int) -> Image.Image:
         raise ImageFault(FaultKind.UNREADABLE, f"broken {type(error).__name__}: {error}") from error
     if image.width * image.height > max_px:
         size = f"{image.width}x{image.height}"
-        raise ImageFault(FaultKind.TOO_LARGE, f"{size} pixels, more than the limit of {max_px} (segment.max_image_px)")
+        raise ImageFault(
+            FaultKind.TOO_LARGE, f"{size} pixels, more than the limit of {max_px}; see segment.max_image_px"
+        )
     try:
         image.load()
         return ImageOps.exif_transpose(image)

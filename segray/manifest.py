@@ -1,6 +1,8 @@
 """Which image goes with which mask: paired folders, a Parquet or CSV manifest, or the Oxford-IIIT Pet layout."""
 
+import hashlib
 import io
+import json
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -28,34 +30,57 @@ class Splits(NamedTuple):
     train: list[Sample]
     val: list[Sample]
 
+    def compute_sha256(self) -> str:
+        """Return the sha256 of the listing: which images, with which masks, in which split."""
+        return hashlib.sha256(json.dumps(self).encode()).hexdigest()
 
-def load_splits(data: DataConfig) -> Splits:
+
+class Unpaired(NamedTuple):
+    """An image without a mask, or a mask without an image."""
+
+    uri: str
+    missing: str
+
+    def __str__(self) -> str:
+        return f"{self.uri}: no {self.missing} of this name; add it, remove this file, or use a manifest"
+
+
+def load_splits(data: DataConfig, unpaired: list[Unpaired] | None = None) -> Splits:
     """List the training and the validation samples that a configuration names.
 
+    Args:
+        data: Where they are.
+        unpaired: Takes the files without a partner; if None, such a file is an error.
+
     Raises:
-        DataError: A folder or split is empty, or an image has no mask, or a mask no image.
+        DataError: A folder or split is empty, or a file has no partner.
         StorageError: A folder or manifest cannot be read.
     """
+    found: list[Unpaired] = []
     if isinstance(data.layout, OxfordPetLayout):
         root = normalize_uri(data.layout.oxford_iiit_pet.root)
         train = _load_oxford_split(root, "trainval")
         val = None if data.val else _load_oxford_split(root, "test")
     else:
         assert data.train is not None
-        train = _load_split(data.train, "train")
-        val = None if data.val is None or data.val.fraction else _load_split(data.val, "val")
+        train = _load_split(data.train, "train", found)
+        val = None if data.val is None or data.val.fraction else _load_split(data.val, "val", found)
+    if unpaired is not None:
+        unpaired += found
+    elif found:
+        raise DataError(f"{len(found)} files without a partner (segray check lists all): {found[0]}")
     if val is None:
         assert data.val is not None
         train, val = _draw_fraction(train, data.val)
     return Splits(train, val)
 
 
-def _load_split(split: SplitConfig, name: str) -> list[Sample]:
+def _load_split(split: SplitConfig, name: str, unpaired: list[Unpaired]) -> list[Sample]:
     if split.manifest is not None:
         return _load_manifest(normalize_uri(split.manifest), name)
     assert split.images is not None
     assert split.masks is not None
-    return _pair_folders(normalize_uri(split.images), normalize_uri(split.masks))
+    return _pair_folders(normalize_uri(split.images), normalize_uri(split.masks), unpaired)
 
 
 def get_pairing_key(uri: str, root: str) -> str:
@@ -84,7 +109,7 @@ def _index_by_key(files: Iterable[StoredFile], root: str) -> dict[str, str]:
     return by_key
 
 
-def _pair_folders(images_root: str, masks_root: str) -> list[Sample]:
+def _pair_folders(images_root: str, masks_root: str, unpaired: list[Unpaired]) -> list[Sample]:
     images = _index_by_key(list_files(images_root, IMAGE_EXTENSIONS), images_root)
     masks = index_masks(masks_root)
     common = images.keys() & masks.keys()
@@ -93,15 +118,8 @@ def _pair_folders(images_root: str, masks_root: str) -> list[Sample]:
             f"no pairs: {len(images)} images under {images_root}, {len(masks)} masks under {masks_root}, and no path "
             "without extension in common; name each mask as its image, or use a manifest"
         )
-    for missing, what, other, root in (
-        (images.keys() - common, "image", "mask", masks_root),
-        (masks.keys() - common, "mask", "image", images_root),
-    ):
-        if missing:
-            raise DataError(
-                f"{len(missing)} {what}{'s have' if len(missing) > 1 else ' has'} no {other} under {root} "
-                f"(first: {min(missing)}); add or remove them, or use a manifest"
-            )
+    unpaired += [Unpaired(images[key], "mask") for key in sorted(images.keys() - common)]
+    unpaired += [Unpaired(masks[key], "image") for key in sorted(masks.keys() - common)]
     return sorted(Sample(images[key], masks[key]) for key in common)
 
 
@@ -119,6 +137,8 @@ def _load_manifest(uri: str, split: str) -> list[Sample]:
     if missing:
         raise DataError(f"{uri}: expected columns image_uri, mask_uri and split; missing: {', '.join(sorted(missing))}")
     rows = table.select(["image_uri", "mask_uri", "split"]).to_pylist()
+    if any(not row["image_uri"] or not row["mask_uri"] for row in rows):
+        raise DataError(f"{uri}: a row without image_uri or mask_uri; fill it in or remove the row")
     samples = [Sample(normalize_uri(r["image_uri"]), normalize_uri(r["mask_uri"])) for r in rows if r["split"] == split]
     if not samples:
         found = ", ".join(sorted({str(row["split"]) for row in rows})) or "nothing"

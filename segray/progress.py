@@ -26,4 +26,6 @@ def build_bar(console: Console, unit: str) -> Progress:
 
 def build_console() -> Console:
     """Build the console that verbs print to; where nobody watches, lines are not wrapped and no bar is drawn."""
-    return Console() if sys.stdout.isatty() else Console(width=_LOG_WIDTH, soft_wrap=True)
+    if sys.stdout.isatty():
+        return Console(markup=False)  # a path may hold what looks like markup
+    return Console(markup=False, width=_LOG_WIDTH, soft_wrap=True)

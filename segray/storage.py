@@ -15,12 +15,14 @@ from functools import lru_cache
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
+import pyarrow as pa
 from pyarrow import NativeFile, fs
 
-from segray.errors import MissingFileError, StorageError
+from segray.errors import MissingFileError, StorageError, UnsupportedNameError
 
 # Stores whose PUT is atomic: a reader sees the whole object or none. Elsewhere a rename is the atomic act.
 ATOMIC_PUT_STORES = {"s3", "gcs", "abfs"}
+_LOCAL = fs.LocalFileSystem()
 S3_CONNECT_TIMEOUT_S = 5
 S3_REQUEST_TIMEOUT_S = 30
 S3_MAX_ATTEMPTS = 5
@@ -71,24 +73,23 @@ def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     """
     uri = normalize_uri(uri)
     if is_local(uri):
-        return _open_store("file", ""), uri
+        return _LOCAL, uri
     scheme, _, rest = uri.partition("://")
     authority, _, key = rest.partition("/")
     try:
-        filesystem = _open_store(scheme, authority)
+        filesystem, root = _open_store(scheme, authority)
     except (OSError, ValueError) as error:
         raise StorageError(f"cannot open {scheme}://{authority}: {_describe(error)}") from error
-    root = authority if scheme in {"s3", "gs", "gcs"} else ""
-    return filesystem, f"{root}/{key}".rstrip("/") if key or root else "/"
+    return filesystem, f"{root.rstrip('/')}/{key}".rstrip("/") or "/"
 
 
 @lru_cache(maxsize=32)
-def _open_store(scheme: str, authority: str) -> fs.FileSystem:
-    if scheme == "file":
-        return fs.LocalFileSystem()
+def _open_store(scheme: str, authority: str) -> tuple[fs.FileSystem, str]:
+    """Return a file system and the path in it that stands for ``scheme://authority``: a bucket, a container, a root."""
     if scheme == "s3":
-        return _open_s3(authority)
-    return fs.FileSystem.from_uri(f"{scheme}://{authority}/")[0]
+        return _open_s3(authority), authority
+    filesystem, root = fs.FileSystem.from_uri(f"{scheme}://{authority}/")
+    return filesystem, root
 
 
 def _open_s3(bucket: str) -> fs.FileSystem:
@@ -138,7 +139,7 @@ def list_names(uri: str, *, folders: bool = False) -> set[str]:
 
 
 def exists(uri: str) -> bool:
-    """Say whether a file or a non-empty folder is at a URI."""
+    """Say whether a file or a folder is at a URI."""
     filesystem, path = open_filesystem(uri)
     with _translated("look at", uri):
         return bool(filesystem.get_file_info(path).type != fs.FileType.NotFound)
@@ -222,6 +223,8 @@ def _translated(verb: str, uri: str) -> Iterator[None]:
         ) from error
     except OSError as error:
         raise StorageError(f"cannot {verb} {uri}: {_describe(error)}") from error
+    except (pa.ArrowInvalid, UnicodeError) as error:
+        raise UnsupportedNameError(f"cannot {verb} {uri}: {_describe(error)}; rename the file") from error
 
 
 def _describe(error: Exception) -> str:

@@ -4,7 +4,6 @@ from typing import Self
 
 import numpy as np
 import numpy.typing as npt
-import segmentation_models_pytorch as smp
 import torch
 from pydantic import BaseModel, ConfigDict
 
@@ -27,9 +26,17 @@ class Preprocessing(BaseModel):
         Raises:
             ConfigError: The weights expect something that segray does not feed (BGR).
         """
-        if model.encoder_weights is None or model.encoder_name.startswith("tu-"):
+        if model.encoder_weights is None:
             return cls()
-        params = smp.encoders.get_preprocessing_params(model.encoder_name, model.encoder_weights)
+        import segmentation_models_pytorch as smp  # 3 s, which Ray's controller need not wait for
+
+        try:
+            params = smp.encoders.get_preprocessing_params(model.encoder_name, model.encoder_weights)
+        except (OSError, RuntimeError, ValueError) as error:
+            raise ConfigError(
+                f"model.encoder_weights: cannot learn what {model.encoder_weights!r} of {model.encoder_name} expects: "
+                f"{' '.join(str(error).split())[:300]}; give this machine access to the model hub, or set null"
+            ) from error
         if params["input_space"] != "RGB":
             raise ConfigError(
                 f"model.encoder_weights: {model.encoder_weights} of {model.encoder_name} expects "

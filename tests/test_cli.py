@@ -1,11 +1,13 @@
 """The command line: every mistake is one line that says what to do, with its exit code and nothing left behind."""
 
+import json
 import shutil
 import sys
 from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 from segray import cli
 from tests.conftest import SHAPE_SIZE
@@ -73,9 +75,75 @@ def test_check_lists_every_fault_with_its_remedy(config: Path, capsys: pytest.Ca
     assert run("check", str(config), "--set", "data.class_values=[1, 2, 9]") == 1
     printed = capsys.readouterr().out
     assert f"{root}/images/disc_0.jpg: unreadable: empty file" in printed
-    assert f"{root}/annotations/trimaps/star_3.png: mask_missing: no such file; add it" in printed
+    assert f"{root}/annotations/trimaps/star_3.png: mask_missing: no mask at" in printed
     assert f"{root}/annotations/trimaps/square_1.png: mask_mismatch: mask value 3 not declared" in printed
-    assert "25 images and masks checked, 25 faults" in printed
+    assert f"{root}/annotations/trimaps/disc_0.png: mask_mismatch" in printed  # its image is bad as well
+    assert "25 images and masks checked, 26 faults" in printed
+    assert all(";" in line or "empty file" in line for line in printed.splitlines() if line.startswith(str(root)))
+
+
+@pytest.fixture
+def folders(tmp_path: Path, labelled_folders: tuple[Path, Path]) -> Path:
+    """A configuration of two paired folders, whose masks hold 0, 1 and the ignored 255."""
+    both = {"images": str(labelled_folders[0]), "masks": str(labelled_folders[1])}
+    data = {"train": both, "val": {"fraction": 0.4}, "class_names": ["a", "b"], "ignore_values": [255]}
+    path = tmp_path / "folders.yaml"
+    path.write_text(yaml.safe_dump({"data": data, "image_size": [32, 32], "output": str(tmp_path / "output")}))
+    return path
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_faults_of_folders_are_listed_by_check_and_refused_by_train(
+    folders: Path, labelled_folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, masks = labelled_folders
+    assert run("check", str(folders)) == 0
+    Image.new("L", (3, 4)).save(masks / "0.png")
+    assert run("train", str(folders)) == 1
+    expected = (
+        f"{masks}/0.png: mask_mismatch: mask of 3x4 pixels for an image of 50x40; save the mask at the image's size"
+    )
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert expected in error
+    (masks / "2.png").rename(masks / "other.png")
+    assert run("check", str(folders)) == 1
+    printed = capsys.readouterr().out
+    assert expected in printed
+    assert f"{images}/2.png: no mask of this name; add it" in printed
+    assert f"{masks}/other.png: no image of this name; add it" in printed
+    assert run("train", str(folders)) == 1
+    assert "2 files without a partner (segray check lists all)" in capsys.readouterr().err
+    assert run("train", str(folders), "--set", f"data.train.masks={images.parent}/empty") == 4
+    (images.parent / "empty").mkdir()
+    assert run("train", str(folders), "--set", f"data.train.masks={images.parent}/empty") == 1
+    assert "no pairs: 5 images under" in capsys.readouterr().err
+    assert not (folders.parent / "output").exists()
+
+
+def test_segmenting_with_masks_of_other_names_is_refused_before_it_starts(
+    bundle_dir: Path, labelled_folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "others").mkdir()
+    Image.new("L", (3, 4)).save(tmp_path / "others" / "none.png")
+    arguments = ["--bundle", str(bundle_dir), "--images", str(labelled_folders[0]), "--output", str(tmp_path / "run")]
+    assert run("segment", *arguments, "--masks", str(tmp_path / "others")) == 1
+    assert "no pairs: 5 images under" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_bundle_of_another_version_is_one_line(
+    bundle_dir: Path, labelled_folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bundle = Path(shutil.copytree(bundle_dir, tmp_path / "bundle"))
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    (bundle / "bundle.json").write_text(json.dumps({**manifest, "format_version": 99}))
+    arguments = ["--bundle", str(bundle), "--images", str(labelled_folders[0]), "--output", str(tmp_path / "run")]
+    assert run("segment", *arguments) == 1
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "bundle format 99, this segray reads 1" in error
+    assert not (tmp_path / "run").exists()
 
 
 def test_jobs_take_the_verbs_arguments_and_refuse_relative_paths(

@@ -73,7 +73,7 @@ def test_bad_folders_are_named(tmp_path: Path, labelled_folders: FOLDERS) -> Non
     with pytest.raises(DataError, match=r"no pairs: 5 images .* 0 masks"):
         load(train={"images": images, "masks": f"{tmp_path}/empty"}, val=val)
     Path(masks, "2.png").unlink()
-    with pytest.raises(DataError, match=r"1 image has no mask .*first: 2\)"):
+    with pytest.raises(DataError, match=r"1 files without a partner .*images/2\.png: no mask of this name"):
         load(train={"images": images, "masks": masks}, val=val)
     Path(images, "2.png").rename(f"{images}/3.jpg")
     Path(images, "4.png").rename(f"{images}/3.png")
@@ -91,6 +91,9 @@ def test_bad_manifests_are_named(tmp_path: Path) -> None:
         load(train={"manifest": str(path)}, val={"manifest": str(path)})
     path.write_text("image_uri,mask_uri,split\na,m,train\na,n,train\n")
     with pytest.raises(DataError, match="names an image twice"):
+        load(train={"manifest": str(path)}, val={"manifest": str(path)})
+    path.write_text("image_uri,mask_uri,split\na,,train\n")
+    with pytest.raises(DataError, match="a row without image_uri or mask_uri"):
         load(train={"manifest": str(path)}, val={"manifest": str(path)})
     broken = tmp_path / "manifest.parquet"
     broken.write_bytes(b"no")

@@ -13,9 +13,10 @@ from torchvision.models import vgg16
 
 from segray.config import ModelConfig
 from segray.errors import ConfigError
-from segray.models import build_model, check_model_names, freeze_unused_parameters
+from segray.models import build_model, check_model, freeze_unused_parameters
 from segray.models.build import ARCHITECTURES
 from segray.models.fcn import FCN, build_bilinear_upsampling
+from segray.transforms import Preprocessing
 
 NUM_CLASSES = 4
 ENCODERS = {"fcn32s": "vgg11", "fcn16s": "vgg11_bn", "fcn8s": "vgg11", "dpt": "tu-vit_tiny_patch16_224"}
@@ -130,11 +131,22 @@ def test_pretrained_weights_land_in_the_encoder(tmp_path: Path, monkeypatch: pyt
 )
 def test_an_unknown_name_says_what_can_be_had(config: ModelConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_model_names(config)
+        check_model(config, NUM_CLASSES)
 
 
 def test_what_an_architecture_cannot_take_is_named() -> None:
     with pytest.raises(ConfigError, match="deeplabv3 cannot be built on vgg11"):
-        build_model(ModelConfig(arch="deeplabv3", encoder_name="vgg11"), NUM_CLASSES)
-    with pytest.raises(ConfigError, match="encoder_weights"):
-        build_model(ModelConfig(encoder_weights="nothing"), NUM_CLASSES)
+        check_model(ModelConfig(arch="deeplabv3", encoder_name="vgg11"), NUM_CLASSES)
+    with pytest.raises(ConfigError, match="has no weights 'imagnet'; choose from imagenet"):
+        check_model(ModelConfig(encoder_weights="imagnet"), NUM_CLASSES)
+
+
+def test_weights_that_cannot_be_reached_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    config = ModelConfig(encoder_weights="imagenet")
+    check_model(config, NUM_CLASSES)
+    with pytest.raises(ConfigError, match=r"model\.encoder_weights: cannot load 'imagenet' .*or set null"):
+        build_model(config, NUM_CLASSES)
+    with pytest.raises(ConfigError, match=r"model\.encoder_weights: cannot learn what 'imagenet'"):
+        Preprocessing.of_encoder(config)

@@ -5,6 +5,7 @@ import difflib
 import segmentation_models_pytorch as smp
 import timm
 import torch
+from segmentation_models_pytorch.encoders import encoders
 from torch import nn
 from torch.nn import functional
 
@@ -17,7 +18,7 @@ STRIDE = 32
 SMP_ARCHITECTURES = tuple(smp.MODEL_ARCHITECTURES_MAPPING)
 ARCHITECTURES = (*FCN_STRIDES, *SMP_ARCHITECTURES)
 _OPTIONS = {"dpt": {"dynamic_img_size": True}}  # else a vision transformer takes one size only
-_PROBE_SIZE = 128  # the smallest that every architecture takes (PAN pools its stride-16 features three times)
+PROBE_SIZE = 128  # the smallest that every architecture takes (PAN pools its stride-16 features three times)
 
 
 class SegmentationModel(nn.Module):
@@ -59,19 +60,25 @@ def freeze_unused_parameters(model: SegmentationModel) -> None:
     was_training = model.training
     model.eval()  # so that BatchNorm statistics stay as they are
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    logits_nchw = model(torch.zeros(1, 3, _PROBE_SIZE, _PROBE_SIZE))
+    logits_nchw = model(torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE))
     gradients = torch.autograd.grad(logits_nchw.sum(), parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.requires_grad_(gradient is not None)
     model.train(was_training)
 
 
-def check_model_names(config: ModelConfig) -> None:
-    """Refuse an architecture or encoder that does not exist, before anything is loaded or started.
+def check_model(config: ModelConfig, num_classes: int) -> None:
+    """Refuse what ``build_model`` would refuse, weights that cannot be reached excepted, without computing anything.
 
     Raises:
         ConfigError: Names the setting, and what can be had.
     """
+    _check_names(config)
+    with torch.device("meta"):
+        build_model(config.model_copy(update={"encoder_weights": None}), num_classes)
+
+
+def _check_names(config: ModelConfig) -> None:
     arch, encoder = config.arch.lower(), config.encoder_name
     if arch not in ARCHITECTURES:
         raise ConfigError(f"model.arch: unknown architecture {config.arch!r}; choose from {', '.join(ARCHITECTURES)}")
@@ -79,14 +86,20 @@ def check_model_names(config: ModelConfig) -> None:
         raise ConfigError(
             f"model.encoder_name: {arch} needs a VGG encoder, got {encoder!r}; choose from {', '.join(FCN_ENCODERS)}"
         )
-    known = smp.encoders.get_encoder_names()
     if encoder.startswith("tu-"):
         if not timm.is_model(encoder.removeprefix("tu-")):
             raise ConfigError(f"model.encoder_name: timm has no model {encoder.removeprefix('tu-')!r}")
-    elif encoder not in known:
-        close = difflib.get_close_matches(encoder, known, n=3)
+        return
+    if encoder not in encoders:
+        close = difflib.get_close_matches(encoder, encoders, n=3)
         hint = f"did you mean {' or '.join(close)}?" if close else "see segmentation-models-pytorch's list of encoders"
         raise ConfigError(f"model.encoder_name: unknown encoder {encoder!r}; {hint}")
+    pretrained = encoders[encoder]["pretrained_settings"]
+    if config.encoder_weights is not None and config.encoder_weights not in pretrained:
+        raise ConfigError(
+            f"model.encoder_weights: {encoder} has no weights {config.encoder_weights!r}; "
+            f"choose from {', '.join(pretrained)}, or null"
+        )
 
 
 def build_model(config: ModelConfig, num_classes: int) -> SegmentationModel:
@@ -99,7 +112,7 @@ def build_model(config: ModelConfig, num_classes: int) -> SegmentationModel:
     Raises:
         ConfigError: An unknown name, a combination that the architecture cannot take, or weights that are not there.
     """
-    check_model_names(config)
+    _check_names(config)
     arch = config.arch.lower()
     try:
         if arch in FCN_STRIDES:

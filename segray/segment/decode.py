@@ -10,10 +10,10 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from segray.classes import ClassMap
-from segray.errors import FaultKind, ImageFault, MissingFileError
-from segray.images import decode_image, decode_mask, resize_image
+from segray.errors import FaultKind, ImageFault
+from segray.images import resize_image
+from segray.samples import read_image, read_truth
 from segray.segment.plan import load_fragment
-from segray.storage import read_bytes
 
 _NUM_THREADS = 4  # an object store answers in tens of milliseconds, in which other images can be decoded
 
@@ -49,9 +49,16 @@ class FragmentDecoder:
     """Maps rows of fragment numbers to rows of ``DECODED_SCHEMA``."""
 
     def __init__(
-        self, output_uri: str, classes: ClassMap, image_size: tuple[int, int], max_image_px: int, has_truth: bool
+        self,
+        output_uri: str,
+        plan_sha256: str,
+        classes: ClassMap,
+        image_size: tuple[int, int],
+        max_image_px: int,
+        has_truth: bool,
     ) -> None:
         self._output_uri = output_uri
+        self._plan_sha256 = plan_sha256
         self._classes = classes
         self._image_size = image_size
         self._max_image_px = max_image_px
@@ -64,14 +71,14 @@ class FragmentDecoder:
             StorageError: The store refused or failed; that an image is not there any more is its error row.
         """
         fragment = batch["fragment"][0].as_py()
-        planned = load_fragment(self._output_uri, fragment).to_pylist()
+        planned = load_fragment(self._output_uri, self._plan_sha256, fragment).to_pylist()
         with ThreadPoolExecutor(_NUM_THREADS) as pool:
             return pack_decoded(fragment, list(pool.map(self._decode, planned)))
 
     def _decode(self, planned: dict[str, Any]) -> DecodedImage:
         row = {"uri": planned["uri"]}
         try:
-            image = decode_image(_read_planned(planned["uri"]), self._max_image_px)
+            image = read_image(planned["uri"], self._max_image_px)
             row |= {"height": image.shape[0], "width": image.shape[1]}
             truth = self._read_truth(planned["mask_uri"], image.shape[:2]) if self._has_truth else None
         except ImageFault as fault:
@@ -81,16 +88,7 @@ class FragmentDecoder:
     def _read_truth(self, uri: str | None, size: tuple[int, ...]) -> npt.NDArray[np.integer]:
         if uri is None:
             raise ImageFault(FaultKind.MASK_MISSING, "no mask of this name under --masks")
-        try:
-            truth = self._classes.encode(decode_mask(read_bytes(uri), self._max_image_px))
-        except MissingFileError as error:
-            raise ImageFault(FaultKind.MASK_MISSING, str(error)) from error
-        except ImageFault as fault:
-            raise ImageFault(FaultKind.MASK_MISMATCH, f"{uri}: {fault}") from fault
-        if truth.shape != size:
-            got, expected = f"{truth.shape[1]}x{truth.shape[0]}", f"{size[1]}x{size[0]}"
-            raise ImageFault(FaultKind.MASK_MISMATCH, f"{uri}: mask of {got} pixels for an image of {expected}")
-        return truth
+        return read_truth(uri, size, self._classes, self._max_image_px)
 
 
 def pack_decoded(fragment: int, decoded: Sequence[DecodedImage]) -> pa.Table:
@@ -104,10 +102,3 @@ def pack_decoded(fragment: int, decoded: Sequence[DecodedImage]) -> pa.Table:
         "truths": [[None if item.truth is None else item.truth.tobytes() for item in usable]],
     }
     return pa.table(columns, schema=DECODED_SCHEMA)
-
-
-def _read_planned(uri: str) -> bytes:
-    try:
-        return read_bytes(uri)
-    except MissingFileError as error:
-        raise ImageFault(FaultKind.MISSING, "removed since the run was planned") from error

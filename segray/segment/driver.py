@@ -19,7 +19,7 @@ from segray.segment.plan import (
 )
 from segray.segment.report import build_report
 from segray.segment.run import Fingerprint, read_run, require_same_run, save_run, write_if_changed
-from segray.segment.summary import Tally, build_summary, format_summary_parquet, tally_fragments
+from segray.segment.summary import Tally, build_summary, format_cell, format_summary_parquet, tally_fragments
 from segray.storage import join_uri, list_names, normalize_uri
 
 # of summary.parquet, in the terminal's words
@@ -101,12 +101,12 @@ def run_segmentation(job: SegmentJob, console: Console) -> SegmentOutcome:
         save_plan(output, plan)
         save_run(output, fingerprint, job.inputs, status="running", counts={"planned": len(plan)})
     if pending:
-        _run_pending(job, manifest, bundle_sha256, plan, pending, console)
+        _run_pending(job, manifest, fingerprint, plan, pending, console)
     tally = tally_fragments(output, range(num_fragments), manifest.classes.num_classes)
     summary = build_summary(tally, manifest.classes)
     is_complete = run is not None and run["status"] == "complete" and list_names(output) >= _RESULTS
     if pending or not is_complete:
-        _finish(output, num_fragments, tally, summary, manifest)
+        _finish(output, plan, tally, summary, manifest)
         counts = {"planned": len(plan), "ok": tally.num_ok, "errors": dict(sorted(tally.errors.items()))}
         save_run(output, fingerprint, job.inputs, status="complete", counts=counts)
     return SegmentOutcome(output, tally.num_ok, dict(sorted(tally.errors.items())), summary)
@@ -119,7 +119,7 @@ def _describe_config(job: SegmentJob) -> dict[str, object]:
 def _run_pending(
     job: SegmentJob,
     manifest: BundleManifest,
-    bundle_sha256: str,
+    fingerprint: Fingerprint,
     plan: pa.Table,
     pending: list[int],
     console: Console,
@@ -137,14 +137,15 @@ def _run_pending(
     num_errors = 0
     with build_bar(console, "images") as bar:
         task = bar.add_task("segment", total=num_pending, note="starting")
-        with connect_ray(job.settings.num_predictors * job.settings.num_gpus_per_predictor):
+        with connect_ray(*_count_resources(job.settings)):
             from segray.segment.pipeline import run_pipeline  # 6 s of imports: not before the input has been looked at
 
             for done in run_pipeline(
                 pending,
                 output_uri=job.output_uri,
                 bundle_uri=job.bundle_uri,
-                bundle_sha256=bundle_sha256,
+                plan_sha256=fingerprint.plan_sha256,
+                bundle_sha256=fingerprint.bundle_sha256,
                 manifest=manifest,
                 settings=job.settings,
                 has_truth=job.masks_uri is not None,
@@ -153,9 +154,14 @@ def _run_pending(
                 bar.update(task, advance=done["num_ok"] + done["num_errors"], note=f"{num_errors} errors")
 
 
-def _finish(output: str, num_fragments: int, tally: Tally, summary: pa.Table, manifest: BundleManifest) -> None:
+def _count_resources(settings: SegmentSettings) -> tuple[float, float]:
+    """Return the CPUs and GPUs that a run needs at least: every predictor, and beside them decoding and writing."""
+    return settings.num_predictors + 2, settings.num_predictors * settings.num_gpus_per_predictor
+
+
+def _finish(output: str, plan: pa.Table, tally: Tally, summary: pa.Table, manifest: BundleManifest) -> None:
     write_if_changed(join_uri(output, "summary.parquet"), format_summary_parquet(summary))
-    report = build_report(output, num_fragments, summary, tally, manifest.classes)
+    report = build_report(output, plan, summary, tally, manifest.classes)
     write_if_changed(join_uri(output, "report.html"), report)
 
 
@@ -167,7 +173,7 @@ def print_outcome(outcome: SegmentOutcome, console: Console) -> None:
         if any(row[name] is not None for row in rows):
             table.add_column(header, justify="right")
     for row in rows:
-        cells = [_format_cell(row[name]) for name in _TABLE_COLUMNS if any(other[name] is not None for other in rows)]
+        cells = [format_cell(row[name]) for name in _TABLE_COLUMNS if any(other[name] is not None for other in rows)]
         table.add_row(row["class_name"], *cells)
     console.print(table)
     scores = [row["dataset_iou"] for row in rows if row["dataset_iou"] is not None]
@@ -178,9 +184,3 @@ def print_outcome(outcome: SegmentOutcome, console: Console) -> None:
     console.print(f"{outcome.num_ok} images segmented, {num_errors} not{kinds and f' ({kinds})'}", highlight=False)
     for name in ("images/", "summary.parquet", "report.html"):
         console.print(f"{name:<24}{join_uri(outcome.output_uri, name)}", highlight=False)
-
-
-def _format_cell(value: object) -> str:
-    if isinstance(value, float):
-        return f"{value:.4f}"
-    return f"{value:,}" if isinstance(value, int) else "–" if value is None else str(value)

@@ -1,6 +1,7 @@
 """Plan, decode, predict, write: the four stages as one Ray Data pipeline, a fragment being one row all the way.
 
-A row cannot be split or merged by any stage (``batch_size=1``), and a stage's memory is bounded by a fragment's bytes.
+A row cannot be split or merged by any stage (``batch_size=1``). A stage holds one fragment at a time: its images at the
+model's input size, and masks and truth at the images' own; smaller fragments (``segment.fragment_size``) need less.
 """
 
 import logging
@@ -12,9 +13,8 @@ import ray
 from ray.data import ActorPoolStrategy, DataContext
 
 from segray.bundle import BundleManifest
-from segray.cluster import find_segray_error, get_last_line
+from segray.cluster import translated_ray_errors
 from segray.config import SegmentSettings
-from segray.errors import WorkerError
 from segray.segment.decode import FragmentDecoder
 from segray.segment.predictor import FragmentPredictor
 from segray.segment.writer import FragmentWriter
@@ -29,6 +29,7 @@ def run_pipeline(
     fragments: Sequence[int],
     *,
     output_uri: str,
+    plan_sha256: str,
     bundle_uri: str,
     bundle_sha256: str,
     manifest: BundleManifest,
@@ -48,7 +49,7 @@ def run_pipeline(
     context.target_max_block_size = None  # a fragment is never cut
     context.raise_original_map_exception = True  # else only the text of a stage's error arrives here
     classes = manifest.classes
-    decode = FragmentDecoder(output_uri, classes, manifest.image_size, settings.max_image_px, has_truth)
+    decode = FragmentDecoder(output_uri, plan_sha256, classes, manifest.image_size, settings.max_image_px, has_truth)
     write = FragmentWriter(output_uri, classes, settings.mask_encoding)
     written = (
         ray.data.from_items([{"fragment": fragment} for fragment in fragments], override_num_blocks=len(fragments))
@@ -65,12 +66,8 @@ def run_pipeline(
         )
         .map_batches(write, **_ONE_FRAGMENT, num_cpus=_WRITE_CPUS, max_retries=_MAX_ATTEMPTS)
     )
-    try:
+    with translated_ray_errors("segmenting"):
         yield from written.iter_rows()
-    except Exception as error:
-        raise find_segray_error(error) or WorkerError(
-            f"segmenting failed: {get_last_line(error)}; run with SEGRAY_WORKER_LOGS=1 to see what led to it"
-        ) from error
 
 
 def _count_predictors_per_node(settings: SegmentSettings) -> int:

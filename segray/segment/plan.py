@@ -7,6 +7,7 @@ a fragment's number says everything about it.
 import hashlib
 import io
 import json
+import re
 from functools import lru_cache
 
 import pyarrow as pa
@@ -18,8 +19,9 @@ from segray.errors import DataError
 from segray.images import IMAGE_EXTENSIONS
 from segray.manifest import get_pairing_key, index_masks
 from segray.schema import PLAN_SCHEMA
-from segray.storage import join_uri, list_files, list_names, read_bytes, write_bytes
+from segray.storage import get_file_name, join_uri, list_files, list_names, read_bytes, remove_file, write_bytes
 
+_FRAGMENT_NAME = re.compile(r"part-(\d{8,})\.parquet")
 _FRAGMENTS_PER_PLAN_FILE = 1024  # 65,536 images of the default fragment size: a file that decodes in milliseconds
 
 
@@ -35,13 +37,19 @@ def build_plan(images_uri: str, masks_uri: str | None, settings: SegmentSettings
         Table of ``PLAN_SCHEMA``.
 
     Raises:
-        DataError: There are no images.
+        DataError: There are no images, or masks were asked for and no image has one.
         StorageError: The folder is missing, or the store refused or failed.
     """
     files = sorted(list_files(images_uri, IMAGE_EXTENSIONS), key=lambda file: file.uri)
     if not files:
         raise DataError(f"no images under {images_uri}: expected files named *.{', *.'.join(IMAGE_EXTENSIONS)}")
     masks = index_masks(masks_uri) if masks_uri else {}
+    mask_uris = [masks.get(get_pairing_key(file.uri, images_uri)) for file in files]
+    if masks_uri and not any(mask_uris):
+        raise DataError(
+            f"no pairs: {len(files)} images under {images_uri}, {len(masks)} masks under {masks_uri}, and no path "
+            "without extension in common; give the folder in which each mask is named as its image"
+        )
     fragments: list[int] = []
     fragment, num_images, num_bytes = 0, 0, 0
     for file in files:
@@ -55,7 +63,7 @@ def build_plan(images_uri: str, masks_uri: str | None, settings: SegmentSettings
         "uri": [file.uri for file in files],
         "size_bytes": [file.size_bytes for file in files],
         "etag": [None] * len(files),
-        "mask_uri": [masks.get(get_pairing_key(file.uri, images_uri)) for file in files],
+        "mask_uri": mask_uris,
         "fragment": fragments,
     }
     return pa.table(columns, schema=PLAN_SCHEMA)
@@ -76,24 +84,30 @@ def count_fragments(plan: pa.Table) -> int:
 
 
 def save_plan(output_uri: str, plan: pa.Table) -> None:
-    """Write ``plan/*.parquet``."""
+    """Write ``plan/*.parquet``, and remove what a start that was cut off may have left of another listing."""
     groups = pc.divide(plan["fragment"], _FRAGMENTS_PER_PLAN_FILE)
-    for group in range(int(groups[-1].as_py()) + 1):
+    uris = [_get_plan_uri(output_uri, group) for group in range(int(groups[-1].as_py()) + 1)]
+    for group, uri in enumerate(uris):
         buffer = io.BytesIO()
         pq.write_table(plan.filter(pc.equal(groups, group)), buffer, compression="zstd")
-        write_bytes(_get_plan_uri(output_uri, group), buffer.getbuffer())
+        write_bytes(uri, buffer.getbuffer())
+    for name in list_names(join_uri(output_uri, "plan")) - {get_file_name(uri) for uri in uris}:
+        remove_file(join_uri(output_uri, "plan", name))
 
 
-def load_fragment(output_uri: str, fragment: int) -> pa.Table:
-    """Return the planned images of one fragment, a table of ``PLAN_SCHEMA``."""
-    part = _load_plan_file(_get_plan_uri(output_uri, fragment // _FRAGMENTS_PER_PLAN_FILE))
+def load_fragment(output_uri: str, plan_sha256: str, fragment: int) -> pa.Table:
+    """Return the planned images of one fragment, a table of ``PLAN_SCHEMA``.
+
+    ``plan_sha256`` tells plans apart that were written to the same place, one after the other.
+    """
+    part = _load_plan_file(_get_plan_uri(output_uri, fragment // _FRAGMENTS_PER_PLAN_FILE), plan_sha256)
     return part.filter(pc.equal(part["fragment"], fragment))
 
 
 def list_finished_fragments(output_uri: str) -> set[int]:
     """Return the fragments whose file is there; a file that is there is complete."""
     names = list_names(join_uri(output_uri, "images"))
-    return {int(name[5:-8]) for name in names if name.startswith("part-") and name.endswith(".parquet")}
+    return {int(match[1]) for name in names if (match := _FRAGMENT_NAME.fullmatch(name))}
 
 
 def get_fragment_uri(output_uri: str, fragment: int) -> str:
@@ -106,5 +120,5 @@ def _get_plan_uri(output_uri: str, group: int) -> str:
 
 
 @lru_cache(maxsize=2)  # a decode task's next fragment is nearly always in the same file
-def _load_plan_file(uri: str) -> pa.Table:
+def _load_plan_file(uri: str, plan_sha256: str) -> pa.Table:
     return pq.read_table(io.BytesIO(read_bytes(uri)))

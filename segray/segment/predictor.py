@@ -11,7 +11,7 @@ import torch
 
 from segray.bundle import load_bundle
 from segray.config import SegmentSettings
-from segray.errors import BundleError
+from segray.errors import BundleError, SegrayError
 from segray.metrics import compute_dice, compute_iou, count_from_confusion, to_nullable
 from segray.models.precision import autocast
 from segray.models.prediction import compute_confusion, predict_image
@@ -34,6 +34,15 @@ class FragmentPredictor:
     def __init__(
         self, bundle_uri: str, bundle_sha256: str, settings: SegmentSettings, num_predictors_per_node: int
     ) -> None:
+        self._error: SegrayError | None = None
+        try:
+            self._set_up(bundle_uri, bundle_sha256, settings, num_predictors_per_node)
+        except SegrayError as error:  # raised with the first fragment: of a constructor's error Ray keeps only the text
+            self._error = error
+
+    def _set_up(
+        self, bundle_uri: str, bundle_sha256: str, settings: SegmentSettings, num_predictors_per_node: int
+    ) -> None:
         bundle = load_bundle(bundle_uri)
         if bundle.sha256 != bundle_sha256:
             raise BundleError(f"{bundle_uri}: replaced while the run was going on; restore it, or start another output")
@@ -47,7 +56,13 @@ class FragmentPredictor:
         self._model = bundle.model.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Predict one fragment."""
+        """Predict one fragment.
+
+        Raises:
+            SegrayError: The bundle cannot be used.
+        """
+        if self._error is not None:
+            raise self._error
         decoded = batch.to_batches()[0]
         rows = decoded["rows"][0].as_py()
         truths = decoded["truths"][0]

@@ -8,15 +8,16 @@ import jinja2
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 from PIL import Image
 
 from segray.classes import ClassMap
-from segray.errors import ImageFault, MissingFileError
-from segray.images import decode_image, decode_mask
+from segray.errors import ImageFault
 from segray.pictures import Panel, draw_class_bars, draw_comparison
-from segray.segment.plan import load_fragment
-from segray.segment.summary import Tally, read_rows
-from segray.storage import get_file_name, read_bytes
+from segray.samples import read_image, read_truth
+from segray.segment.plan import count_fragments
+from segray.segment.summary import Tally, format_cell, read_rows
+from segray.storage import get_file_name
 
 _NUM_PICTURES = 6
 _NUM_ERRORS = 20
@@ -27,9 +28,9 @@ _TEMPLATES = jinja2.Environment(
 )
 
 
-def build_report(output_uri: str, num_fragments: int, summary: pa.Table, tally: Tally, classes: ClassMap) -> bytes:
+def build_report(output_uri: str, plan: pa.Table, summary: pa.Table, tally: Tally, classes: ClassMap) -> bytes:
     """Return the report of a finished run as an HTML file, with pictures of a few images from all over it."""
-    panels, errors = _pick_rows(output_uri, num_fragments, classes)
+    panels, errors = _pick_rows(output_uri, plan, classes)
     num_px = max(1, int(tally.sums["pixel_count"].sum()))
     plots = [("share of pixels", [float(count) / num_px for count in tally.sums["pixel_count"]])]
     if tally.has_truth:
@@ -42,7 +43,7 @@ def build_report(output_uri: str, num_fragments: int, summary: pa.Table, tally: 
         num_ok=tally.num_ok,
         num_errors=num_errors,
         columns=[name for name in summary.column_names if any(row[name] is not None for row in rows)],
-        summary=[{name: _format_cell(value) for name, value in row.items()} for row in rows],
+        summary=[{name: format_cell(value) for name, value in row.items()} for row in rows],
         plots=[{"title": title, "png": _inline(draw_class_bars(values, classes, title))} for title, values in plots],
         picture=_inline(draw_comparison(panels, classes)) if panels else None,
         errors=errors,
@@ -51,16 +52,13 @@ def build_report(output_uri: str, num_fragments: int, summary: pa.Table, tally: 
     return html.encode()
 
 
-def _format_cell(value: object) -> str:
-    return "–" if value is None else f"{value:.4f}" if isinstance(value, float) else str(value)
-
-
 def _inline(png: bytes) -> str:
     return base64.b64encode(png).decode()
 
 
-def _pick_rows(output_uri: str, num_fragments: int, classes: ClassMap) -> tuple[list[Panel], list[dict[str, Any]]]:
+def _pick_rows(output_uri: str, plan: pa.Table, classes: ClassMap) -> tuple[list[Panel], list[dict[str, Any]]]:
     """Return pictures and errors from fragments evenly spaced over the run."""
+    num_fragments = count_fragments(plan)
     chosen = sorted({int(f) for f in np.linspace(0, num_fragments - 1, min(num_fragments, _NUM_PICTURES))})
     panels: list[Panel] = []
     errors: list[dict[str, Any]] = []
@@ -68,9 +66,8 @@ def _pick_rows(output_uri: str, num_fragments: int, classes: ClassMap) -> tuple[
         rows = read_rows(output_uri, fragment).to_pylist()
         errors += [row for row in rows if row["status"] == "error"]
         usable = [row for row in rows if row["status"] == "ok"]
-        mask_uris = dict(
-            zip(*(load_fragment(output_uri, fragment)[n].to_pylist() for n in ("uri", "mask_uri")), strict=True)
-        )
+        planned = plan.filter(pc.equal(plan["fragment"], fragment))
+        mask_uris = dict(zip(planned["uri"].to_pylist(), planned["mask_uri"].to_pylist(), strict=True))
         share = -(-_NUM_PICTURES // len(chosen))
         for row in usable[:: max(1, len(usable) // share)][:share]:
             panel = _load_panel(row, mask_uris[row["uri"]], classes)
@@ -81,9 +78,9 @@ def _pick_rows(output_uri: str, num_fragments: int, classes: ClassMap) -> tuple[
 
 def _load_panel(row: dict[str, Any], mask_uri: str | None, classes: ClassMap) -> Panel | None:
     try:
-        image = decode_image(read_bytes(row["uri"]))
-        truth = classes.encode(decode_mask(read_bytes(mask_uri))) if mask_uri else None
-    except (ImageFault, MissingFileError):  # changed since: the rows stand, there is only no picture
+        image = read_image(row["uri"], row["height"] * row["width"])
+        truth = read_truth(mask_uri, image.shape[:2], classes) if mask_uri else None
+    except ImageFault:  # changed since: the rows stand, there is only no picture
         return None
     step = -(-max(image.shape[:2]) // _MAX_PICTURE_SIDE_PX)
     mask = load_mask(row, classes)

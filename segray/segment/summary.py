@@ -121,3 +121,10 @@ def format_summary_parquet(summary: pa.Table) -> bytes:
 def read_rows(output_uri: str, fragment: int) -> pa.Table:
     """Return all columns of one fragment's rows."""
     return next(_read_fragments(output_uri, [fragment], IMAGES_SCHEMA.names))
+
+
+def format_cell(value: object) -> str:
+    """Return a value of the summary as people read it."""
+    if isinstance(value, float):
+        return f"{value:.4f}"
+    return f"{value:,}" if isinstance(value, int) else "–" if value is None else str(value)

@@ -72,8 +72,8 @@ def load_state(uri: str) -> TrainingState:
         ValueError: It is incomplete or damaged.
         StorageError: The store refused or failed.
     """
+    index = _read_index(uri)
     try:
-        index = json.loads(read_bytes(join_uri(uri, _INDEX)))
         content = read_bytes(join_uri(uri, _STATE))
     except MissingFileError as error:
         raise ValueError(f"incomplete: {error}") from error
@@ -95,16 +95,20 @@ def load_state(uri: str) -> TrainingState:
 
 
 def list_checkpoints(run_uri: str) -> list[str]:
-    """Return the URIs of the checkpoints of a run, damaged ones included, the newest first."""
-    names = sorted(
-        (name for name in list_names(run_uri, folders=True) if name.startswith(_CHECKPOINT_PREFIX)), reverse=True
-    )
+    """Return the URIs of the checkpoints of a run, damaged ones included."""
+    names = sorted(name for name in list_names(run_uri, folders=True) if name.startswith(_CHECKPOINT_PREFIX))
     return [join_uri(run_uri, name) for name in names]
 
 
 def find_newest_state(run_uri: str, warn: Callable[[str], None]) -> tuple[str, TrainingState] | None:
-    """Return the newest whole checkpoint of a run and its URI, or None; ``warn`` hears of damaged ones."""
-    return next(_iterate_states(run_uri, warn), None)
+    """Return the whole checkpoint with most epochs behind it and its URI, or None; ``warn`` hears of damaged ones."""
+    return _find_first_whole(run_uri, lambda index: int(index["num_epochs_done"]), warn)
+
+
+def find_newest_history(run_uri: str) -> list[dict[str, Any]]:
+    """Return the metrics of all finished epochs."""
+    indices = [index for _, index in _read_indices(run_uri, lambda _: None)]
+    return max((index["history"] for index in indices), key=len, default=[])
 
 
 def find_best_state(run_uri: str, warn: Callable[[str], None]) -> TrainingState:
@@ -113,15 +117,41 @@ def find_best_state(run_uri: str, warn: Callable[[str], None]) -> TrainingState:
     Raises:
         TrainingError: No checkpoint of the run is whole.
     """
-    states = [state for _, state in _iterate_states(run_uri, warn)]
-    if not states:
+    found = _find_first_whole(
+        run_uri, lambda index: (index["history"][-1]["val_mean_iou"], -index["num_epochs_done"]), warn
+    )
+    if found is None:
         raise TrainingError(f"no whole checkpoint under {run_uri}; train again with another output")
-    return max(states, key=lambda state: (state.history[-1]["val_mean_iou"], -state.num_epochs_done))
+    return found[1]
 
 
-def _iterate_states(run_uri: str, warn: Callable[[str], None]) -> Iterator[tuple[str, TrainingState]]:
+def _find_first_whole(
+    run_uri: str, rank: Callable[[dict[str, Any]], Any], warn: Callable[[str], None]
+) -> tuple[str, TrainingState] | None:
+    """Return the highest-ranked checkpoint that is whole; only its weights are read, and those of damaged ones."""
+    for uri, _ in sorted(_read_indices(run_uri, warn), key=lambda pair: rank(pair[1]), reverse=True):
+        try:
+            return uri, load_state(uri)
+        except ValueError as error:
+            _warn_of_damage(uri, error, warn)
+    return None
+
+
+def _read_indices(run_uri: str, warn: Callable[[str], None]) -> Iterator[tuple[str, dict[str, Any]]]:
     for uri in list_checkpoints(run_uri):
         try:
-            yield uri, load_state(uri)
-        except (ValueError, KeyError) as error:
-            warn(f"warning: passing over a damaged checkpoint for the one before: {uri}: {error}")
+            yield uri, _read_index(uri)
+        except ValueError as error:
+            _warn_of_damage(uri, error, warn)
+
+
+def _read_index(uri: str) -> dict[str, Any]:
+    try:
+        index: dict[str, Any] = json.loads(read_bytes(join_uri(uri, _INDEX)))
+    except MissingFileError as error:
+        raise ValueError(f"incomplete: {error}") from error
+    return index
+
+
+def _warn_of_damage(uri: str, error: ValueError, warn: Callable[[str], None]) -> None:
+    warn(f"warning: passing over a damaged checkpoint for another: {uri}: {error}")

@@ -12,14 +12,15 @@ from segray.classes import ClassMap
 from segray.cluster import connect_ray
 from segray.config import TrainConfig
 from segray.errors import RunMismatchError
-from segray.manifest import Sample, Splits, load_splits
-from segray.models import check_model_names
+from segray.manifest import Sample, Splits, Unpaired, load_splits
+from segray.models import check_model
 from segray.progress import build_bar
 from segray.storage import exists, join_uri, normalize_uri, read_bytes, write_bytes
 from segray.train.checkpoint import RUN_NAME, list_checkpoints
 from segray.train.labels import LabelReport, check_dataset, require_learnable
+from segray.transforms import Preprocessing
 
-_SETTINGS_FILE = "train.json"  # under the output: the settings that its checkpoints come from
+_BINDING_FILE = "train.json"  # under the output: the settings and the listing that its checkpoints come from
 
 
 def run_training(config: TrainConfig, console: Console) -> str:
@@ -29,25 +30,28 @@ def run_training(config: TrainConfig, console: Console) -> str:
         SegrayError: The input is unusable, the output belongs to another run, the loss is not finite, or workers were
             lost more often than allowed.
     """
-    check_model_names(config.model)
+    classes = get_classes(config)
+    check_model(config.model, classes.num_classes)
     splits = load_splits(config.data)
     output = normalize_uri(config.output)
     bundle_uri = join_uri(output, "bundle")
-    _require_same_run(config, output)
+    binding = {**config.of_weights, "listing": splits.compute_sha256()}
+    _require_same_run(binding, output, bundle_uri)
     console.print(describe_run(config, splits), highlight=False)
     if has_bundle(bundle_uri):
         console.print("this run is complete; nothing to do", highlight=False)
         return bundle_uri
-    classes = get_classes(config)
-    with connect_ray(config.train.num_train_workers if config.train.use_gpu else 0):
+    preprocessing = Preprocessing.of_encoder(config.model)
+    num_workers = config.train.num_train_workers
+    with connect_ray(num_workers, num_workers if config.train.use_gpu else 0):
         for name, samples in splits._asdict().items():
             require_learnable(check_labels(samples, classes, name, console), name)
-        write_bytes(join_uri(output, _SETTINGS_FILE), json.dumps(config.of_weights, indent=2).encode())
+        write_bytes(join_uri(output, _BINDING_FILE), json.dumps(binding, indent=2).encode())
         from segray.train.fit import fit, write_bundle  # 8 s of imports: not before the labels have been looked at
 
-        fit(config, classes, splits, output, console)
+        fit(config, classes, splits, preprocessing, output, console)
         with console.status("writing the bundle"):
-            write_bundle(config, classes, splits, output, bundle_uri, console)
+            write_bundle(config, classes, splits, preprocessing, output, bundle_uri, console)
     return bundle_uri
 
 
@@ -56,17 +60,17 @@ def get_classes(config: TrainConfig) -> ClassMap:
     return ClassMap(config.data.class_names, config.data.class_values, config.data.ignore_values)
 
 
-def _require_same_run(config: TrainConfig, output: str) -> None:
-    """Refuse an output folder whose finished epochs come from other settings.
+def _require_same_run(binding: dict[str, Any], output: str, bundle_uri: str) -> None:
+    """Refuse an output folder whose finished epochs, or bundle, come from other settings or images.
 
     Raises:
-        RunMismatchError: Names the first setting that differs.
+        RunMismatchError: Names the first difference.
     """
-    uri = join_uri(output, _SETTINGS_FILE)
-    if exists(uri) and list_checkpoints(join_uri(output, RUN_NAME)):
-        difference = find_difference(json.loads(read_bytes(uri)), config.of_weights)
+    uri = join_uri(output, _BINDING_FILE)
+    if exists(uri) and (has_bundle(bundle_uri) or list_checkpoints(join_uri(output, RUN_NAME))):
+        difference = find_difference(json.loads(read_bytes(uri)), binding)
         if difference:
-            raise RunMismatchError(f"{output} holds a run with other settings ({difference}); choose another output")
+            raise RunMismatchError(f"{output} holds another run ({difference}); choose another output")
 
 
 def find_difference(theirs: Any, mine: Any, path: str = "") -> str | None:
@@ -77,7 +81,11 @@ def find_difference(theirs: Any, mine: Any, path: str = "") -> str | None:
             if difference:
                 return difference
         return None
-    return None if theirs == mine else f"{path}: there {theirs!r}, here {mine!r}"
+    if theirs == mine:
+        return None
+    if path == "listing":
+        return "another listing: images or masks were added, removed or renamed"
+    return f"{path}: there {theirs!r}, here {mine!r}"
 
 
 def describe_run(config: TrainConfig, splits: Splits) -> str:
@@ -110,12 +118,14 @@ def run_check(config: TrainConfig, console: Console) -> bool:
     Raises:
         SegrayError: The images and masks cannot be listed or paired, or the store failed.
     """
-    splits = load_splits(config.data)
+    unpaired: list[Unpaired] = []
+    splits = load_splits(config.data, unpaired)
     classes = get_classes(config)
     with connect_ray():
         reports = {name: check_labels(samples, classes, name, console) for name, samples in splits._asdict().items()}
-    for fault in [fault for report in reports.values() for fault in report.faults]:
-        console.print(str(fault), highlight=False, markup=False)
+    faults = [*unpaired, *(fault for report in reports.values() for fault in report.faults)]
+    for fault in faults:
+        console.print(str(fault), highlight=False)
     table = Table("class", "raw value")
     for name in reports:
         for what in ("pixels", "share", "images"):
@@ -123,11 +133,12 @@ def run_check(config: TrainConfig, console: Console) -> bool:
     for index, (class_name, value) in enumerate(zip(classes.names, classes.values, strict=True)):
         cells = [cell for report in reports.values() for cell in _describe_class(report, index)]
         table.add_row(class_name, str(value), *cells)
+    ignored = [cell for report in reports.values() for cell in (f"{report.ignored_px:,}", "", "")]
+    table.add_row("(ignored)", ", ".join(map(str, classes.ignore_values)), *ignored)
     console.print(table)
-    num_faults = sum(len(report.faults) for report in reports.values())
     num_samples = sum(report.num_samples for report in reports.values())
-    console.print(f"{num_samples} images and masks checked, {num_faults} faults", highlight=False)
-    return num_faults == 0
+    console.print(f"{num_samples} images and masks checked, {len(faults)} faults", highlight=False)
+    return not faults
 
 
 def _describe_class(report: LabelReport, index: int) -> tuple[str, str, str]:

@@ -10,18 +10,19 @@ own, must not be forked as a torch DataLoader would.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
 from segray.classes import ClassMap
 from segray.errors import DataError, ImageFault
-from segray.images import decode_image, decode_mask, resize_image, resize_mask
+from segray.images import resize_image, resize_mask
 from segray.manifest import Sample
-from segray.storage import read_bytes
+from segray.samples import read_image, read_truth
 from segray.transforms import pad_batch
 
 _READ_AHEAD_BATCHES = 3
@@ -36,7 +37,7 @@ class TrainBatch:
     Attributes:
         images: (N, H, W, 3) uint8.
         truth: (N, H, W) class indices, the class map's ``index_dtype``.
-        image_uris: N URIs, to name the culprits.
+        image_uris: N URIs, in the order of the images.
     """
 
     images: npt.NDArray[np.uint8]
@@ -67,10 +68,15 @@ def compute_step_order(step: int, num_samples: int, global_batch_size: int, seed
     positions = np.arange(step * global_batch_size, (step + 1) * global_batch_size)
     indices = np.empty_like(positions)
     for sample_pass in np.unique(positions // num_samples):
-        order = np.random.Generator(np.random.PCG64([seed, int(sample_pass)])).permutation(num_samples)
+        order = _draw_order(num_samples, seed, int(sample_pass))
         taken = positions // num_samples == sample_pass
         indices[taken] = order[positions[taken] % num_samples]
     return indices
+
+
+@lru_cache(maxsize=2)  # a step lies in one pass, or at the seam of two
+def _draw_order(num_samples: int, seed: int, sample_pass: int) -> npt.NDArray[np.int64]:
+    return np.random.Generator(np.random.PCG64([seed, sample_pass])).permutation(num_samples)
 
 
 def load_labelled_image(sample: Sample, classes: ClassMap) -> _LabelledImage:
@@ -82,14 +88,11 @@ def load_labelled_image(sample: Sample, classes: ClassMap) -> _LabelledImage:
     """
     uri = sample.image_uri
     try:
-        image = decode_image(read_bytes(uri))
+        image = read_image(uri)
         uri = sample.mask_uri
-        truth = classes.encode(decode_mask(read_bytes(uri)))
+        return image, read_truth(uri, image.shape[:2], classes)
     except ImageFault as fault:
         raise DataError(f"{uri}: {fault.kind}: {fault}; run segray check for all such files") from fault
-    if truth.shape != image.shape[:2]:
-        raise DataError(f"{uri}: mask of {_format_size(truth)} for an image of {_format_size(image)}; run segray check")
-    return image, truth
 
 
 def iterate_training(
@@ -111,11 +114,12 @@ def iterate_training(
         return resize_image(image, image_size), resize_mask(truth, image_size)
 
     share = global_batch_size // world_size
-    batches = []
-    for step in steps:
-        order = compute_step_order(step, len(samples), global_batch_size, seed)
-        batches.append([samples[index] for index in order[world_rank * share : (world_rank + 1) * share]])
-    for batch, pairs in zip(batches, _load_ahead(load, batches, num_threads), strict=True):
+    mine = slice(world_rank * share, (world_rank + 1) * share)
+    batches = (
+        [samples[index] for index in compute_step_order(step, len(samples), global_batch_size, seed)[mine]]
+        for step in steps
+    )
+    for batch, pairs in _load_ahead(load, batches, num_threads):
         images, truths = zip(*pairs, strict=True)
         yield TrainBatch(np.stack(images), np.stack(truths), [sample.image_uri for sample in batch])
 
@@ -137,26 +141,30 @@ def iterate_evaluation(
         return resize_image(image, image_size), truth
 
     mine = samples[world_rank::world_size]
-    batches = [mine[start : start + batch_size] for start in range(0, len(mine), batch_size)]
-    for pairs in _load_ahead(load, batches, num_threads):
+    batches = (mine[start : start + batch_size] for start in range(0, len(mine), batch_size))
+    for _, pairs in _load_ahead(load, batches, num_threads):
         images, truths = zip(*pairs, strict=True)
         yield EvalBatch(pad_batch(np.stack(images), batch_size), list(truths))
 
 
-def _load_ahead(load: _Loader, batches: Sequence[Sequence[Sample]], num_threads: int) -> Iterator[list[_LabelledImage]]:
-    """Yield the loaded samples of each batch in order, with the next batches being loaded meanwhile."""
+def _load_ahead(
+    load: _Loader, batches: Iterable[Sequence[Sample]], num_threads: int
+) -> Iterator[tuple[Sequence[Sample], list[_LabelledImage]]]:
+    """Yield each batch with its loaded samples, in order, the next batches being loaded meanwhile."""
     with ThreadPoolExecutor(num_threads) as pool:
-        waiting: deque[list[Future[_LabelledImage]]] = deque()
+        waiting: deque[tuple[Sequence[Sample], list[Future[_LabelledImage]]]] = deque()
         try:
             for batch in batches:
-                waiting.append([pool.submit(load, sample) for sample in batch])
+                waiting.append((batch, [pool.submit(load, sample) for sample in batch]))
                 if len(waiting) > _READ_AHEAD_BATCHES:
-                    yield [future.result() for future in waiting.popleft()]
+                    yield _wait(*waiting.popleft())
             while waiting:
-                yield [future.result() for future in waiting.popleft()]
+                yield _wait(*waiting.popleft())
         finally:
             pool.shutdown(cancel_futures=True)
 
 
-def _format_size(array: npt.NDArray[np.integer]) -> str:
-    return f"{array.shape[1]}x{array.shape[0]}"
+def _wait(
+    batch: Sequence[Sample], futures: list[Future[_LabelledImage]]
+) -> tuple[Sequence[Sample], list[_LabelledImage]]:
+    return batch, [future.result() for future in futures]

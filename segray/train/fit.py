@@ -24,9 +24,9 @@ from segray.models import build_model
 from segray.models.prediction import compute_mask
 from segray.pictures import Panel, draw_comparison, draw_curves
 from segray.storage import get_file_name, join_uri, open_filesystem, remove_file
-from segray.train.checkpoint import RUN_NAME, TrainingState, find_best_state, find_newest_state
+from segray.train.checkpoint import RUN_NAME, TrainingState, find_best_state, find_newest_history
 from segray.train.feed import compute_num_steps, load_labelled_image
-from segray.train.loop import TrainJob, train_loop_per_worker
+from segray.train.job import TrainJob, train_loop_per_worker
 from segray.train.progress import show_training
 from segray.transforms import Preprocessing
 
@@ -34,7 +34,14 @@ _NUM_PICTURES = 4
 _NUM_CHECKPOINTS = 2  # the best two, and Ray Train keeps the newest besides
 
 
-def fit(config: TrainConfig, classes: ClassMap, splits: Splits, output: str, console: Console) -> None:
+def fit(
+    config: TrainConfig,
+    classes: ClassMap,
+    splits: Splits,
+    preprocessing: Preprocessing,
+    output: str,
+    console: Console,
+) -> None:
     """Train on a connected Ray, from the newest whole checkpoint under ``output`` to the last epoch.
 
     Raises:
@@ -51,7 +58,7 @@ def fit(config: TrainConfig, classes: ClassMap, splits: Splits, output: str, con
     with show_training(console, num_steps) as board:
         trainer = ray.train.torch.TorchTrainer(
             train_loop_per_worker,
-            train_loop_config={"job": TrainJob(config, classes, splits, run_uri, board)},
+            train_loop_config={"job": TrainJob(config, classes, splits, preprocessing, run_uri, board)},
             scaling_config=ray.train.ScalingConfig(num_workers=settings.num_train_workers, use_gpu=settings.use_gpu),
             run_config=ray.train.RunConfig(
                 name=RUN_NAME,
@@ -75,7 +82,13 @@ def fit(config: TrainConfig, classes: ClassMap, splits: Splits, output: str, con
 
 
 def write_bundle(
-    config: TrainConfig, classes: ClassMap, splits: Splits, output: str, bundle_uri: str, console: Console
+    config: TrainConfig,
+    classes: ClassMap,
+    splits: Splits,
+    preprocessing: Preprocessing,
+    output: str,
+    bundle_uri: str,
+    console: Console,
 ) -> None:
     """Write the bundle of the epoch with the highest validation mean IoU.
 
@@ -84,9 +97,7 @@ def write_bundle(
     """
     run_uri = join_uri(output, RUN_NAME)
     best = find_best_state(run_uri, console.print)
-    newest = find_newest_state(run_uri, lambda _: None)
-    history = newest[1].history if newest else best.history
-    preprocessing = Preprocessing.of_encoder(config.model)
+    history = find_newest_history(run_uri)
     save_bundle(
         bundle_uri,
         weights=best.model,

@@ -12,10 +12,11 @@ import numpy.typing as npt
 import ray
 
 from segray.classes import ClassMap
-from segray.errors import DataError, FaultKind, ImageFault, MissingFileError
-from segray.images import decode_image, decode_mask
+from segray.cluster import translated_ray_errors
+from segray.errors import DataError, FaultKind, ImageFault
 from segray.manifest import Sample
-from segray.storage import read_bytes
+from segray.metrics import IntArray
+from segray.samples import read_image, read_truth
 
 _CHUNK_SIZE = 32
 _MAX_CHUNKS_IN_FLIGHT = 64
@@ -47,8 +48,8 @@ class LabelReport:
 
     num_samples: int
     faults: list[LabelFault]
-    pixel_count: npt.NDArray[np.int64]
-    image_count: npt.NDArray[np.int64]
+    pixel_count: IntArray
+    image_count: IntArray
     ignored_px: int
 
     def __add__(self, other: "LabelReport") -> "LabelReport":
@@ -68,43 +69,31 @@ class LabelReport:
 
 
 def check_samples(samples: Sequence[Sample], classes: ClassMap) -> LabelReport:
-    """Open the given images and masks, and count what is labelled.
+    """Open the given images and masks, each even if the other is bad, and count what is labelled.
 
     Raises:
         StorageError: The store refused or failed; a file that is simply not there is a fault in the report.
     """
     report = LabelReport.empty(classes.num_classes)
     for sample in samples:
-        uri = sample.image_uri
+        faults, size, truth = [], None, None
         try:
-            image = decode_image(read_bytes(uri))
-            uri = sample.mask_uri
-            truth = classes.encode(decode_mask(read_bytes(uri)))
-            if truth.shape != image.shape[:2]:
-                raise ImageFault(FaultKind.MASK_MISMATCH, _describe_sizes(image, truth))
-        except MissingFileError:
-            kind = FaultKind.MISSING if uri == sample.image_uri else FaultKind.MASK_MISSING
-            fault = LabelFault(uri, kind, "no such file; add it, or take it out of the list")
-        except ImageFault as error:
-            fault = LabelFault(uri, error.kind, str(error))
-        else:
-            report += _count(truth, classes)
-            continue
-        report += LabelReport(1, [fault], np.zeros_like(report.pixel_count), np.zeros_like(report.image_count), 0)
+            size = read_image(sample.image_uri).shape[:2]
+        except ImageFault as fault:
+            faults.append(LabelFault(sample.image_uri, fault.kind, f"{fault}; replace the file, or remove it"))
+        try:
+            truth = read_truth(sample.mask_uri, size, classes)
+        except ImageFault as fault:
+            faults.append(LabelFault(sample.mask_uri, fault.kind, str(fault)))
+        report += LabelReport(1, faults, *_count(truth, classes))
     return report
 
 
-def _describe_sizes(image: npt.NDArray[np.uint8], truth: npt.NDArray[np.integer]) -> str:
-    return (
-        f"mask of {truth.shape[1]}x{truth.shape[0]} pixels for an image of {image.shape[1]}x{image.shape[0]}; "
-        "save the mask at the image's size"
-    )
-
-
-def _count(truth: npt.NDArray[np.integer], classes: ClassMap) -> LabelReport:
-    values = np.bincount(truth.ravel(), minlength=classes.ignore_index + 1)
-    pixel_count = values[: classes.num_classes].astype(np.int64)
-    return LabelReport(1, [], pixel_count, (pixel_count > 0).astype(np.int64), int(values[classes.ignore_index]))
+def _count(truth: npt.NDArray[np.integer] | None, classes: ClassMap) -> tuple[IntArray, IntArray, int]:
+    """Return pixels of each class, which classes there are (0 or 1), and ignored pixels."""
+    values = np.bincount([] if truth is None else truth.ravel(), minlength=classes.ignore_index + 1).astype(np.int64)
+    pixel_count = values[: classes.num_classes]
+    return pixel_count, (pixel_count > 0).astype(np.int64), int(values[classes.ignore_index])
 
 
 def check_dataset(samples: Sequence[Sample], classes: ClassMap) -> Iterator[LabelReport]:
@@ -116,11 +105,17 @@ def check_dataset(samples: Sequence[Sample], classes: ClassMap) -> Iterator[Labe
     for start in range(0, len(samples), _CHUNK_SIZE):
         running.append(check.remote(samples[start : start + _CHUNK_SIZE], classes_ref))
         if len(running) >= _MAX_CHUNKS_IN_FLIGHT:
-            report += ray.get(running.pop(0))
+            report += _fetch(running.pop(0))
             yield report
     for chunk in running:
-        report += ray.get(chunk)
+        report += _fetch(chunk)
         yield report
+
+
+def _fetch(chunk: Any) -> LabelReport:
+    with translated_ray_errors("the label check"):
+        result: LabelReport = ray.get(chunk)
+        return result
 
 
 def require_learnable(report: LabelReport, split: str) -> None:

@@ -15,28 +15,16 @@ import torch
 from torch import distributed, nn
 
 from segray.classes import ClassMap
-from segray.config import TrainConfig
-from segray.manifest import Splits
 from segray.metrics import compute_defined_mean, compute_dice, compute_iou, count_from_confusion, to_nullable
 from segray.models import SegmentationModel, build_model, freeze_unused_parameters
+from segray.models.precision import has_bf16
 from segray.train.checkpoint import TrainingState, find_newest_state, load_state, save_state
 from segray.train.feed import compute_num_steps, compute_step_order, iterate_evaluation, iterate_training
+from segray.train.job import TrainJob
 from segray.train.progress import ProgressPoster
-from segray.train.steps import NonFiniteLossError, evaluate, train_step
-from segray.transforms import Preprocessing
+from segray.train.steps import NonFiniteLossError, evaluate, settle_gradient_buckets, train_step
 
 WARM_UP_FRACTION = 0.2  # of all steps, in which the one-cycle schedule climbs to its peak
-
-
-@dataclass(frozen=True)
-class TrainJob:
-    """What the driver hands to every worker."""
-
-    config: TrainConfig
-    classes: ClassMap
-    splits: Splits
-    run_uri: str
-    progress_board: Any
 
 
 @dataclass
@@ -47,7 +35,7 @@ class _Trainer:
     world_rank: int
     world_size: int
     device: torch.device
-    preprocessing: Preprocessing
+    precision: str
     replica: nn.Module  # what computes gradients: the model, wrapped where there are several workers
     model: SegmentationModel
     optimizer: torch.optim.Optimizer
@@ -56,14 +44,14 @@ class _Trainer:
     num_epochs_done: int = 0
 
 
-def train_loop_per_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
+def run_loop(job: TrainJob) -> dict[str, Any]:
     """Train from the newest checkpoint, or from the start, to the last epoch.
 
     Returns:
         ``{"error": None}``, or the message of an error that starting again would not mend. It is returned and not
         raised because Ray Train would restart the workers for any exception.
     """
-    trainer = _set_up(loop_config["job"])
+    trainer = _set_up(job)
     poster = ProgressPoster(trainer.job.progress_board) if trainer.world_rank == 0 else None
     while trainer.num_epochs_done < trainer.job.config.train.num_epochs:
         try:
@@ -91,6 +79,8 @@ def _set_up(job: TrainJob) -> _Trainer:
     if found:
         model.load_state_dict(found.model)
     replica = ray.train.torch.prepare_model(model)
+    settle_gradient_buckets(replica, device)
+    precision = _agree_on_precision(job, context.get_world_rank(), device)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     num_steps = compute_num_steps(len(job.splits.train), settings.global_batch_size) * settings.num_epochs
@@ -105,7 +95,7 @@ def _set_up(job: TrainJob) -> _Trainer:
         world_rank=context.get_world_rank(),
         world_size=context.get_world_size(),
         device=device,
-        preprocessing=Preprocessing.of_encoder(job.config.model),
+        precision=precision,
         replica=replica,
         model=model,
         optimizer=optimizer,
@@ -113,6 +103,18 @@ def _set_up(job: TrainJob) -> _Trainer:
         history=list(found.history) if found else [],
         num_epochs_done=found.num_epochs_done if found else 0,
     )
+
+
+def _agree_on_precision(job: TrainJob, world_rank: int, device: torch.device) -> str:
+    """Return ``bf16`` where it was asked for and pays on every rank; all ranks compute in the same."""
+    if job.config.train.precision != "bf16":
+        return job.config.train.precision
+    can = torch.tensor(int(has_bf16(device)), device=device)
+    if distributed.is_initialized():
+        distributed.all_reduce(can, distributed.ReduceOp.MIN)
+    if not can.item() and world_rank == 0:
+        ProgressPoster(job.progress_board).post_line("no bf16 on every worker's processor: training in fp32")
+    return "bf16" if can.item() else "fp32"
 
 
 def _find_newest_state_together(job: TrainJob, world_rank: int, device: torch.device) -> TrainingState | None:
@@ -177,10 +179,10 @@ def _train_epoch(trainer: _Trainer, num_steps: int) -> Iterator[tuple[int, float
                 trainer.replica,
                 trainer.optimizer,
                 batch,
-                preprocessing=trainer.preprocessing,
+                preprocessing=trainer.job.preprocessing,
                 ignore_index=classes.ignore_index,
                 device=trainer.device,
-                precision=settings.precision,
+                precision=trainer.precision,
             )
         except NonFiniteLossError as error:
             order = compute_step_order(step, len(splits.train), settings.global_batch_size, settings.seed)
@@ -217,9 +219,9 @@ def _evaluate_together(trainer: _Trainer) -> np.ndarray[Any, np.dtype[np.int64]]
         trainer.model,
         batches,
         classes=trainer.job.classes,
-        preprocessing=trainer.preprocessing,
+        preprocessing=trainer.job.preprocessing,
         device=trainer.device,
-        precision=settings.precision,
+        precision=trainer.precision,
     )
     if distributed.is_initialized():
         distributed.all_reduce(confusion)

@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from rich.console import Console
 
 from segray.progress import build_bar
@@ -57,7 +59,9 @@ class ProgressPoster:
 @contextmanager
 def show_training(console: Console, num_steps: int) -> Iterator[Any]:
     """Show the progress of a training run while the block runs; gives the board that rank 0 posts to."""
-    board = ray.remote(num_cpus=0)(ProgressBoard).remote()
+    # on the driver's own node: an actor without CPUs may be put anywhere, also on a node that is taken away
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    board = ray.remote(num_cpus=0, scheduling_strategy=here)(ProgressBoard).remote()
     stop = threading.Event()
     with build_bar(console, "steps") as bar:
         task = bar.add_task("train", total=num_steps, note="starting workers")
@@ -65,7 +69,10 @@ def show_training(console: Console, num_steps: int) -> Iterator[Any]:
 
         def show_once() -> None:
             nonlocal num_seen_lines
-            state, lines = ray.get(board.fetch.remote(num_seen_lines))
+            try:
+                state, lines = ray.get(board.fetch.remote(num_seen_lines))
+            except RayError:  # a display that fails must not end a run that does not
+                return
             num_seen_lines += len(lines)
             for line in lines:
                 bar.console.print(line, highlight=False)

@@ -8,6 +8,7 @@ from torch import distributed, nn
 from segray.classes import ClassMap
 from segray.errors import TrainingError
 from segray.losses import compute_cross_entropy
+from segray.models.build import PROBE_SIZE
 from segray.models.precision import autocast
 from segray.models.prediction import compute_confusion, compute_mask
 from segray.train.feed import EvalBatch, TrainBatch
@@ -16,6 +17,20 @@ from segray.transforms import Preprocessing
 
 class NonFiniteLossError(TrainingError):
     """The loss of a step is NaN or infinite on some rank; raised on every rank, before any weight has moved."""
+
+
+def settle_gradient_buckets(replica: nn.Module, device: torch.device) -> None:
+    """Let DistributedDataParallel order its gradient buckets before the first real step.
+
+    It does so after its first backward pass. From then on the ranks' gradients are added in another order, which with
+    three or more ranks changes last bits; done here, a resumed run adds in the order of the unbroken one.
+    """
+    if not isinstance(replica, nn.parallel.DistributedDataParallel):
+        return
+    replica.eval()  # BatchNorm statistics stay as they are
+    for _ in range(2):  # the second forward pass puts the new order into force
+        replica(torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE, device=device)).sum().backward()
+    replica.zero_grad(set_to_none=True)
 
 
 def train_step(

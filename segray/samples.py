@@ -1,0 +1,49 @@
+"""One image, and its ground truth, from where they are stored to arrays. What cannot be used is an ``ImageFault``."""
+
+import numpy as np
+import numpy.typing as npt
+
+from segray.classes import ClassMap
+from segray.config import DEFAULT_MAX_IMAGE_PX
+from segray.errors import FaultKind, ImageFault, MissingFileError, UnsupportedNameError
+from segray.images import decode_image, decode_mask
+from segray.storage import read_bytes
+
+
+def read_image(uri: str, max_px: int = DEFAULT_MAX_IMAGE_PX) -> npt.NDArray[np.uint8]:
+    """Read an image, (H, W, 3) uint8 RGB.
+
+    Raises:
+        ImageFault: ``missing``, ``unreadable``, ``truncated``, ``unsupported`` or ``too_large``.
+        StorageError: The store refused or failed.
+    """
+    try:
+        return decode_image(read_bytes(uri), max_px)
+    except MissingFileError as error:
+        raise ImageFault(FaultKind.MISSING, "no such file: removed since it was listed, or listed wrongly") from error
+    except UnsupportedNameError as error:
+        raise ImageFault(FaultKind.UNSUPPORTED, str(error)) from error
+
+
+def read_truth(
+    uri: str, size: tuple[int, ...] | None, classes: ClassMap, max_px: int = DEFAULT_MAX_IMAGE_PX
+) -> npt.NDArray[np.integer]:
+    """Read the mask of an image of ``size`` (height, width; None if not known) as a class-index map (H, W).
+
+    Raises:
+        ImageFault: ``mask_missing`` or ``mask_mismatch``: no mask, of another size, with undeclared values, unreadable.
+        StorageError: The store refused or failed.
+    """
+    try:
+        truth = classes.encode(decode_mask(read_bytes(uri), max_px))
+    except MissingFileError as error:
+        raise ImageFault(FaultKind.MASK_MISSING, f"no mask at {uri}; add it, or take its image out") from error
+    except (ImageFault, UnsupportedNameError) as error:
+        raise ImageFault(FaultKind.MASK_MISMATCH, str(error)) from error
+    if size is not None and truth.shape != size:
+        raise ImageFault(
+            FaultKind.MASK_MISMATCH,
+            f"mask of {truth.shape[1]}x{truth.shape[0]} pixels for an image of {size[1]}x{size[0]}; "
+            "save the mask at the image's size",
+        )
+    return truth
