@@ -22,6 +22,11 @@ def is_submitted_job() -> bool:
     return _JOB_CONFIG_VARIABLE in os.environ
 
 
+def count_cores() -> int:
+    """Return the cores that this process may use; Ray gives every worker one thread, whatever the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 @contextmanager
 def connect_ray(num_cpus: float = 0, num_gpus: float = 0) -> Iterator[None]:
     """Connect to Ray for the duration of a block.
@@ -57,7 +62,7 @@ def connect_ray(num_cpus: float = 0, num_gpus: float = 0) -> Iterator[None]:
         os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
         # a cluster of its own asks for a token, Ray's default where RAY_AUTH_MODE is not set; it need not announce that
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-        logical_cpus = max(MIN_LOCAL_CPUS, os.cpu_count() or 1, math.ceil(num_cpus))
+        logical_cpus = max(MIN_LOCAL_CPUS, count_cores(), math.ceil(num_cpus))
         options |= {"address": "local", "num_cpus": logical_cpus, "include_dashboard": False}
     try:
         ray.init(**options)

@@ -1,6 +1,5 @@
 """GPU (or CPU) stage: holds the model, and maps decoded fragments to finished rows with raw masks."""
 
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -10,6 +9,7 @@ import pyarrow as pa
 import torch
 
 from segray.bundle import load_bundle
+from segray.cluster import count_cores
 from segray.config import SegmentSettings
 from segray.errors import BundleError, SegrayError
 from segray.metrics import compute_dice, compute_iou, count_from_confusion, to_nullable
@@ -48,7 +48,7 @@ class FragmentPredictor:
             raise BundleError(f"{bundle_uri}: replaced while the run was going on; restore it, or start another output")
         self._device = torch.device("cuda" if settings.num_gpus_per_predictor > 0 else "cpu")
         if self._device.type == "cpu":  # Ray gives an actor one thread
-            torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // num_predictors_per_node))
+            torch.set_num_threads(max(1, count_cores() // num_predictors_per_node))
         self._settings = settings
         self._classes = bundle.manifest.classes
         self._preprocessing = bundle.manifest.preprocessing

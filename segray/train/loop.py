@@ -1,6 +1,5 @@
 """What every training worker runs: set up, epochs, and exactly one report for each epoch."""
 
-import os
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,6 +14,8 @@ import torch
 from torch import distributed, nn
 
 from segray.classes import ClassMap
+from segray.cluster import count_cores
+from segray.config import TrainSettings
 from segray.metrics import compute_defined_mean, compute_dice, compute_iou, count_from_confusion, to_nullable
 from segray.models import SegmentationModel, build_model, freeze_unused_parameters
 from segray.models.precision import has_bf16
@@ -70,8 +71,8 @@ def _set_up(job: TrainJob) -> _Trainer:
     settings = job.config.train
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
-    if device.type == "cpu":  # Ray gives every actor one thread; the workers of a node share its cores
-        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // context.get_local_world_size()))
+    if device.type == "cpu":  # the workers of a node share its cores
+        torch.set_num_threads(max(1, count_cores() // context.get_local_world_size()))
     torch.manual_seed(settings.seed)  # the same first weights on every rank
     model = build_model(job.config.model, job.classes.num_classes).to(memory_format=torch.channels_last)
     freeze_unused_parameters(model)
@@ -81,12 +82,7 @@ def _set_up(job: TrainJob) -> _Trainer:
     replica = ray.train.torch.prepare_model(model)
     settle_gradient_buckets(replica, device)
     precision = _agree_on_precision(job, context.get_world_rank(), device)
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
-    num_steps = compute_num_steps(len(job.splits.train), settings.global_batch_size) * settings.num_epochs
-    schedule = torch.optim.lr_scheduler.OneCycleLR(
-        optimizer, settings.learning_rate, total_steps=num_steps + 1, pct_start=WARM_UP_FRACTION, cycle_momentum=False
-    )
+    optimizer, schedule = build_optimizer(model, settings, len(job.splits.train))
     if found:
         optimizer.load_state_dict(found.optimizer)
         schedule.load_state_dict(found.schedule)
@@ -103,6 +99,21 @@ def _set_up(job: TrainJob) -> _Trainer:
         history=list(found.history) if found else [],
         num_epochs_done=found.num_epochs_done if found else 0,
     )
+
+
+def build_optimizer(
+    model: nn.Module, settings: TrainSettings, num_samples: int
+) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
+    """Build AdamW on a one-cycle schedule (Smith and Topin, "Super-Convergence", 2018) over all epochs."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+    total_steps = compute_num_steps(num_samples, settings.global_batch_size) * settings.num_epochs + 1
+    # torch divides by the length of the climb less one step, so a run of a few steps needs a longer climb
+    climb = max(WARM_UP_FRACTION, 1.5 / total_steps)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(
+        optimizer, settings.learning_rate, total_steps=total_steps, pct_start=climb, cycle_momentum=False
+    )
+    return optimizer, schedule
 
 
 def _agree_on_precision(job: TrainJob, world_rank: int, device: torch.device) -> str:
