@@ -42,7 +42,7 @@ def build_report(output_uri: str, plan: pa.Table, summary: pa.Table, tally: Tall
         num_images=tally.num_ok + num_errors,
         num_ok=tally.num_ok,
         num_errors=num_errors,
-        columns=[name for name in summary.column_names if any(row[name] is not None for row in rows)],
+        columns=[name for name in summary.column_names[1:] if any(row[name] is not None for row in rows)],
         summary=[{name: format_cell(value) for name, value in row.items()} for row in rows],
         plots=[{"title": title, "png": _inline(draw_class_bars(values, classes, title))} for title, values in plots],
         picture=_inline(draw_comparison(panels, classes)) if panels else None,
