@@ -80,3 +80,13 @@ def test_a_perfect_mask_scores_one_and_an_ignored_image_nothing() -> None:
     np.testing.assert_array_equal(compute_iou(count(truth, truth)), [1, 1, 1, 1, np.nan])
     ignored = np.full((2, 2), IGNORE, np.uint8)
     assert np.isnan(compute_iou(count(ignored, truth))).all()
+
+
+def test_more_classes_than_a_byte_holds() -> None:
+    rng = np.random.default_rng(2)
+    truth = rng.choice([0, 299, 65_535], (40, 50)).astype(np.uint16)
+    mask = rng.integers(0, 300, (40, 50))
+    got = compute_confusion(torch.from_numpy(truth), torch.from_numpy(mask), 300, 65_535)
+    expected = np.zeros((300, 300), np.int64)
+    np.add.at(expected, (truth[truth < 300].astype(np.int64), mask[truth < 300]), 1)
+    np.testing.assert_array_equal(got.numpy(), expected)

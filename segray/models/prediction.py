@@ -70,8 +70,9 @@ def compute_confusion(truth: torch.Tensor, mask: torch.Tensor, num_classes: int,
     Returns:
         (C, C) int64.
     """
+    truth = truth.to(torch.int64)  # uint16, above 255 classes, can do little on a GPU
     scored = truth != ignore_index
-    pairs = truth[scored].to(torch.int64) * num_classes + mask[scored].to(torch.int64)
+    pairs = truth[scored] * num_classes + mask[scored].to(torch.int64)
     return torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
 
 

@@ -1,4 +1,4 @@
-"""From a configuration to a bundle: claim the output, check the labels, fit, keep the best epoch."""
+"""From a configuration to a bundle: check the labels, bind the output to the run, fit, keep the best epoch."""
 
 import json
 from collections.abc import Sequence
