@@ -7,11 +7,12 @@ BIN := .venv/bin
 setup: .venv/installed
 
 # uv and not pip: pip can choose a torch build that torchvision's wheel does not load. The last line proves the pair.
+# compat: a plain path entry; setuptools' import hook loses to any folder named segray in the current directory.
 .venv/installed: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv
 	$(BIN)/uv pip sync --quiet --python $(BIN)/python requirements.txt
-	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable .
+	$(BIN)/uv pip install --quiet --python $(BIN)/python --no-deps --editable . --config-settings editable_mode=compat
 	$(BIN)/python -c "import torch, torchvision.ops; print('torch', torch.__version__, 'torchvision', torchvision.__version__)"
 	touch $@
 
