@@ -7,9 +7,9 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import psutil
@@ -21,6 +21,7 @@ from rich.console import Console
 from segray.bundle import load_bundle
 from segray.config import TrainConfig
 from segray.errors import DataError, RunMismatchError, TrainingError
+from segray.train.checkpoint import find_newest_state
 from segray.train.driver import run_training
 from tests.conftest import NUM_TEST, NUM_TRAIN, SHAPE_SIZE
 
@@ -44,8 +45,14 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def has_checkpoint(output: Path) -> bool:
-    return any(output.glob("ray_train/checkpoint_*/checkpoint.json"))
+def has_whole_checkpoint(output: Path) -> bool:
+    """Say whether a run has something to go on from: its files appear one after the other, while they are copied."""
+    return find_newest_state(str(output / "ray_train"), lambda _: None) is not None
+
+
+def find_train_workers() -> dict[int, psutil.Process]:
+    """Return the training workers under this process by pid."""
+    return {p.pid: p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in p.name()}
 
 
 @pytest.fixture(scope="module")
@@ -92,16 +99,18 @@ def test_validation_scores_every_pixel_once(unbroken: Path) -> None:
 
 
 def test_a_killed_worker_changes_no_bit(unbroken: Path, make_train_config: MakeConfig, tmp_path: Path) -> None:
-    def kill_a_worker() -> None:
-        wait_for(lambda: has_checkpoint(tmp_path))
-        workers = [p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in p.name()]
-        workers[-1].kill()
+    of_runs_before = find_train_workers()
 
-    killer = threading.Thread(target=kill_a_worker)
-    killer.start()
-    printed = train(make_train_config(tmp_path, num_epochs=NUM_EPOCHS))
-    killer.join()
-    assert "going on after epoch" in printed
+    def kill_a_worker() -> None:
+        wait_for(lambda: has_whole_checkpoint(tmp_path))
+        workers = find_train_workers()
+        workers[max(workers.keys() - of_runs_before)].kill()
+
+    with ThreadPoolExecutor(1) as executor:
+        killer = executor.submit(kill_a_worker)
+        printed = train(make_train_config(tmp_path, num_epochs=NUM_EPOCHS))
+        killer.result()
+    assert "going on after epoch" in printed, printed
     assert read_weights_sha256(tmp_path) == read_weights_sha256(unbroken)
     assert read_metrics(tmp_path) == read_metrics(unbroken)
 
@@ -113,14 +122,14 @@ def test_a_killed_driver_changes_no_bit(unbroken: Path, make_train_config: MakeC
     command = [sys.executable, "-c", "from segray.cli import main; main()", "train", str(path)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
     driver = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
-    wait_for(lambda: has_checkpoint(tmp_path / "run"))
+    wait_for(lambda: has_whole_checkpoint(tmp_path / "run"))
     driver.send_signal(signal.SIGKILL)
     driver.wait()
     assert not (tmp_path / "run" / "bundle").exists()
     # what a driver can leave that dies while Ray Train writes its list of checkpoints; Ray alone never starts again
     (tmp_path / "run" / "ray_train" / "checkpoint_manager_snapshot.json").write_text("")
     printed = train(config)
-    assert "going on after epoch" in printed
+    assert "going on after epoch" in printed, printed
     assert read_weights_sha256(tmp_path / "run") == read_weights_sha256(unbroken)
     assert read_metrics(tmp_path / "run") == read_metrics(unbroken)
 
