@@ -12,7 +12,7 @@ import typer
 
 from segray.cluster import find_segray_error, is_submitted_job
 from segray.config import SegmentFile, TrainConfig, load_config, require_absolute
-from segray.errors import SegrayError
+from segray.errors import SegrayError, flatten_message
 from segray.progress import build_console
 
 app = typer.Typer(
@@ -92,7 +92,7 @@ def run(command: Callable[[], object]) -> NoReturn:
         command()
     except SegrayError as error:
         known = find_segray_error(error) or error
-        print(f"error: {' '.join(str(known).split())}", file=sys.stderr)
+        print(f"error: {flatten_message(known)}", file=sys.stderr)
         sys.exit(known.exit_code)
     sys.exit(0)
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from segray.errors import ConfigError
+from segray.errors import ConfigError, flatten_message
 from segray.storage import is_relative, read_bytes
 
 MAX_CLASSES = 65_535  # class indices and the ignore index share uint16
@@ -211,7 +211,7 @@ def load_config(kind: type[ConfigT], uri: str | None, overrides: Sequence[str] =
         try:
             values = yaml.safe_load(read_bytes(uri).decode("utf-8")) or {}
         except (yaml.YAMLError, UnicodeDecodeError) as error:
-            raise ConfigError(f"{uri}: expected YAML: {' '.join(str(error).split())}") from error
+            raise ConfigError(f"{uri}: expected YAML: {flatten_message(error)}") from error
         if not isinstance(values, dict):
             raise ConfigError(f"{uri}: expected sections such as data: and train:, got {type(values).__name__}")
     for override in overrides:
@@ -260,6 +260,15 @@ def _iterate_settings(kind: type[BaseModel], prefix: str = "") -> Iterator[str]:
         for inner in [field.annotation, *get_args(field.annotation)]:
             if isinstance(inner, type) and issubclass(inner, BaseModel):
                 yield from _iterate_settings(inner, f"{prefix}{name}.")
+
+
+def find_differences(theirs: Any, mine: Any, path: str = "") -> list[str]:
+    """Return each setting that differs between two resolved configurations, as ``name: there …, here …``."""
+    if isinstance(theirs, dict) and isinstance(mine, dict):
+        names = sorted(theirs.keys() | mine.keys())
+        pairs = [(theirs.get(name), mine.get(name), f"{path}.{name}" if path else name) for name in names]
+        return [difference for pair in pairs for difference in find_differences(*pair)]
+    return [] if theirs == mine else [f"{path}: there {theirs!r}, here {mine!r}"]
 
 
 def require_absolute(uris: Mapping[str, str | None]) -> None:

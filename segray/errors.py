@@ -18,6 +18,11 @@ A message says, in one line, what was got, what was expected, and what to do.
 from enum import StrEnum
 
 
+def flatten_message(error: BaseException) -> str:
+    """Return the text of a foreign error in one line; its type where it says nothing."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
 class SegrayError(Exception):
     """Base of all errors a user of segray can meet."""
 

@@ -8,7 +8,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from segray.classes import build_palette
 from segray.config import DEFAULT_MAX_IMAGE_PX
-from segray.errors import FaultKind, ImageFault
+from segray.errors import FaultKind, ImageFault, flatten_message
 
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff")
 MASK_EXTENSIONS = ("png", "bmp", "gif", "tif", "tiff")  # lossless ones: JPEG blurs class values
@@ -69,7 +69,7 @@ def _load(content: bytes, formats: tuple[str, ...], max_px: int) -> Image.Image:
     except UnidentifiedImageError:
         raise ImageFault(FaultKind.UNREADABLE, f"not an image in {', '.join(formats)}") from None
     except Exception as error:  # a broken header raises whatever the format's parser trips over
-        raise ImageFault(FaultKind.UNREADABLE, f"broken {type(error).__name__}: {error}") from error
+        raise ImageFault(FaultKind.UNREADABLE, f"broken header: {flatten_message(error)}") from error
     if image.width * image.height > max_px:
         size = f"{image.width}x{image.height}"
         raise ImageFault(
@@ -83,7 +83,7 @@ def _load(content: bytes, formats: tuple[str, ...], max_px: int) -> Image.Image:
     except Exception as error:
         truncated = "truncated" in str(error).lower() or isinstance(error, EOFError)
         kind = FaultKind.TRUNCATED if truncated else FaultKind.UNREADABLE
-        raise ImageFault(kind, f"{image.format}: {' '.join(str(error).split())}") from error
+        raise ImageFault(kind, f"{image.format}: {flatten_message(error)}") from error
 
 
 def encode_mask_png(mask: npt.NDArray[np.integer], num_classes: int) -> bytes:

@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import posixpath
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from pyarrow import parquet as pq
 from segray.config import DataConfig, OxfordPetLayout, SplitConfig
 from segray.errors import DataError
 from segray.images import IMAGE_EXTENSIONS, MASK_EXTENSIONS
-from segray.storage import StoredFile, get_file_name, join_uri, list_files, normalize_uri, read_bytes
+from segray.storage import StoredFile, join_uri, list_files, normalize_uri, read_bytes
 
 
 class Sample(NamedTuple):
@@ -85,8 +86,7 @@ def _load_split(split: SplitConfig, name: str, unpaired: list[Unpaired]) -> list
 
 def get_pairing_key(uri: str, root: str) -> str:
     """Return the path below ``root`` without its extension, by which an image finds its mask."""
-    path = uri[len(root) :].lstrip("/")
-    return path[: -len(get_file_name(path).rsplit(".", 1)[1]) - 1] if "." in get_file_name(path) else path
+    return posixpath.splitext(uri[len(root) :].lstrip("/"))[0]
 
 
 def index_masks(masks_root: str) -> dict[str, str]:

@@ -18,7 +18,7 @@ from urllib.parse import unquote, urlsplit
 import pyarrow as pa
 from pyarrow import NativeFile, fs
 
-from segray.errors import MissingFileError, StorageError, UnsupportedNameError
+from segray.errors import MissingFileError, StorageError, UnsupportedNameError, flatten_message
 
 # Stores whose PUT is atomic: a reader sees the whole object or none. Elsewhere a rename is the atomic act.
 ATOMIC_PUT_STORES = {"s3", "gcs", "abfs"}
@@ -79,7 +79,7 @@ def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
     try:
         filesystem, root = _open_store(scheme, authority)
     except (OSError, ValueError) as error:
-        raise StorageError(f"cannot open {scheme}://{authority}: {_describe(error)}") from error
+        raise StorageError(f"cannot open {scheme}://{authority}: {flatten_message(error)}") from error
     return filesystem, f"{root.rstrip('/')}/{key}".rstrip("/") or "/"
 
 
@@ -222,10 +222,6 @@ def _translated(verb: str, uri: str) -> Iterator[None]:
             f"cannot {verb} {uri}: permission denied; check the rights of this user or its credentials"
         ) from error
     except OSError as error:
-        raise StorageError(f"cannot {verb} {uri}: {_describe(error)}") from error
+        raise StorageError(f"cannot {verb} {uri}: {flatten_message(error)}") from error
     except (pa.ArrowInvalid, UnicodeError) as error:
-        raise UnsupportedNameError(f"cannot {verb} {uri}: {_describe(error)}; rename the file") from error
-
-
-def _describe(error: Exception) -> str:
-    return " ".join(str(error).split()) or type(error).__name__
+        raise UnsupportedNameError(f"cannot {verb} {uri}: {flatten_message(error)}; rename the file") from error

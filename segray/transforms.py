@@ -8,7 +8,7 @@ import torch
 from pydantic import BaseModel, ConfigDict
 
 from segray.config import ModelConfig
-from segray.errors import ConfigError
+from segray.errors import ConfigError, flatten_message
 
 
 class Preprocessing(BaseModel):
@@ -35,7 +35,7 @@ class Preprocessing(BaseModel):
         except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"model.encoder_weights: cannot learn what {model.encoder_weights!r} of {model.encoder_name} expects: "
-                f"{' '.join(str(error).split())[:300]}; give this machine access to the model hub, or set null"
+                f"{flatten_message(error)[:300]}; give this machine access to the model hub, or set null"
             ) from error
         if params["input_space"] != "RGB":
             raise ConfigError(

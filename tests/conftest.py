@@ -17,7 +17,7 @@ from segray.models import build_model
 from segray.shapes import save_shapes
 from segray.transforms import Preprocessing
 
-PET_CLASSES = ClassMap(("pet", "background", "border"), (1, 2, 3))
+PET_CLASSES = ClassMap(("pet", "background", "border"), (1, 2, 3), ignore_values=(0,))
 SHAPE_SIZE = 64
 NUM_TRAIN, NUM_TEST = 18, 7
 

@@ -5,7 +5,9 @@ import io
 import numpy as np
 import numpy.typing as npt
 import pytest
+import torch
 from PIL import Image
+from torch.nn import functional
 
 from segray.errors import FaultKind, ImageFault
 from segray.images import decode_image, decode_mask, encode_mask_png, resize_image, resize_mask
@@ -111,6 +113,13 @@ def test_resizing_a_mask_never_mixes_values() -> None:
         assert resized.shape == size
         assert set(np.unique(resized)) <= {0, 7, 255}
     np.testing.assert_array_equal(resize_mask(mask, (60, 82)), mask.repeat(2, 0).repeat(2, 1))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (17, 40), (31, 93), (90, 41)])
+def test_a_resized_mask_has_the_pixel_at_each_centre_as_torchs_nearest_exact(size: tuple[int, int]) -> None:
+    mask = np.random.default_rng(1).integers(0, 256, (31, 41), np.uint8)
+    witness = functional.interpolate(torch.from_numpy(mask)[None, None], size=size, mode="nearest-exact")
+    np.testing.assert_array_equal(resize_mask(mask, size), witness[0, 0].numpy())
 
 
 def test_resizing_keeps_image_and_mask_aligned() -> None:

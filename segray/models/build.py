@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional
 
 from segray.config import ModelConfig
-from segray.errors import ConfigError
+from segray.errors import ConfigError, flatten_message
 from segray.models.fcn import FCN, FCN_ENCODERS, FCN_STRIDES
 
 # Every network here halves its input five times; other sizes are padded to a multiple and cropped back.
@@ -129,11 +129,11 @@ def build_model(config: ModelConfig, num_classes: int) -> SegmentationModel:
     except OSError as error:  # the hub cannot be reached
         raise ConfigError(
             f"model.encoder_weights: cannot load {config.encoder_weights!r} for {config.encoder_name}: "
-            f"{' '.join(str(error).split())[:300]}; give this machine access to the model hub, or set null"
+            f"{flatten_message(error)[:300]}; give this machine access to the model hub, or set null"
         ) from error
     except (KeyError, ValueError, AssertionError, AttributeError) as error:
         raise ConfigError(
             f"model: {arch} cannot be built on {config.encoder_name} with encoder_weights {config.encoder_weights}: "
-            f"{' '.join(str(error).split())[:300]}"
+            f"{flatten_message(error)[:300]}"
         ) from error
     return SegmentationModel(network, config.freeze_encoder)

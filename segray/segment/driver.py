@@ -32,8 +32,6 @@ _TABLE_COLUMNS = {
     "recall": "recall",
     "mean_image_iou": "mean image IoU",
 }
-
-
 _RESULTS = {"summary.parquet", "report.html"}  # made from the rows, when all are there
 
 

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from segray.bundle import get_library_versions
+from segray.config import find_differences
 from segray.errors import MissingFileError, RunMismatchError
 from segray.storage import join_uri, read_bytes, write_bytes
 
@@ -48,10 +49,7 @@ def require_same_run(run: dict[str, Any] | None, mine: Fingerprint, output_uri: 
     differences = []
     if theirs.get("bundle_sha256") != mine.bundle_sha256:
         differences.append("another bundle")
-    config = theirs.get("config", {})
-    for name, value in mine.config.items():
-        if config.get(name) != value:
-            differences.append(f"segment.{name}: there {config.get(name)!r}, here {value!r}")
+    differences += find_differences(theirs.get("config", {}), mine.config, "segment")
     if not differences and theirs.get("plan_sha256") != mine.plan_sha256:
         differences.append("another listing: images or masks were added, removed or resized, or the URI differs")
     if differences:

@@ -112,13 +112,15 @@ def find_newest_history(run_uri: str) -> list[dict[str, Any]]:
 
 
 def find_best_state(run_uri: str, warn: Callable[[str], None]) -> TrainingState:
-    """Return the whole checkpoint with the highest validation mean IoU, the earliest among equals.
+    """Return the whole checkpoint with the highest validation mean IoU, the latest among equals.
+
+    Ray Train keeps the latest of equals too: the earliest may be gone, or not, by how often the run was started.
 
     Raises:
         TrainingError: No checkpoint of the run is whole.
     """
     found = _find_first_whole(
-        run_uri, lambda index: (index["history"][-1]["val_mean_iou"], -index["num_epochs_done"]), warn
+        run_uri, lambda index: (index["history"][-1]["val_mean_iou"], index["num_epochs_done"]), warn
     )
     if found is None:
         raise TrainingError(f"no whole checkpoint under {run_uri}; train again with another output")

@@ -10,7 +10,7 @@ from rich.table import Table
 from segray.bundle import has_bundle
 from segray.classes import ClassMap
 from segray.cluster import connect_ray
-from segray.config import TrainConfig
+from segray.config import TrainConfig, find_differences
 from segray.errors import RunMismatchError
 from segray.manifest import Sample, Splits, Unpaired, load_splits
 from segray.models import check_model
@@ -35,7 +35,7 @@ def run_training(config: TrainConfig, console: Console) -> str:
     splits = load_splits(config.data)
     output = normalize_uri(config.output)
     bundle_uri = join_uri(output, "bundle")
-    binding = {**config.of_weights, "listing": splits.compute_sha256()}
+    binding = {"config": config.of_weights, "listing": splits.compute_sha256()}
     _require_same_run(binding, output, bundle_uri)
     console.print(describe_run(config, splits), highlight=False)
     if has_bundle(bundle_uri):
@@ -68,24 +68,12 @@ def _require_same_run(binding: dict[str, Any], output: str, bundle_uri: str) -> 
     """
     uri = join_uri(output, _BINDING_FILE)
     if exists(uri) and (has_bundle(bundle_uri) or list_checkpoints(join_uri(output, RUN_NAME))):
-        difference = find_difference(json.loads(read_bytes(uri)), binding)
-        if difference:
-            raise RunMismatchError(f"{output} holds another run ({difference}); choose another output")
-
-
-def find_difference(theirs: Any, mine: Any, path: str = "") -> str | None:
-    """Return the first setting that differs between two resolved configurations, as ``name: there … , here …``."""
-    if isinstance(theirs, dict) and isinstance(mine, dict):
-        for name in sorted(theirs.keys() | mine.keys()):
-            difference = find_difference(theirs.get(name), mine.get(name), f"{path}.{name}" if path else name)
-            if difference:
-                return difference
-        return None
-    if theirs == mine:
-        return None
-    if path == "listing":
-        return "another listing: images or masks were added, removed or renamed"
-    return f"{path}: there {theirs!r}, here {mine!r}"
+        theirs = json.loads(read_bytes(uri))
+        differences = find_differences(theirs["config"], binding["config"])
+        if theirs["listing"] != binding["listing"]:
+            differences.append("another listing: images or masks were added, removed or renamed")
+        if differences:
+            raise RunMismatchError(f"{output} holds another run ({'; '.join(differences)}); choose another output")
 
 
 def describe_run(config: TrainConfig, splits: Splits) -> str:

@@ -1,11 +1,9 @@
-"""Ray Data for real: every planned image is one row, whatever happens to the others and however often it is called."""
+"""Ray Data for real: every planned image is one row, right to the last pixel, whatever happens to the others."""
 
-import hashlib
 import io
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import duckdb
 import numpy as np
@@ -21,63 +19,14 @@ from torch.nn import functional
 from torchmetrics.functional.classification import multiclass_confusion_matrix
 
 from segray.bundle import load_bundle
-from segray.config import SegmentSettings
-from segray.errors import BundleError, DataError, MissingFileError, RunMismatchError, StorageError
 from segray.images import decode_image, resize_image
 from segray.schema import IMAGES_SCHEMA, PLAN_SCHEMA, SUMMARY_SCHEMA
-from segray.segment.driver import SegmentJob, SegmentOutcome, print_outcome, run_segmentation
+from segray.segment.driver import print_outcome
 from tests.conftest import PET_CLASSES, SHAPE_SIZE
+from tests.segment.conftest import NUM_IMAGES, SETTINGS, read_rows, segment
 
 pytestmark = pytest.mark.usefixtures("ray_session")
-NUM_IMAGES = 10
-SETTINGS = SegmentSettings(fragment_size=4, batch_size=3, precision="fp32")
-
-
-def segment(
-    bundle: Path, bucket: Path, output: Path, *, masks: bool = True, settings: SegmentSettings = SETTINGS
-) -> SegmentOutcome:
-    job = SegmentJob(
-        str(bundle), str(bucket / "images"), str(output), str(bucket / "masks") if masks else None, settings
-    )
-    return run_segmentation(job, Console(file=io.StringIO()))
-
-
-def read_rows(output: Path) -> list[dict[str, Any]]:
-    rows = [row for path in sorted(output.glob("images/*.parquet")) for row in pq.read_table(path).to_pylist()]
-    return sorted(rows, key=lambda row: str(row["uri"]))
-
-
-def read_files(output: Path) -> dict[str, tuple[str, int]]:
-    return {
-        str(path.relative_to(output)): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
-        for path in sorted(output.rglob("*"))
-        if path.is_file()
-    }
-
-
-@pytest.fixture(scope="module")
-def bucket(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Images of differing sizes in two folders, and masks with ignored pixels and an absent class."""
-    root = tmp_path_factory.mktemp("bucket")
-    rng = np.random.default_rng(5)
-    for index in range(NUM_IMAGES):
-        size = (40 + 7 * index, 50 + 5 * index)
-        name = f"{'sub/' if index % 2 else ''}image {index}#"
-        for kind, pixels in (
-            ("images", rng.integers(0, 256, (*size, 3), np.uint8)),
-            ("masks", rng.choice([1, 2], size).astype(np.uint8)),  # border, value 3, is nowhere
-        ):
-            path = root / kind / f"{name}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            Image.fromarray(pixels).save(path)
-    return root
-
-
-@pytest.fixture(scope="module")
-def finished(bundle_dir: Path, bucket: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None) -> Path:
-    output = tmp_path_factory.mktemp("finished") / "run"
-    segment(bundle_dir, bucket, output)
-    return output
+IGNORED = -1  # raw mask values start at 1, and 0 is ignored
 
 
 def test_every_planned_image_is_one_row_with_the_contracts_columns(finished: Path, bucket: Path) -> None:
@@ -126,11 +75,13 @@ def test_masks_and_statistics_equal_plain_torch(finished: Path, bundle_dir: Path
 def test_the_summary_equals_an_independent_count_of_the_written_masks(finished: Path) -> None:
     confusion = torch.zeros(3, 3, dtype=torch.int64)
     brute = np.zeros((3, 3), np.int64)
-    for row in read_rows(finished):
+    images = read_rows(finished)
+    for row in images:
         truth = np.asarray(Image.open(row["uri"].replace("/images/", "/masks/"))).astype(np.int64) - 1
         mask = np.frombuffer(row["mask"], np.uint8).reshape(truth.shape).astype(np.int64)
-        np.add.at(brute, (truth, mask), 1)
-        counts = multiclass_confusion_matrix(torch.from_numpy(mask), torch.from_numpy(truth), 3)
+        assert (truth == IGNORED).any()
+        np.add.at(brute, (truth[truth != IGNORED], mask[truth != IGNORED]), 1)
+        counts = multiclass_confusion_matrix(torch.from_numpy(mask), torch.from_numpy(truth), 3, ignore_index=IGNORED)
         confusion += counts
         hits = counts.diagonal().tolist()
         unions = (counts.sum(0) + counts.sum(1) - counts.diagonal()).tolist()
@@ -144,33 +95,14 @@ def test_the_summary_equals_an_independent_count_of_the_written_masks(finished: 
         fp, fn = brute[:, index].sum() - tp[index], brute[index].sum() - tp[index]
         assert row["class_name"] == PET_CLASSES.names[index]
         assert (row["tp_px"], row["fp_px"], row["fn_px"]) == (tp[index], fp, fn)
-        assert row["pixel_count"] == brute[:, index].sum()
+        assert row["pixel_count"] == sum(image["pixel_count"][index] for image in images)
+        assert row["pixel_count"] > brute[:, index].sum()  # ignored pixels are segmented too, only not scored
         assert row["dataset_iou"] == pytest.approx(tp[index] / (tp[index] + fp + fn), abs=1e-9)
         assert row["dataset_dice"] == pytest.approx(2 * tp[index] / (2 * tp[index] + fp + fn), abs=1e-9)
-    images = read_rows(finished)
     for index, row in enumerate(summary):
         defined = [image["iou"][index] for image in images if image["iou"][index] is not None]
         assert row["mean_image_iou"] == pytest.approx(np.mean(defined), abs=1e-9)
         assert row["image_count"] == sum(image["pixel_count"][index] > 0 for image in images)
-
-
-def test_a_second_call_writes_nothing(finished: Path, bundle_dir: Path, bucket: Path) -> None:
-    before = read_files(finished)
-    outcome = segment(bundle_dir, bucket, finished)
-    assert read_files(finished) == before
-    assert outcome.num_ok == NUM_IMAGES
-
-
-def test_a_lost_fragment_alone_is_made_again_with_the_same_bytes(
-    finished: Path, bundle_dir: Path, bucket: Path
-) -> None:
-    before = read_files(finished)
-    lost = "images/part-00000001.parquet"
-    (finished / lost).unlink()
-    segment(bundle_dir, bucket, finished)
-    after = read_files(finished)
-    assert {name: content for name, (content, _) in after.items()} == {n: c for n, (c, _) in before.items()}
-    assert {name for name in after if after[name][1] != before[name][1]} == {lost}
 
 
 def test_broken_images_are_error_rows_and_every_other_row_keeps_its_bits(
@@ -236,75 +168,6 @@ def test_the_report_and_the_terminal_show_the_scores(finished: Path, bundle_dir:
         assert f"{row['dataset_iou']:.4f}" in html
         assert f"{row['dataset_iou']:.4f}" in printed.getvalue()
     assert f"{NUM_IMAGES} images segmented, 0 not" in printed.getvalue()
-
-
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"settings": SETTINGS.model_copy(update={"batch_size": 4})}, r"segment\.batch_size: there 3, here 4"),
-        ({"masks": False}, r"segment\.ground_truth: there True, here False"),
-    ],
-)
-def test_a_folder_of_another_configuration_is_refused(
-    finished: Path, bundle_dir: Path, bucket: Path, change: dict[str, Any], message: str
-) -> None:
-    before = read_files(finished)
-    with pytest.raises(RunMismatchError, match=message):
-        segment(bundle_dir, bucket, finished, **change)
-    assert read_files(finished) == before
-
-
-def test_a_folder_of_another_model_or_listing_is_refused(
-    finished: Path, bundle_dir: Path, bucket: Path, tmp_path: Path
-) -> None:
-    bundle = Path(shutil.copytree(bundle_dir, tmp_path / "bundle"))
-    manifest = json.loads((bundle / "bundle.json").read_text())
-    (bundle / "bundle.json").write_text(json.dumps({**manifest, "metrics": {"epoch": 2}}))
-    with pytest.raises(RunMismatchError, match=r"another bundle\); choose another --output"):
-        segment(bundle, bucket, finished)
-    run = Path(shutil.copytree(finished, tmp_path / "run"))
-    more = Path(shutil.copytree(bucket, tmp_path / "bucket"))
-    with pytest.raises(RunMismatchError, match="another listing"):
-        segment(bundle_dir, more, run)
-    (run / "run.json").unlink()
-    with pytest.raises(RunMismatchError, match="holds rows but no run"):
-        segment(bundle_dir, bucket, run)
-
-
-def test_bad_input_is_named_and_nothing_is_written(bundle_dir: Path, bucket: Path, tmp_path: Path) -> None:
-    output = tmp_path / "run"
-    with pytest.raises(BundleError, match="no bundle at"):
-        segment(tmp_path, bucket, output)
-    with pytest.raises(MissingFileError, match=r"cannot list .*nowhere"):
-        segment(bundle_dir, tmp_path / "nowhere", output)
-    (tmp_path / "empty" / "images").mkdir(parents=True)
-    with pytest.raises(DataError, match=r"no images under .*\*\.png"):
-        segment(bundle_dir, tmp_path / "empty", output, masks=False)
-    assert not output.exists()
-
-
-def test_damaged_weights_stop_the_run_with_one_line(bundle_dir: Path, bucket: Path, tmp_path: Path) -> None:
-    bundle = Path(shutil.copytree(bundle_dir, tmp_path / "bundle"))
-    weights = bytearray((bundle / "model.safetensors").read_bytes())
-    weights[5000] ^= 1
-    (bundle / "model.safetensors").write_bytes(weights)
-    with pytest.raises(BundleError, match=r"model\.safetensors: damaged"):
-        segment(bundle, bucket, tmp_path / "run")
-    assert not (tmp_path / "run").exists()
-
-
-def test_a_fault_of_the_world_is_no_error_row_and_the_next_call_goes_on(
-    finished: Path, bundle_dir: Path, bucket: Path, tmp_path: Path
-) -> None:
-    output = tmp_path / "run"
-    blocked = output / "images" / "part-00000001.parquet"
-    (blocked / "in the way").mkdir(parents=True)  # a folder where a file has to go: the write fails, whoever we are
-    with pytest.raises(StorageError, match=r"cannot write .*part-00000001\.parquet"):
-        segment(bundle_dir, bucket, output)
-    assert json.loads((output / "run.json").read_text())["status"] == "running"
-    shutil.rmtree(blocked)
-    assert segment(bundle_dir, bucket, output).num_ok == NUM_IMAGES
-    assert read_rows(output) == read_rows(finished)
 
 
 def test_image_size_of_the_fixture_is_not_that_of_the_images(finished: Path) -> None:

@@ -70,6 +70,12 @@ def test_newest_and_best(run: Path) -> None:
     assert heard == []
 
 
+def test_the_latest_of_equals_is_the_best_as_it_is_what_ray_keeps(run: Path) -> None:
+    for epoch in (1, 3):
+        save_state(run / f"checkpoint_2026-01-0{epoch}_00-00-00.000000", make_state(epoch, [0.1] * (epoch - 1) + [0.5]))
+    assert find_best_state(str(run), print).num_epochs_done == 3
+
+
 def test_a_damaged_one_is_passed_over_and_said(run: Path) -> None:
     heard: list[str] = []
     damage(run, 3)
