@@ -56,6 +56,21 @@ def make_train_config(shapes_root: Path) -> Callable[..., TrainConfig]:
     return make
 
 
+def save_pet_bundle(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+    """Write a bundle of the default model for images of the shapes' size."""
+    save_bundle(
+        str(folder),
+        weights=weights,
+        model=ModelConfig(),
+        classes=PET_CLASSES,
+        image_size=(SHAPE_SIZE, SHAPE_SIZE),
+        preprocessing=Preprocessing(),
+        metrics={},
+        config={},
+        files={},
+    )
+
+
 @pytest.fixture(scope="session")
 def bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle of random weights; its BatchNorm statistics make the classes come out mixed."""
@@ -65,17 +80,7 @@ def bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         for _ in range(3):
             model.train()(torch.randn(4, 3, SHAPE_SIZE, SHAPE_SIZE))
-    save_bundle(
-        str(folder),
-        weights=model.state_dict(),
-        model=ModelConfig(),
-        classes=PET_CLASSES,
-        image_size=(SHAPE_SIZE, SHAPE_SIZE),
-        preprocessing=Preprocessing(),
-        metrics={},
-        config={},
-        files={},
-    )
+    save_pet_bundle(folder, model.state_dict())
     return folder
 
 

@@ -1,0 +1,74 @@
+"""The predictor on its own: fragments with errors in them, classes that are nowhere, a bundle that was replaced."""
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from segray.bundle import load_bundle
+from segray.config import SegmentSettings
+from segray.errors import BundleError
+from segray.segment.decode import DecodedImage, pack_decoded
+from segray.segment.predictor import FragmentPredictor
+from tests.conftest import PET_CLASSES, SHAPE_SIZE, save_pet_bundle
+
+SETTINGS = SegmentSettings(batch_size=2, precision="fp32")
+NEVER = 2  # the class that the fixture's model never predicts
+
+
+@pytest.fixture(scope="module")
+def bundle(bundle_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("never")
+    weights = load_bundle(str(bundle_dir)).model.state_dict()
+    weights["network.segmentation_head.0.bias"][NEVER] = -1e6
+    save_pet_bundle(folder, weights)
+    return folder
+
+
+def predict(bundle: Path, decoded: list[DecodedImage]) -> list[dict[str, Any]]:
+    predictor = FragmentPredictor(str(bundle), load_bundle(str(bundle)).sha256, SETTINGS, 1)
+    rows: list[dict[str, Any]] = predictor(pack_decoded(7, decoded))["rows"][0].as_py()
+    return rows
+
+
+def make_image(uri: str, truth: int | None = None) -> DecodedImage:
+    pixels = np.random.default_rng(len(uri)).integers(0, 256, (SHAPE_SIZE, SHAPE_SIZE, 3), np.uint8)
+    height, width = 30, 20 + len(uri)
+    truth_hw = None if truth is None else np.full((height, width), truth, np.uint8)
+    return DecodedImage({"uri": uri, "height": height, "width": width}, pixels, truth_hw)
+
+
+def test_errors_stay_in_their_place_and_take_no_others_mask(bundle: Path) -> None:
+    fault = DecodedImage({"uri": "b", "error_kind": "truncated", "error_message": "short"})
+    rows = predict(bundle, [fault, make_image("cc"), fault, make_image("dddd"), make_image("fffff"), fault])
+    assert [row["uri"] for row in rows] == ["b", "cc", "b", "dddd", "fffff", "b"]
+    assert [row["status"] for row in rows] == ["error", "ok", "error", "ok", "ok", "error"]
+    (alone,) = predict(bundle, [make_image("fffff")])
+    assert rows[4] == alone
+    assert rows[1]["mask"] != alone["mask"]
+    assert {row["mask"] for row in rows if row["status"] == "error"} == {None}
+
+
+def test_a_class_that_is_nowhere_has_no_score_and_no_confidence(bundle: Path) -> None:
+    (row,) = predict(bundle, [make_image("a", truth=0)])
+    assert row["pixel_count"][NEVER] == 0
+    assert row["mean_confidence"][NEVER] is None
+    assert sum(row["pixel_count"]) == row["height"] * row["width"]
+    assert (row["iou"][NEVER], row["dice"][NEVER]) == (None, None)
+    assert row["tp_px"] == [row["pixel_count"][0], 0, 0]
+    assert row["fn_px"] == [row["pixel_count"][1], 0, 0]
+    assert row["fp_px"] == [0, row["pixel_count"][1], 0]
+    (unscored,) = predict(bundle, [make_image("a", truth=PET_CLASSES.ignore_index)])
+    assert unscored["iou"] == [None] * 3
+    assert unscored["mask"] == row["mask"]
+
+
+def test_a_bundle_that_was_replaced_is_refused_with_the_first_fragment(bundle: Path, tmp_path: Path) -> None:
+    planned = load_bundle(str(bundle)).sha256
+    other = Path(shutil.copytree(bundle, tmp_path / "other"))
+    (other / "bundle.json").write_text((other / "bundle.json").read_text() + "\n")
+    predictor = FragmentPredictor(str(other), planned, SETTINGS, 1)
+    with pytest.raises(BundleError, match="replaced while the run was going on"):
+        predictor(pack_decoded(0, [make_image("a")]))
