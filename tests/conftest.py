@@ -6,8 +6,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from huggingface_hub import constants
 from PIL import Image
 from rich.console import Console
+from segmentation_models_pytorch.encoders import encoders
 
 from segray.bundle import save_bundle
 from segray.classes import ClassMap
@@ -82,6 +84,22 @@ def bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
             model.train()(torch.randn(4, 3, SHAPE_SIZE, SHAPE_SIZE))
     save_pet_bundle(folder, model.state_dict())
     return folder
+
+
+@pytest.fixture
+def make_hub_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
+    """A model hub that cannot be reached, but for what is put into the folders of its cache that this makes."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+    def make(encoder_name: str, weights: str) -> Path:
+        settings = encoders[encoder_name]["pretrained_settings"][weights]
+        repository = tmp_path / "hub" / f"models--{settings['repo_id'].replace('/', '--')}"
+        snapshot: Path = repository / "snapshots" / settings["revision"]
+        snapshot.mkdir(parents=True)
+        return snapshot
+
+    return make
 
 
 @pytest.fixture

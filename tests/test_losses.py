@@ -26,3 +26,12 @@ def test_a_batch_that_is_all_ignored_adds_nothing() -> None:
     assert loss.total.item() == 0
     assert loss.num_scored_px.item() == 0
     assert not torch.autograd.grad(loss.total, logits)[0].any()
+
+
+def test_logits_in_half_precision_are_summed_in_single() -> None:
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 64, 64).bfloat16()
+    truth = torch.randint(0, 3, (2, 64, 64))
+    loss = compute_cross_entropy(logits, truth, IGNORE)
+    assert loss.total.dtype == torch.float32
+    torch.testing.assert_close(loss.total, functional.cross_entropy(logits.float(), truth, reduction="sum"))

@@ -1,13 +1,13 @@
 """One contract for every architecture, and FCN's taps against torchvision's VGG16."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from huggingface_hub import constants
 from safetensors.torch import save_file
-from segmentation_models_pytorch.encoders import encoders
 from torch import nn
 from torchvision.models import vgg16
 
@@ -47,6 +47,14 @@ def test_a_unet_takes_other_encoders(encoder_name: str) -> None:
         assert model(torch.randn(1, 3, 40, 33)).shape == (1, NUM_CLASSES, 40, 33)
 
 
+def test_another_size_is_padded_with_its_own_edge() -> None:
+    model = build_model(ModelConfig(), NUM_CLASSES).eval()
+    image = torch.randn(1, 3, 40, 33)
+    padded = torch.from_numpy(np.pad(image.numpy(), ((0, 0), (0, 0), (0, 24), (0, 31)), mode="edge"))
+    with torch.no_grad():
+        assert torch.equal(model(image), model.network(padded)[..., :40, :33])
+
+
 def test_padding_does_not_touch_a_size_that_fits() -> None:
     model = build_model(ModelConfig(), NUM_CLASSES).eval()
     image = torch.randn(1, 3, 64, 96)
@@ -74,9 +82,11 @@ def test_fcn_taps_are_torchvisions_pooled_features() -> None:
 
 @pytest.mark.parametrize(("arch", "num_skips"), [("fcn32s", 0), ("fcn16s", 1), ("fcn8s", 2)])
 def test_fcn_has_the_skips_of_its_name(arch: str, num_skips: int) -> None:
-    network = build_model(ModelConfig(arch=arch, encoder_name="vgg11"), NUM_CLASSES).network
-    skips = [name for name, _ in network.named_children() if name.startswith("score_pool")]
+    model = build_model(ModelConfig(arch=arch, encoder_name="vgg11"), NUM_CLASSES)
+    skips = [name for name, _ in model.network.named_children() if name.startswith("score_pool")]
     assert len(skips) == num_skips
+    freeze_unused_parameters(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())  # each skip reaches the logits
 
 
 @pytest.mark.parametrize("factor", [2, 8])
@@ -100,16 +110,11 @@ def test_a_frozen_encoder_keeps_weights_and_batchnorm_statistics() -> None:
     assert model.network.get_submodule("decoder").training
 
 
-def test_pretrained_weights_land_in_the_encoder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The hub's files as they lie in its cache, so that smp's own loading code runs without a network."""
-    settings = encoders["vgg16"]["pretrained_settings"]["imagenet"]
-    snapshot = tmp_path / f"models--{settings['repo_id'].replace('/', '--')}" / "snapshots" / settings["revision"]
-    snapshot.mkdir(parents=True)
+def test_pretrained_weights_land_in_the_encoder(make_hub_snapshot: Callable[..., Path]) -> None:
+    snapshot = make_hub_snapshot("vgg16", "imagenet")
     reference = vgg16(weights=None)
     save_file(reference.state_dict(), snapshot / "model.safetensors")
     (snapshot / "config.json").write_text(json.dumps({}))
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     for arch in ("fcn8s", "unet"):
         config = ModelConfig(arch=arch, encoder_name="vgg16", encoder_weights="imagenet")
         loaded = build_model(config, NUM_CLASSES).network.get_submodule("encoder").state_dict()
@@ -141,9 +146,8 @@ def test_what_an_architecture_cannot_take_is_named() -> None:
         check_model(ModelConfig(encoder_weights="imagnet"), NUM_CLASSES)
 
 
-def test_weights_that_cannot_be_reached_are_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+@pytest.mark.usefixtures("make_hub_snapshot")
+def test_weights_that_cannot_be_reached_are_named() -> None:
     config = ModelConfig(encoder_weights="imagenet")
     check_model(config, NUM_CLASSES)
     with pytest.raises(ConfigError, match=r"model\.encoder_weights: cannot load 'imagenet' .*or set null"):

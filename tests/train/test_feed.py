@@ -5,9 +5,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from segray.config import DataConfig
 from segray.errors import DataError
+from segray.images import resize_mask
 from segray.manifest import Sample, load_splits
 from segray.train.feed import (
     compute_num_steps,
@@ -91,6 +93,11 @@ def test_training_images_are_resized_and_evaluation_truth_is_not(samples: list[S
     batch = next(iterate_training(samples, PET_CLASSES, small, steps=range(1), global_batch_size=2, seed=0, **options))
     assert batch.images.shape == (2, *small, 3)
     assert batch.truth.shape == (2, *small)
+    mask_uris = dict(samples)
+    for image, truth, uri in zip(batch.images, batch.truth, batch.image_uris, strict=True):
+        with Image.open(uri) as source, Image.open(mask_uris[uri]) as mask:
+            np.testing.assert_array_equal(image, source.resize(small[::-1], Image.Resampling.BILINEAR))
+            np.testing.assert_array_equal(truth + 1, resize_mask(np.asarray(mask), small))
     assert batch.images.flags.writeable  # torch refuses to share memory that is not
     evaluated = next(iterate_evaluation(samples, PET_CLASSES, small, batch_size=2, **options))
     assert evaluated.images.shape == (2, *small, 3)
