@@ -6,7 +6,15 @@ from typing import Any
 import pytest
 import yaml
 
-from segray.config import SegmentFile, TrainConfig, load_config, require_absolute
+from segray.config import (
+    SegmentFile,
+    SegmentSettings,
+    TrainConfig,
+    TrainSettings,
+    find_differences,
+    load_config,
+    require_absolute,
+)
 from segray.errors import ConfigError
 
 VALID: dict[str, Any] = {
@@ -96,6 +104,23 @@ def test_settings_that_only_change_the_speed_do_not_bind_a_run(tmp_path: Path) -
     other = load(tmp_path, VALID, "train.seed=1", "segment.batch_size=3")
     assert other.of_weights != slow.of_weights
     assert other.segment.of_rows != slow.segment.of_rows
+    # a setting that is added binds a run, until somebody decides here that it does not
+    assert SegmentSettings.model_fields.keys() - slow.segment.of_rows.keys() == {
+        "num_predictors",
+        "num_gpus_per_predictor",
+    }
+    assert TrainSettings.model_fields.keys() - slow.of_weights["train"].keys() == {"num_decode_threads", "max_failures"}
+
+
+def test_every_difference_of_two_runs_is_named() -> None:
+    theirs = {"model": {"arch": "unet", "encoder_name": "resnet18"}, "seed": 0, "old": 1}
+    mine = {"model": {"arch": "fpn", "encoder_name": "resnet18"}, "seed": 3}
+    assert find_differences(theirs, mine, "train") == [
+        "train.model.arch: there 'unet', here 'fpn'",
+        "train.old: there 1, here None",
+        "train.seed: there 0, here 3",
+    ]
+    assert find_differences(theirs, theirs) == []
 
 
 def test_jobs_refuse_relative_paths(tmp_path: Path) -> None:
