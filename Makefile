@@ -1,8 +1,9 @@
-# make setup: everything into .venv.   make demo: the whole job, 2 minutes.   make test: checks and tests, 9 minutes.
+# make setup: everything into .venv.   make demo: the whole job, 2 minutes.   make test: checks and tests, 10 minutes.
+# make test-faults: every fault, half an hour.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test check lock clean
+.PHONY: setup demo test test-faults check lock clean
 
 setup: .venv/installed
 
@@ -24,8 +25,18 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: check
-	$(BIN)/pytest
+test: check .venv-swift/installed
+	$(BIN)/pytest -m "not slow"
+
+# every fault of docs/reliability.md, on a real object store
+test-faults: setup .venv-swift/installed
+	$(BIN)/pytest tests/faults --durations=0
+
+# The tests' object store has an environment of its own: its dependencies are not ours.
+.venv-swift/installed: tests/faults/object_store.txt
+	test -x .venv-swift/bin/python || $(PYTHON) -m venv .venv-swift
+	.venv-swift/bin/python -m pip install --quiet --requirement tests/faults/object_store.txt
+	touch $@
 
 # after a change of dependencies in pyproject.toml; names no package index
 lock:
@@ -33,4 +44,4 @@ lock:
 	  --custom-compile-command "make lock" --upgrade pyproject.toml --output-file requirements.txt
 
 clean:
-	rm -rf .venv build *.egg-info runs/demo
+	rm -rf .venv .venv-swift build *.egg-info runs/demo

@@ -42,22 +42,45 @@ def train(config: ConfigArgument, overrides: SetOption = None) -> None:
 @app.command()
 def segment(
     bundle: Annotated[str, typer.Option(metavar="URI", help="Bundle that segray train made.")],
-    images: Annotated[str, typer.Option(metavar="URI", help="Folder or prefix of images.")],
+    images: Annotated[
+        list[str],
+        typer.Option(
+            metavar="URI", help="Folder, prefix, glob or image; .txt list; .csv or .parquet manifest. May be repeated."
+        ),
+    ],
     output: Annotated[str, typer.Option(metavar="URI", help="Run folder; the same call goes on with it.")],
     config: Annotated[
         str | None, typer.Argument(metavar="[CONFIG.yaml]", help="Configuration; its segment section is used.")
     ] = None,
-    masks: Annotated[str | None, typer.Option(metavar="URI", help="Ground truth, paired by name, to score.")] = None,
+    masks: Annotated[
+        list[str] | None,
+        typer.Option(metavar="URI", help="Ground truth, paired by name, to score; one for each --images."),
+    ] = None,
     overrides: SetOption = None,
 ) -> None:
-    """Segment every image under a folder or prefix, and leave Parquet."""
+    """Segment every image, and leave Parquet. Exit code 3 if too many images are error rows, 4 if the world failed."""
     settings = load_config(SegmentFile, config, overrides or []).segment
     if is_submitted_job():
-        require_absolute({"--bundle": bundle, "--images": images, "--output": output, "--masks": masks})
+        require_absolute({"--bundle": bundle, "--output": output})
+        for name, uris in (("--images", images), ("--masks", masks or ())):
+            for uri in uris:
+                require_absolute({name: uri})
     console = build_console()
-    from segray.segment.driver import SegmentJob, print_outcome, run_segmentation
+    from segray.segment.driver import print_outcome, require_few_errors, run_segmentation
+    from segray.segment.job import SegmentJob
 
-    print_outcome(run_segmentation(SegmentJob(bundle, images, output, masks, settings), console), console)
+    outcome = run_segmentation(SegmentJob(bundle, tuple(images), output, tuple(masks or ()), settings), console)
+    print_outcome(outcome, console)
+    require_few_errors(outcome, settings)
+
+
+@app.command()
+def status(output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Run folder of segray segment.")]) -> None:
+    """Say how far a run of segment is: planned, done, errors by kind, what remains, rate."""
+    console = build_console()
+    from segray.segment.status import print_status, read_status
+
+    print_status(read_status(output), console)
 
 
 @app.command()

@@ -5,13 +5,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 
 from segray.errors import ConfigError, flatten_message
 from segray.storage import is_relative, read_bytes
 
 MAX_CLASSES = 65_535  # class indices and the ignore index share uint16
 DEFAULT_MAX_IMAGE_PX = 100_000_000
+IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff")
+MASK_EXTENSIONS = ("png", "bmp", "gif", "tif", "tiff")  # lossless ones: JPEG blurs class values
 
 Precision = Literal["bf16", "fp32"]
 RawValue = Annotated[int, Field(ge=0, le=65_535)]
@@ -144,11 +146,32 @@ class SegmentSettings(_Section):
     num_gpus_per_predictor: float = Field(0, ge=0)
     mask_encoding: Literal["raw", "png"] = "raw"
     max_image_px: int = Field(DEFAULT_MAX_IMAGE_PX, ge=1, description="larger images become error rows: too_large")
+    extensions: tuple[str, ...] = Field(IMAGE_EXTENSIONS, min_length=1, description="of images, in any case")
+    recursive: bool = Field(True, description="also what is in folders below")
+    split: str | None = Field(None, description="of a manifest, only the rows of this split")
+    relist: bool = Field(True, description="compare a run's plan with a new listing before going on with it")
+    max_error_fraction: float = Field(0.01, ge=0, le=1, description="from this share of error rows on, exit code 3")
+    num_report_images: int = Field(6, ge=0, le=100, description="pictures in the report; each is read once more")
+    retry_errors: bool = Field(False, description="make the fragments again that hold error rows")
+
+    @field_validator("extensions")
+    @classmethod
+    def _check_extensions(cls, extensions: tuple[str, ...]) -> tuple[str, ...]:
+        cleaned = tuple(extension.lower().removeprefix(".") for extension in extensions)
+        if not all(cleaned):
+            raise ValueError(f"expected extensions such as png, got {list(extensions)}")
+        return cleaned
 
     @property
     def of_rows(self) -> dict[str, Any]:
-        """The settings that change what is written, not only how fast; they belong to a run's fingerprint."""
-        return self.model_dump(mode="json", exclude={"num_predictors", "num_gpus_per_predictor"})
+        """The settings that change what is written, not only how fast; they belong to a run's fingerprint.
+
+        Which images there are is the listing's part of it.
+        """
+        speed = {"num_predictors", "num_gpus_per_predictor"}
+        listing = {"extensions", "recursive", "split", "relist"}
+        outcome = {"max_error_fraction", "num_report_images", "retry_errors"}
+        return self.model_dump(mode="json", exclude={*speed, *listing, *outcome})
 
 
 ImageSide = Annotated[int, Field(ge=16, le=16_384)]

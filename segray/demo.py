@@ -8,7 +8,8 @@ from rich.console import Console
 from segray.cluster import connect_ray
 from segray.config import TrainConfig
 from segray.errors import ConfigError
-from segray.segment.driver import SegmentJob, print_outcome, run_segmentation
+from segray.segment.driver import print_outcome, run_segmentation
+from segray.segment.job import SegmentJob
 from segray.shapes import save_shapes
 from segray.storage import join_uri, read_bytes, write_bytes
 from segray.train.driver import run_training
@@ -35,7 +36,7 @@ def run_demo(folder: Path, console: Console) -> None:
         bundle = run_training(config, console)
         console.rule("3 of 3: segray segment")
         images, masks = _copy_test_images(shapes, folder / "bucket")
-        job = SegmentJob(bundle, images, str(folder / "segmented"), masks, config.segment)
+        job = SegmentJob(bundle, (images,), str(folder / "segmented"), (masks,), config.segment)
         outcome = run_segmentation(job, console)
     print_outcome(outcome, console)
     for name in ("bundle", "bundle/predictions.png", "bundle/curves.png"):

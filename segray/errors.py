@@ -7,9 +7,11 @@
     ├── BundleError             1   a bundle is damaged, or of another version
     ├── RunMismatchError        2   an output folder belongs to another model, configuration or listing
     ├── TrainingError           1   training cannot go on (a loss that is not finite, a worker lost too often)
+    ├── TooManyErrorRows        3   a run is finished, and more of its images are error rows than was allowed
     ├── ClusterError            1   Ray cannot be reached, or a worker failed in a way that segray has no name for
     └── StorageError            4   the world is at fault: permission, network, disk; try again once it is mended
         ├── MissingFileError    4   nothing is at this URI
+        ├── ChangedFileError    4   something else is at this URI than there was
         └── UnsupportedNameError 4  the store's client cannot open a file of this name
 
 A message says, in one line, what was got, what was expected, and what to do.
@@ -78,6 +80,12 @@ class TrainingError(SegrayError):
     """Training stopped for a reason that starting again would not mend."""
 
 
+class TooManyErrorRows(SegrayError):
+    """A run is finished and all its rows are written, but too many of them are errors."""
+
+    exit_code = 3
+
+
 class ClusterError(SegrayError):
     """Ray cannot be reached, or a worker failed in a way that segray has no name for; carries Ray's last line."""
 
@@ -90,6 +98,10 @@ class StorageError(SegrayError):
 
 class MissingFileError(StorageError):
     """Nothing is stored at a URI that should hold something."""
+
+
+class ChangedFileError(StorageError):
+    """A file is not the one any more that was listed."""
 
 
 class UnsupportedNameError(StorageError):

@@ -12,9 +12,8 @@ import pyarrow as pa
 from pyarrow import csv
 from pyarrow import parquet as pq
 
-from segray.config import DataConfig, OxfordPetLayout, SplitConfig
-from segray.errors import DataError
-from segray.images import IMAGE_EXTENSIONS, MASK_EXTENSIONS
+from segray.config import IMAGE_EXTENSIONS, MASK_EXTENSIONS, DataConfig, OxfordPetLayout, SplitConfig
+from segray.errors import DataError, flatten_message
 from segray.storage import StoredFile, join_uri, list_files, normalize_uri, read_bytes
 
 
@@ -89,8 +88,8 @@ def get_pairing_key(uri: str, root: str) -> str:
     return posixpath.splitext(uri[len(root) :].lstrip("/"))[0]
 
 
-def index_masks(masks_root: str) -> dict[str, str]:
-    """Return the mask URIs under a folder by pairing key.
+def index_masks(masks_root: str) -> dict[str, StoredFile]:
+    """Return the masks under a folder by pairing key.
 
     Raises:
         DataError: Two masks of the same name but for the extension.
@@ -98,14 +97,13 @@ def index_masks(masks_root: str) -> dict[str, str]:
     return _index_by_key(list_files(masks_root, MASK_EXTENSIONS), masks_root)
 
 
-def _index_by_key(files: Iterable[StoredFile], root: str) -> dict[str, str]:
-    by_key: dict[str, str] = {}
+def _index_by_key(files: Iterable[StoredFile], root: str) -> dict[str, StoredFile]:
+    by_key: dict[str, StoredFile] = {}
     for file in files:
-        other = by_key.setdefault(get_pairing_key(file.uri, root), file.uri)
-        if other != file.uri:
-            raise DataError(
-                f"{min(other, file.uri)} and {max(other, file.uri)} have one name; keep one, or use a manifest"
-            )
+        other = by_key.setdefault(get_pairing_key(file.uri, root), file)
+        if other is not file:
+            first, second = sorted((other.uri, file.uri))
+            raise DataError(f"{first} and {second} have one name; keep one, or use a manifest")
     return by_key
 
 
@@ -118,21 +116,30 @@ def _pair_folders(images_root: str, masks_root: str, unpaired: list[Unpaired]) -
             f"no pairs: {len(images)} images under {images_root}, {len(masks)} masks under {masks_root}, and no path "
             "without extension in common; name each mask as its image, or use a manifest"
         )
-    unpaired += [Unpaired(images[key], "mask") for key in sorted(images.keys() - common)]
-    unpaired += [Unpaired(masks[key], "image") for key in sorted(masks.keys() - common)]
-    return sorted(Sample(images[key], masks[key]) for key in common)
+    unpaired += [Unpaired(images[key].uri, "mask") for key in sorted(images.keys() - common)]
+    unpaired += [Unpaired(masks[key].uri, "image") for key in sorted(masks.keys() - common)]
+    return sorted(Sample(images[key].uri, masks[key].uri) for key in common)
 
 
-def _load_manifest(uri: str, split: str) -> list[Sample]:
+def read_manifest(uri: str) -> pa.Table:
+    """Read a Parquet or CSV table; of a CSV the columns that name things are strings, whatever they look like.
+
+    Raises:
+        DataError: It is neither.
+        StorageError: It cannot be read.
+    """
     content = io.BytesIO(read_bytes(uri))
     try:
         if uri.lower().endswith((".parquet", ".pq")):
-            table = pq.read_table(content)
-        else:
-            strings = dict.fromkeys(("image_uri", "mask_uri", "split"), pa.string())
-            table = csv.read_csv(content, convert_options=csv.ConvertOptions(column_types=strings))
+            return pq.read_table(content)
+        strings = dict.fromkeys(("image_uri", "uri", "mask_uri", "split", "etag"), pa.string())
+        return csv.read_csv(content, convert_options=csv.ConvertOptions(column_types=strings))
     except pa.ArrowInvalid as error:
-        raise DataError(f"{uri}: expected Parquet or CSV with a header: {error}") from error
+        raise DataError(f"{uri}: expected Parquet or CSV with a header: {flatten_message(error)}") from error
+
+
+def _load_manifest(uri: str, split: str) -> list[Sample]:
+    table = read_manifest(uri)
     missing = {"image_uri", "mask_uri", "split"} - set(table.column_names)
     if missing:
         raise DataError(f"{uri}: expected columns image_uri, mask_uri and split; missing: {', '.join(sorted(missing))}")

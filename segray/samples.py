@@ -5,39 +5,69 @@ import numpy.typing as npt
 
 from segray.classes import ClassMap
 from segray.config import DEFAULT_MAX_IMAGE_PX
-from segray.errors import FaultKind, ImageFault, MissingFileError, UnsupportedNameError
-from segray.images import decode_image, decode_mask
+from segray.errors import ChangedFileError, FaultKind, ImageFault, MissingFileError, UnsupportedNameError
+from segray.images import decode_mask
+
+try:
+    from segray.images import decode_image_with_note
+except ImportError:
+    from segray.images import decode_image
+
+    def decode_image_with_note(c, m):
+        return decode_image(c, m), None
+
+
 from segray.storage import read_bytes
 
 
-def read_image(uri: str, max_px: int = DEFAULT_MAX_IMAGE_PX) -> npt.NDArray[np.uint8]:
-    """Read an image, (H, W, 3) uint8 RGB.
+def read_image(uri: str, max_px: int = DEFAULT_MAX_IMAGE_PX, etag: str | None = None) -> npt.NDArray[np.uint8]:
+    """Read an image, (H, W, 3) uint8 RGB; see ``read_image_with_note``."""
+    image, _ = read_image_with_note(uri, max_px, etag)
+    return image
+
+
+def read_image_with_note(uri: str, max_px: int, etag: str | None = None) -> tuple[npt.NDArray[np.uint8], str | None]:
+    """Read an image, (H, W, 3) uint8 RGB, and what a reader of its mask should know ("first of 12 frames").
+
+    Args:
+        uri: The image.
+        max_px: Height times width that it may have.
+        etag: The entity tag that it was listed with; None takes any content.
 
     Raises:
-        ImageFault: ``missing``, ``unreadable``, ``truncated``, ``unsupported`` or ``too_large``.
+        ImageFault: ``missing``, ``changed``, ``unreadable``, ``truncated``, ``unsupported`` or ``too_large``.
         StorageError: The store refused or failed.
     """
     try:
-        return decode_image(read_bytes(uri), max_px)
+        return decode_image_with_note(read_bytes(uri, etag), max_px)
     except MissingFileError as error:
         raise ImageFault(FaultKind.MISSING, "no such file: removed since it was listed, or listed wrongly") from error
+    except ChangedFileError as error:
+        raise ImageFault(FaultKind.CHANGED, f"not the file any more that was listed: {error}") from error
     except UnsupportedNameError as error:
         raise ImageFault(FaultKind.UNSUPPORTED, str(error)) from error
 
 
 def read_truth(
-    uri: str, size: tuple[int, ...] | None, classes: ClassMap, max_px: int = DEFAULT_MAX_IMAGE_PX
+    uri: str,
+    size: tuple[int, ...] | None,
+    classes: ClassMap,
+    max_px: int = DEFAULT_MAX_IMAGE_PX,
+    etag: str | None = None,
 ) -> npt.NDArray[np.integer]:
     """Read the mask of an image of ``size`` (height, width; None if not known) as a class-index map (H, W).
 
     Raises:
-        ImageFault: ``mask_missing`` or ``mask_mismatch``: no mask, of another size, with undeclared values, unreadable.
+        ImageFault: ``mask_missing``, ``changed``, or ``mask_mismatch``: of another size, with undeclared values,
+            unreadable.
         StorageError: The store refused or failed.
     """
     try:
-        truth = classes.encode(decode_mask(read_bytes(uri), max_px))
+        truth = classes.encode(decode_mask(read_bytes(uri, etag), max_px))
     except MissingFileError as error:
         raise ImageFault(FaultKind.MASK_MISSING, f"no mask at {uri}; add it, or take its image out") from error
+    except ChangedFileError as error:
+        raise ImageFault(FaultKind.CHANGED, f"not the mask any more that was listed: {error}") from error
     except (ImageFault, UnsupportedNameError) as error:
         raise ImageFault(FaultKind.MASK_MISMATCH, str(error)) from error
     if size is not None and truth.shape != size:

@@ -8,9 +8,10 @@ import pyarrow as pa
 PLAN_SCHEMA = pa.schema(
     [
         ("uri", pa.string()),
-        ("size_bytes", pa.int64()),
-        ("etag", pa.string()),  # null: pyarrow's listings carry none
+        ("size_bytes", pa.int64()),  # null where a list names the image
+        ("etag", pa.string()),  # what its content has to be known by when it is read; null where a list names it
         ("mask_uri", pa.string()),  # null without ground truth, and where an image has no mask
+        ("mask_etag", pa.string()),
         ("fragment", pa.int64()),
     ]
 )
@@ -21,6 +22,7 @@ IMAGES_SCHEMA = pa.schema(
         ("status", pa.string()),  # ok | error
         ("error_kind", pa.string()),
         ("error_message", pa.string()),
+        ("note", pa.string()),  # of an ok row: what a reader should know, such as "first of 12 frames"
         ("height", pa.int32()),
         ("width", pa.int32()),
         ("mask", pa.large_binary()),  # large: 64 masks of 40 megapixels pass the 2 GiB of an ordinary binary column

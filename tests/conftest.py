@@ -1,6 +1,9 @@
 """What several test files share: a small drawn data set, one Ray for in-process runs, a bundle without training."""
 
+import os
+import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +21,10 @@ from segray.config import ModelConfig, TrainConfig
 from segray.models import build_model
 from segray.shapes import save_shapes
 from segray.transforms import Preprocessing
+from tests.faults.object_store import ObjectStore, find_swift
+from tests.faults.proxy import FaultProxy
 
+MEMORY = Path("/dev/shm")
 PET_CLASSES = ClassMap(("pet", "background", "border"), (1, 2, 3), ignore_values=(0,))
 SHAPE_SIZE = 64
 NUM_TRAIN, NUM_TEST = 18, 7
@@ -115,3 +121,31 @@ def labelled_folders(tmp_path: Path) -> tuple[Path, Path]:
         Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(images / f"{name}.png")
         Image.fromarray(rng.choice([0, 1, 255], size).astype(np.uint8)).save(masks / f"{name}.png")
     return images, masks
+
+
+def keeps_attributes(folder: Path) -> bool:
+    """Whether files there can have extended attributes, in which Swift keeps what it knows of an object."""
+    with suppress(OSError), tempfile.NamedTemporaryFile(dir=folder) as file:
+        os.setxattr(file.name, "user.segray", b"1")
+        return True
+    return False
+
+
+@pytest.fixture(scope="session")
+def object_store() -> Iterator[ObjectStore]:
+    try:
+        find_swift()
+    except FileNotFoundError as error:  # not a skip, which nobody would see
+        raise pytest.fail.Exception(str(error), pytrace=False) from None
+    memory = MEMORY if keeps_attributes(MEMORY) else None
+    with (
+        tempfile.TemporaryDirectory(prefix="segray-store-", dir=memory, ignore_cleanup_errors=True) as root,
+        ObjectStore(Path(root)) as store,
+    ):
+        yield store
+
+
+@pytest.fixture
+def proxy(object_store: ObjectStore) -> Iterator[FaultProxy]:
+    with FaultProxy(object_store.endpoint) as proxy:
+        yield proxy

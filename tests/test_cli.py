@@ -40,7 +40,7 @@ def config(tmp_path: Path, shapes_root: Path) -> Path:
         (
             "data.layout.oxford_iiit_pet.root=/nowhere",
             4,
-            "cannot read /nowhere/annotations/trainval.txt: there is nothing",
+            "cannot read /nowhere/annotations/trainval.txt: nothing is there",
         ),
         ("trian.num_epochs=3", 2, "trian: unknown setting; did you mean train?"),
         ("model.arch=unett", 2, "model.arch: unknown architecture 'unett'; choose from fcn32s"),

@@ -1,24 +1,28 @@
 """Decoding: what a viewer shows, for every kind of image file, and one kind of fault for every way to be broken."""
 
 import io
+import struct
+from collections.abc import Callable
 
 import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFile, PngImagePlugin
 from torch.nn import functional
 
 from segray.errors import FaultKind, ImageFault
-from segray.images import decode_image, decode_mask, encode_mask_png, resize_image, resize_mask
+from segray.images import (
+    decode_image,
+    decode_image_with_note,
+    decode_mask,
+    encode_mask_png,
+    resize_image,
+    resize_mask,
+)
+from tests.poison import build_chunk, build_png, build_tiff, encode, encode_frames
 
 RGB = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
-
-
-def encode(image: Image.Image, file_format: str = "PNG", **options: object) -> bytes:
-    buffer = io.BytesIO()
-    image.save(buffer, file_format, **options)
-    return buffer.getvalue()
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "BMP", "TIFF", "WEBP"])
@@ -37,10 +41,113 @@ def test_every_mode_becomes_rgb(mode: str) -> None:
     np.testing.assert_array_equal(decoded, np.asarray(image.convert("RGB")))
 
 
-def test_sixteen_bits_are_scaled_to_eight() -> None:
+@pytest.mark.parametrize("order", ["<", ">"])
+def test_sixteen_bits_of_grey_are_scaled_to_eight(order: str) -> None:
     grey = np.array([[0, 257, 65_535], [32_896, 65_278, 256]], np.uint16)
-    decoded = decode_image(encode(Image.fromarray(grey)))
-    np.testing.assert_array_equal(decoded[..., 0], [[0, 1, 255], [128, 254, 0]])
+    eight_bits = [[0, 1, 255], [128, 254, 0]]
+    raw = grey.astype(f"{order}u2").tobytes()
+    for content in (encode(Image.fromarray(grey)), build_tiff(3, 2, [16], 1, raw, order)):
+        np.testing.assert_array_equal(decode_image(content), np.repeat(np.array(eight_bits)[..., None], 3, 2))
+        np.testing.assert_array_equal(decode_mask(content), grey)
+
+
+def test_sixteen_bits_of_colour_lose_their_lower_eight() -> None:
+    wide = np.array([[[0x0102, 0x8000, 0xFFFF], [0x00FF, 0x7F80, 0xFE01]]], np.uint16)
+    upper = [[[0x01, 0x80, 0xFF], [0x00, 0x7F, 0xFE]]]
+    big, little = wide.astype(">u2").tobytes(), wide.astype("<u2").tobytes()
+    np.testing.assert_array_equal(decode_image(build_png(2, 1, 16, 2, b"\0" + big)), upper)
+    np.testing.assert_array_equal(decode_image(build_tiff(2, 1, [16] * 3, 2, big, ">")), upper)
+    np.testing.assert_array_equal(decode_image(build_tiff(2, 1, [16] * 3, 2, little)), upper)
+    with_alpha = np.concatenate([wide, np.zeros_like(wide[..., :1])], 2).astype(">u2").tobytes()
+    np.testing.assert_array_equal(decode_image(build_png(2, 1, 16, 6, b"\0" + with_alpha)), upper)
+
+
+def test_one_bit_is_black_and_white() -> None:
+    white = [[[255] * 3, [0] * 3, [255] * 3]]
+    np.testing.assert_array_equal(decode_image(build_png(3, 1, 1, 0, b"\0\xa0")), white)
+    np.testing.assert_array_equal(decode_image(build_tiff(3, 1, [1], 0, b"\x40")), white)  # 0: white is zero
+
+
+def test_alpha_is_dropped_and_colours_below_it_are_as_stored() -> None:
+    pixels = np.array([[[200, 100, 50, 0], [1, 2, 3, 255], [9, 8, 7, 128]]], np.uint8)
+    contents = [
+        build_png(3, 1, 8, 6, b"\0" + pixels.tobytes()),
+        encode(Image.fromarray(pixels), "WEBP", lossless=True, exact=True),
+        build_tiff(3, 1, [8] * 4, 2, pixels.tobytes(), more=[(338, 3, [2])]),
+    ]
+    for content in contents:
+        np.testing.assert_array_equal(decode_image(content), pixels[..., :3])
+    grey = build_png(2, 1, 8, 4, b"\0" + bytes([200, 0, 7, 255]))
+    np.testing.assert_array_equal(decode_image(grey), [[[200] * 3, [7] * 3]])
+
+
+def test_grey_that_was_multiplied_by_its_alpha_is_divided_by_it() -> None:
+    content = build_tiff(2, 1, [8, 8], 1, bytes([50, 128, 200, 255]), more=[(338, 3, [1])])
+    np.testing.assert_array_equal(decode_image(content), [[[99] * 3, [200] * 3]])  # 50 * 255 / 128 = 99.6
+
+
+@pytest.mark.parametrize("alphas", [b"\0", b"\x80\x00\x40", b"\xff\x00"])
+def test_palette_with_transparency_shows_the_colours_of_the_palette(alphas: bytes) -> None:
+    colours = bytes([200, 100, 50, 0, 255, 0, 1, 2, 3])
+    extra = build_chunk(b"PLTE", colours) + build_chunk(b"tRNS", alphas)
+    content = build_png(4, 1, 8, 3, b"\0\0\1\2\1", extra)
+    np.testing.assert_array_equal(decode_image(content), [[[200, 100, 50], [0, 255, 0], [1, 2, 3], [0, 255, 0]]])
+    np.testing.assert_array_equal(decode_mask(content), [[0, 1, 2, 1]])
+
+
+INKS = np.array([[[0, 0, 0, 0], [255, 0, 0, 0], [0, 255, 255, 0], [0, 0, 0, 255], [51, 0, 204, 102]]], np.uint8)
+PRINTED = [[[255, 255, 255], [0, 255, 255], [255, 0, 0], [0, 0, 0], [122, 153, 31]]]  # (255 - ink)(255 - black) / 255
+
+
+def test_cmyk_becomes_the_light_that_the_inks_leave() -> None:
+    np.testing.assert_allclose(decode_image(build_tiff(5, 1, [8] * 4, 5, INKS.tobytes())), PRINTED, atol=1)
+
+
+def test_cmyk_jpeg_is_inverted_as_adobe_writes_it() -> None:
+    blocks = INKS.repeat(8, 0).repeat(8, 1)
+    content = encode(Image.fromarray(blocks, "CMYK"), "JPEG", quality=100)
+    assert b"Adobe" in content
+    np.testing.assert_allclose(decode_image(content)[4, 4::8], PRINTED[0], atol=3)
+
+
+def test_lab_tiff() -> None:
+    """Against the published values of the primaries of sRGB, adapted to D50: L 0 to 100, a and b signed."""
+    lab = [[54.29, 80.80, 69.89], [87.82, -79.27, 80.99], [29.57, 68.30, -112.03], [100, 0, 0]]
+    stored = b"".join(struct.pack("Bbb", round(level * 2.55), round(a), round(b)) for level, a, b in lab)
+    decoded = decode_image(build_tiff(4, 1, [8] * 3, 8, stored))
+    np.testing.assert_allclose(decoded, [[[255, 0, 0], [0, 255, 0], [0, 0, 255], [255] * 3]], atol=12)
+
+
+def test_ycbcr_tiff() -> None:
+    stored = bytes([76, 85, 255, 150, 44, 21, 29, 255, 107, 128, 128, 128])
+    decoded = decode_image(build_tiff(4, 1, [8] * 3, 6, stored))
+    np.testing.assert_allclose(decoded, [[[254, 0, 0], [0, 255, 1], [0, 0, 254], [128] * 3]], atol=2)
+
+
+@pytest.mark.parametrize(
+    ("bits", "sample_format", "message"),
+    [
+        ([32], 3, "^floating-point pixels; convert"),
+        ([64], 3, "^TIFF: channels, bits"),
+        ([32], 1, "^32-bit or signed pixels; convert"),
+        ([32], 2, "^32-bit or signed pixels; convert"),
+        ([16], 2, "^32-bit or signed pixels; convert"),
+        ([8] * 8, 1, "^TIFF: channels, bits .*samples per pixel"),
+    ],
+)
+def test_pixels_without_a_known_brightness_are_unsupported(bits: list[int], sample_format: int, message: str) -> None:
+    pixels = bytes(4 * sum(bits) // 8)
+    content = build_tiff(2, 2, bits, 1, pixels, more=[(339, 3, [sample_format])])
+    with pytest.raises(ImageFault, match=message) as caught:
+        decode_image(content)
+    assert caught.value.kind == FaultKind.UNSUPPORTED
+
+
+def test_a_mask_of_32_bits_may_have_16_bit_values() -> None:
+    values = np.array([[0, 300], [7, 65_535]], np.int32)
+    np.testing.assert_array_equal(decode_mask(encode(Image.fromarray(values), "TIFF")), values)
+    with pytest.raises(ImageFault, match="expected values 0 to 65535, got 0 to 65536"):
+        decode_mask(encode(Image.fromarray(values + (values == 65_535)), "TIFF"))
 
 
 def test_exif_orientation_is_applied_to_image_and_mask() -> None:
@@ -51,10 +158,73 @@ def test_exif_orientation_is_applied_to_image_and_mask() -> None:
     np.testing.assert_array_equal(decode_mask(encode(Image.fromarray(mask), exif=exif)), np.rot90(mask, -1))
 
 
-def test_first_frame_of_an_animation() -> None:
-    frames = [Image.new("P", (4, 3), color) for color in (0, 1)]
-    content = encode(frames[0], "GIF", save_all=True, append_images=frames[1:])
-    np.testing.assert_array_equal(decode_image(content), np.asarray(frames[0].convert("RGB")))
+@pytest.mark.parametrize("orientation", range(1, 9))
+@pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_every_orientation_of_every_format_that_has_one(file_format: str, orientation: int) -> None:
+    corners = np.zeros((16, 32), np.uint8)
+    corners[:8, :8], corners[:8, -8:], corners[-8:, :8] = 255, 170, 85
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    shown = [
+        corners,
+        corners[:, ::-1],
+        corners[::-1, ::-1],
+        corners[::-1],
+        corners.T,
+        np.rot90(corners, -1),
+        corners[::-1, ::-1].T,
+        np.rot90(corners),
+    ][orientation - 1]
+    decoded = decode_image(encode(Image.fromarray(corners).convert("RGB"), file_format, exif=exif))
+    np.testing.assert_allclose(decoded[..., 1], shown, atol=8)
+
+
+def test_an_image_is_turned_even_if_its_exif_cannot_be_written_again() -> None:
+    entry = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)
+    wrong_type = struct.pack(">HHII", 0x010E, 10, 1, 200)  # a description that is a fraction, and lies outside
+    exif = b"MM\0*" + struct.pack(">IH", 8, 2) + wrong_type + entry + bytes(4)
+    content = build_png(9, 6, 8, 2, b"".join(b"\0" + row.tobytes() for row in RGB), build_chunk(b"eXIf", exif))
+    np.testing.assert_array_equal(decode_image(content), np.rot90(RGB, -1))
+
+
+@pytest.mark.parametrize("file_format", ["PNG", "GIF", "WEBP", "TIFF"])
+def test_first_frame_of_several(file_format: str) -> None:
+    grey = Image.fromarray(RGB[..., 0]).convert("RGB" if file_format == "WEBP" else "L")
+    options = {"lossless": True} if file_format == "WEBP" else {}
+    decoded, note = decode_image_with_note(encode_frames(grey, file_format, **options))
+    np.testing.assert_array_equal(decoded, np.asarray(grey.convert("RGB")))
+    assert note == "first of 3 frames"
+    assert decode_image_with_note(encode(grey, file_format, **options))[1] is None
+
+
+def test_many_pages_are_not_counted_to_the_end() -> None:
+    page = build_tiff(1, 1, [8], 1, b"\x07")
+    length = len(page) - 8
+    pages = [page[8:-5] + struct.pack("<I", 8 + length * number) + b"\x07" for number in range(1, 1100)]
+    decoded, note = decode_image_with_note(page[:8] + b"".join(pages) + page[8:])
+    np.testing.assert_array_equal(decoded, [[[7, 7, 7]]])
+    assert note == "first of more than 1000 frames"
+
+
+def test_a_jpeg_of_several_pictures_is_its_first_one() -> None:
+    first = Image.fromarray(RGB).resize((64, 48))
+    content = encode_frames(first, "MPO")
+    with Image.open(io.BytesIO(content)) as opened:
+        assert opened.format == "MPO"
+    decoded, note = decode_image_with_note(content)
+    np.testing.assert_array_equal(decoded, decode_image(encode(first, "JPEG")))
+    assert note is None  # cameras do so for each photograph: a smaller copy, or the depth of it
+
+
+def test_a_jpeg_with_a_broken_index_of_its_pictures_is_its_first_one() -> None:
+    content = encode_frames(Image.fromarray(RGB), "MPO")
+    count_at = content.index(struct.pack("<HHI", 0xB001, 4, 1), content.index(b"MPF\0")) + 8
+    entries_at = content.index(struct.pack("<HH", 0xB002, 7), count_at)
+    for broken in (
+        content[:count_at] + struct.pack("<I", 200) + content[count_at + 4 :],
+        content[:entries_at] + b"\0\0" + content[entries_at + 2 :],
+    ):
+        np.testing.assert_array_equal(decode_image(broken), decode_image(content))
 
 
 WHOLE_PNG = encode(Image.fromarray(np.random.default_rng(1).integers(0, 256, (64, 64, 3), np.uint8)))
@@ -66,19 +236,71 @@ WHOLE_JPEG = encode(Image.fromarray(RGB).resize((64, 64)), "JPEG")
     [
         (b"", FaultKind.UNREADABLE),
         (b"hello", FaultKind.UNREADABLE),
-        (b"\x89PNG\r\n\x1a\n", FaultKind.UNREADABLE),
+        (b"\x89PNG\r\n\x1a\n", FaultKind.TRUNCATED),
         (WHOLE_PNG[:-200], FaultKind.TRUNCATED),
         (WHOLE_JPEG[: len(WHOLE_JPEG) // 2], FaultKind.TRUNCATED),
         (WHOLE_PNG[:60] + bytes(40) + WHOLE_PNG[100:], FaultKind.UNREADABLE),
         (encode(Image.fromarray(np.zeros((4, 4), np.float32)), "TIFF"), FaultKind.UNSUPPORTED),
         (encode(Image.new("1", (2000, 2000))), FaultKind.TOO_LARGE),
-        (encode(Image.fromarray(RGB), "PDF"), FaultKind.UNREADABLE),
+        (encode(Image.fromarray(RGB), "PDF"), FaultKind.UNSUPPORTED),
     ],
 )
 def test_a_broken_image_is_a_fault_of_its_kind(content: bytes, kind: FaultKind) -> None:
     with pytest.raises(ImageFault) as caught:
         decode_image(content, max_px=1_000_000)
     assert caught.value.kind == kind
+
+
+def test_a_mask_that_is_a_jpeg_is_unsupported() -> None:
+    with pytest.raises(ImageFault, match=r"^JPEG file; convert it to one of PNG, BMP, GIF, TIFF$") as caught:
+        decode_mask(WHOLE_JPEG)
+    assert caught.value.kind == FaultKind.UNSUPPORTED
+
+
+def test_black_rows_are_not_taken_for_missing_ones() -> None:
+    for depth, colour, bits in ((8, 2, 24), (1, 0, 1), (16, 6, 64), (4, 3, 4)):
+        rows = bytes((1 + (13 * bits + 7) // 8) * 50)
+        extra = build_chunk(b"PLTE", bytes(3)) if colour == 3 else b""
+        assert not decode_image(build_png(13, 50, depth, colour, rows, extra)).any()
+        with pytest.raises(ImageFault, match="too few rows"):
+            decode_image(build_png(13, 50, depth, colour, rows[:-1], extra))
+
+
+@pytest.mark.parametrize(
+    ("owner", "method"),
+    [
+        (PngImagePlugin.PngImageFile, "_open"),
+        (ImageFile.ImageFile, "load"),
+        (Image.Image, "getexif"),
+        (Image.Image, "convert"),
+    ],
+)
+def test_a_lack_of_memory_is_no_fault_of_the_image(owner: type, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(owner, method, raise_error(MemoryError()))
+    with pytest.raises(MemoryError):
+        decode_image(WHOLE_PNG)
+
+
+@pytest.mark.parametrize("decode", [decode_image, decode_mask])
+@pytest.mark.parametrize(
+    ("owner", "method"),
+    [(PngImagePlugin.PngImageFile, "_open"), (ImageFile.ImageFile, "load"), (np, "asarray")],
+)
+def test_whatever_decoding_trips_over_is_a_fault_of_the_image(
+    decode: Callable[[bytes], object], owner: object, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content = encode(Image.new("L", (3, 3), 1))
+    monkeypatch.setattr(owner, method, raise_error(RuntimeError("of a\nnew kind")))
+    with pytest.raises(ImageFault, match=r"^PNG: damaged \(of a new kind\)$") as caught:
+        decode(content)
+    assert caught.value.kind == FaultKind.UNREADABLE
+
+
+def raise_error(error: Exception) -> Callable[..., object]:
+    def fail(*_args: object, **_options: object) -> object:
+        raise error
+
+    return fail
 
 
 def test_masks_keep_their_raw_values() -> None:

@@ -12,7 +12,8 @@ import pyarrow as pa
 from segray.classes import ClassMap
 from segray.errors import FaultKind, ImageFault
 from segray.images import resize_image
-from segray.samples import read_image, read_truth
+from segray.samples import read_image_with_note, read_truth
+from segray.segment.ledger import MAX_DEATHS_PER_IMAGE, LedgerClient, Orders
 from segray.segment.plan import load_fragment
 
 _NUM_THREADS = 4  # an object store answers in tens of milliseconds, in which other images can be decoded
@@ -22,6 +23,7 @@ _ROW = pa.struct(
         ("uri", pa.string()),
         ("error_kind", pa.string()),
         ("error_message", pa.string()),
+        ("note", pa.string()),
         ("height", pa.int32()),
         ("width", pa.int32()),
     ]
@@ -56,6 +58,7 @@ class FragmentDecoder:
         image_size: tuple[int, int],
         max_image_px: int,
         has_truth: bool,
+        ledger: LedgerClient,
     ) -> None:
         self._output_uri = output_uri
         self._plan_sha256 = plan_sha256
@@ -63,6 +66,7 @@ class FragmentDecoder:
         self._image_size = image_size
         self._max_image_px = max_image_px
         self._has_truth = has_truth
+        self._ledger = ledger
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Read and decode one fragment.
@@ -71,24 +75,58 @@ class FragmentDecoder:
             StorageError: The store refused or failed; that an image is not there any more is its error row.
         """
         fragment = batch["fragment"][0].as_py()
+        orders = self._ledger.begin(fragment)
         planned = load_fragment(self._output_uri, self._plan_sha256, fragment).to_pylist()
+        if orders.is_careful:
+            decoded = [self._decode_carefully(fragment, index, image, orders) for index, image in enumerate(planned)]
+        else:
+            decoded = self._decode_all(planned)
+        packed = pack_decoded(fragment, decoded)
+        self._ledger.end(fragment)
+        return packed
+
+    def _decode_all(self, planned: list[dict[str, Any]]) -> list[DecodedImage]:
+        def decode(image: dict[str, Any]) -> DecodedImage | None:
+            try:
+                return self._decode(image)
+            except MemoryError:  # beside others it was too much; alone it may do
+                return None
+
         with ThreadPoolExecutor(_NUM_THREADS) as pool:
-            return pack_decoded(fragment, list(pool.map(self._decode, planned)))
+            decoded = list(pool.map(decode, planned))
+        return [item or self._decode_alone(image) for item, image in zip(decoded, planned, strict=True)]
+
+    def _decode_carefully(self, fragment: int, index: int, image: dict[str, Any], orders: Orders) -> DecodedImage:
+        if index in orders.failed:
+            return _fail(image, FaultKind.FAILED, f"the process decoding it died {MAX_DEATHS_PER_IMAGE} times")
+        self._ledger.enter(fragment, index)
+        return self._decode_alone(image)
+
+    def _decode_alone(self, image: dict[str, Any]) -> DecodedImage:
+        try:
+            return self._decode(image)
+        except MemoryError:
+            return _fail(image, FaultKind.FAILED, "not enough memory to decode it; see segment.max_image_px")
 
     def _decode(self, planned: dict[str, Any]) -> DecodedImage:
-        row = {"uri": planned["uri"]}
+        row: dict[str, Any] = {"uri": planned["uri"]}
         try:
-            image = read_image(planned["uri"], self._max_image_px)
-            row |= {"height": image.shape[0], "width": image.shape[1]}
-            truth = self._read_truth(planned["mask_uri"], image.shape[:2]) if self._has_truth else None
+            image, note = read_image_with_note(planned["uri"], self._max_image_px, planned["etag"])
+            row |= {"height": image.shape[0], "width": image.shape[1], "note": note}
+            truth = self._read_truth(planned, image.shape[:2]) if self._has_truth else None
         except ImageFault as fault:
-            return DecodedImage({**row, "error_kind": str(fault.kind), "error_message": str(fault)})
+            return _fail(row, fault.kind, str(fault))
         return DecodedImage(row, resize_image(image, self._image_size), truth)
 
-    def _read_truth(self, uri: str | None, size: tuple[int, ...]) -> npt.NDArray[np.integer]:
-        if uri is None:
-            raise ImageFault(FaultKind.MASK_MISSING, "no mask of this name under --masks")
-        return read_truth(uri, size, self._classes, self._max_image_px)
+    def _read_truth(self, planned: dict[str, Any], size: tuple[int, ...]) -> npt.NDArray[np.integer]:
+        if planned["mask_uri"] is None:
+            raise ImageFault(FaultKind.MASK_MISSING, "no mask of this name under --masks, or none in the manifest")
+        return read_truth(planned["mask_uri"], size, self._classes, self._max_image_px, planned["mask_etag"])
+
+
+def _fail(image: dict[str, Any], kind: FaultKind, message: str) -> DecodedImage:
+    known = {name: image[name] for name in ("uri", "height", "width") if name in image}
+    return DecodedImage({**known, "error_kind": str(kind), "error_message": message})
 
 
 def pack_decoded(fragment: int, decoded: Sequence[DecodedImage]) -> pa.Table:

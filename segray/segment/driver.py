@@ -1,26 +1,21 @@
-"""From a bundle and a folder of images to a finished run folder; calling it again goes on, or finds it finished."""
+"""From a bundle and images to a finished run folder; calling it again goes on, or finds it finished."""
 
-from dataclasses import dataclass, replace
-
-import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
 from segray.bundle import BundleManifest, load_manifest, read_weights
 from segray.cluster import connect_ray
 from segray.config import SegmentSettings
+from segray.errors import TooManyErrorRows
 from segray.progress import build_bar
-from segray.segment.plan import (
-    build_plan,
-    compute_plan_sha256,
-    count_fragments,
-    list_finished_fragments,
-    save_plan,
-)
+from segray.segment.binding import BoundRun, bind_run
+from segray.segment.inputs import open_sources
+from segray.segment.job import SegmentJob, SegmentOutcome
+from segray.segment.plan import count_images
 from segray.segment.report import build_report
-from segray.segment.run import Fingerprint, read_run, require_same_run, save_run, write_if_changed
-from segray.segment.summary import Tally, build_summary, format_cell, format_summary_parquet, tally_fragments
-from segray.storage import join_uri, list_names, normalize_uri
+from segray.segment.run import format_run, get_run_uri, write_if_changed
+from segray.segment.summary import build_summary, format_cell, format_summary_parquet, tally_fragments
+from segray.storage import join_uri, list_names, sweep_folder
 
 # of summary.parquet, in the terminal's words
 _TABLE_COLUMNS = {
@@ -35,46 +30,6 @@ _TABLE_COLUMNS = {
 _RESULTS = {"summary.parquet", "report.html"}  # made from the rows, when all are there
 
 
-@dataclass(frozen=True)
-class SegmentJob:
-    """What to segment, with what, and where to.
-
-    Attributes:
-        masks_uri: Ground truth, paired by path without extension; None to segment without scoring.
-    """
-
-    bundle_uri: str
-    images_uri: str
-    output_uri: str
-    masks_uri: str | None
-    settings: SegmentSettings
-
-    @property
-    def inputs(self) -> dict[str, str | None]:
-        """The URIs that are read."""
-        return {"bundle": self.bundle_uri, "images": self.images_uri, "masks": self.masks_uri}
-
-    def normalize(self) -> "SegmentJob":
-        """Return the job with each URI in its one spelling."""
-        return replace(
-            self,
-            bundle_uri=normalize_uri(self.bundle_uri),
-            images_uri=normalize_uri(self.images_uri),
-            output_uri=normalize_uri(self.output_uri),
-            masks_uri=None if self.masks_uri is None else normalize_uri(self.masks_uri),
-        )
-
-
-@dataclass(frozen=True)
-class SegmentOutcome:
-    """A finished run."""
-
-    output_uri: str
-    num_ok: int
-    errors: dict[str, int]
-    summary: pa.Table
-
-
 def run_segmentation(job: SegmentJob, console: Console) -> SegmentOutcome:
     """Segment every image, connecting to Ray if there is anything left to do.
 
@@ -83,70 +38,54 @@ def run_segmentation(job: SegmentJob, console: Console) -> SegmentOutcome:
             stays, and the same call goes on from there.
     """
     job = job.normalize()
-    manifest, bundle_sha256 = load_manifest(job.bundle_uri)
     output = job.output_uri
-    with console.status("listing images"):
-        plan = build_plan(job.images_uri, job.masks_uri, job.settings)
-        fingerprint = Fingerprint(bundle_sha256, _describe_config(job), compute_plan_sha256(plan))
-    run = read_run(output)
-    finished = list_finished_fragments(output)
-    require_same_run(run, fingerprint, output, has_rows=bool(finished))
-    num_fragments = count_fragments(plan)
-    pending = sorted(set(range(num_fragments)) - finished)
-    if pending:
-        read_weights(job.bundle_uri, manifest)  # here, for one clear line before anything is written or started
-    if run is None:
-        save_plan(output, plan)
-        save_run(output, fingerprint, job.inputs, status="running", counts={"planned": len(plan)})
-    if pending:
-        _run_pending(job, manifest, fingerprint, plan, pending, console)
-    tally = tally_fragments(output, range(num_fragments), manifest.classes.num_classes)
-    summary = build_summary(tally, manifest.classes)
-    is_complete = run is not None and run["status"] == "complete" and list_names(output) >= _RESULTS
-    if pending or not is_complete:
-        _finish(output, plan, tally, summary, manifest)
-        counts = {"planned": len(plan), "ok": tally.num_ok, "errors": dict(sorted(tally.errors.items()))}
-        save_run(output, fingerprint, job.inputs, status="complete", counts=counts)
-    return SegmentOutcome(output, tally.num_ok, dict(sorted(tally.errors.items())), summary)
+    manifest, bundle_sha256 = load_manifest(job.bundle_uri)
+    sources = open_sources(job.image_uris, job.mask_uris, job.settings)
+    # one clear line for damaged weights, before anything is written or started
+    run = bind_run(job, sources, bundle_sha256, lambda: read_weights(job.bundle_uri, manifest), console)
+    if run.pending:
+        _run_pending(job, manifest, run, console)
+    with console.status("summing up"):
+        tally = tally_fragments(output, range(run.plan.num_fragments), manifest.classes.num_classes)
+        summary = build_summary(tally, manifest.classes)
+        outcome = SegmentOutcome(output, tally.num_ok, dict(sorted(tally.errors.items())), summary)
+        if run.pending or not run.is_complete or not list_names(output) >= _RESULTS:
+            write_if_changed(join_uri(output, "summary.parquet"), format_summary_parquet(summary))
+            num_images = job.settings.num_report_images
+            report = build_report(output, run.plan, summary, tally, manifest.classes, num_images)
+            write_if_changed(join_uri(output, "report.html"), report)
+            counts = {"ok": outcome.num_ok, "errors": outcome.errors}
+            finished = format_run(run.fingerprint, run.plan, job.inputs, "complete", **counts)
+            write_if_changed(get_run_uri(output), finished)
+            sweep_folder(join_uri(output, "images"))
+    return outcome
 
 
-def _describe_config(job: SegmentJob) -> dict[str, object]:
-    return {**job.settings.of_rows, "ground_truth": job.masks_uri is not None}
-
-
-def _run_pending(
-    job: SegmentJob,
-    manifest: BundleManifest,
-    fingerprint: Fingerprint,
-    plan: pa.Table,
-    pending: list[int],
-    console: Console,
-) -> None:
-    images_of = plan["fragment"].value_counts()
-    num_images = dict(zip(images_of.field("values").to_pylist(), images_of.field("counts").to_pylist(), strict=True))
-    num_pending = sum(num_images[fragment] for fragment in pending)
+def _run_pending(job: SegmentJob, manifest: BundleManifest, run: BoundRun, console: Console) -> None:
+    settings, pending = job.settings, run.pending
+    num_pending = int(count_images(job.output_uri, run.plan)[pending].sum())
     console.print(
-        f"segmenting {num_pending} of {len(plan)} images in {len(pending)} fragments, "
-        f"{job.settings.num_predictors} predictor{'s' if job.settings.num_predictors > 1 else ''} "
-        f"on {'GPU' if job.settings.num_gpus_per_predictor else 'CPU'} ({job.settings.precision}), "
+        f"segmenting {num_pending} of {run.plan.num_images} images in {len(pending)} fragments, "
+        f"{settings.num_predictors} predictor{'s' if settings.num_predictors > 1 else ''} "
+        f"on {'GPU' if settings.num_gpus_per_predictor else 'CPU'} ({settings.precision}), "
         f"{manifest.model.arch}/{manifest.model.encoder_name}, {len(manifest.class_names)} classes",
         highlight=False,
     )
     num_errors = 0
     with build_bar(console, "images") as bar:
         task = bar.add_task("segment", total=num_pending, note="starting")
-        with connect_ray(*_count_resources(job.settings)):
+        with connect_ray(*_count_resources(settings)):
             from segray.segment.pipeline import run_pipeline  # 6 s of imports: not before the input has been looked at
 
             for done in run_pipeline(
                 pending,
                 output_uri=job.output_uri,
                 bundle_uri=job.bundle_uri,
-                plan_sha256=fingerprint.plan_sha256,
-                bundle_sha256=fingerprint.bundle_sha256,
+                plan_sha256=run.plan.sha256,
+                bundle_sha256=run.fingerprint.bundle_sha256,
                 manifest=manifest,
-                settings=job.settings,
-                has_truth=job.masks_uri is not None,
+                settings=settings,
+                has_truth=run.has_truth,
             ):
                 num_errors += done["num_errors"]
                 bar.update(task, advance=done["num_ok"] + done["num_errors"], note=f"{num_errors} errors")
@@ -155,12 +94,6 @@ def _run_pending(
 def _count_resources(settings: SegmentSettings) -> tuple[float, float]:
     """Return the CPUs and GPUs that a run needs at least: every predictor, and beside them decoding and writing."""
     return settings.num_predictors + 2, settings.num_predictors * settings.num_gpus_per_predictor
-
-
-def _finish(output: str, plan: pa.Table, tally: Tally, summary: pa.Table, manifest: BundleManifest) -> None:
-    write_if_changed(join_uri(output, "summary.parquet"), format_summary_parquet(summary))
-    report = build_report(output, plan, summary, tally, manifest.classes)
-    write_if_changed(join_uri(output, "report.html"), report)
 
 
 def print_outcome(outcome: SegmentOutcome, console: Console) -> None:
@@ -182,3 +115,19 @@ def print_outcome(outcome: SegmentOutcome, console: Console) -> None:
     console.print(f"{outcome.num_ok} images segmented, {num_errors} not{kinds and f' ({kinds})'}", highlight=False)
     for name in ("images/", "summary.parquet", "report.html"):
         console.print(f"{name:<24}{join_uri(outcome.output_uri, name)}", highlight=False)
+
+
+def require_few_errors(outcome: SegmentOutcome, settings: SegmentSettings) -> None:
+    """Say by the exit code that a finished run has too many error rows; all rows are written all the same.
+
+    Raises:
+        TooManyErrorRows: Their share has reached ``max_error_fraction``.
+    """
+    num_errors = sum(outcome.errors.values())
+    num_images = outcome.num_ok + num_errors
+    if num_errors and num_errors >= settings.max_error_fraction * num_images:
+        raise TooManyErrorRows(
+            f"{num_errors} of {num_images} images are error rows ({num_errors / num_images:.1%}), the limit is "
+            f"{settings.max_error_fraction:.1%} (segment.max_error_fraction); all rows are written. Mend the images, "
+            "call again with --set segment.retry_errors=true, or raise the limit"
+        )

@@ -1,113 +1,152 @@
 """The frozen listing of a run: which images, in which order, in which fragment.
 
-A fragment is the unit of work, retry, resume and commit. The plan is written once, before any image is read; after that
-a fragment's number says everything about it.
+A fragment is the unit of work, retry, resume and commit. The plan is written before any image is read; after that a
+fragment's number says everything about it. A plan passes through as a stream, however many images there are: it is
+spooled to the driver's disk, and only once it is whole, and belongs to the run, to the output.
 """
 
 import hashlib
 import io
 import json
 import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
+from pathlib import Path
+from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import parquet as pq
 
 from segray.config import SegmentSettings
-from segray.errors import DataError
-from segray.images import IMAGE_EXTENSIONS
-from segray.manifest import get_pairing_key, index_masks
 from segray.schema import PLAN_SCHEMA
-from segray.storage import get_file_name, join_uri, list_files, list_names, read_bytes, remove_file, write_bytes
+from segray.segment.inputs import ListedImage
+from segray.storage import join_uri, list_names, open_for_reading, read_bytes, remove_file, write_bytes
 
-_FRAGMENT_NAME = re.compile(r"part-(\d{8,})\.parquet")
-_FRAGMENTS_PER_PLAN_FILE = 1024  # 65,536 images of the default fragment size: a file that decodes in milliseconds
+FRAGMENT_NAME = re.compile(r"part-(\d{8,})\.parquet")
+_FRAGMENTS_PER_FILE = 1024  # 65,536 images of the default fragment size: a file that decodes in milliseconds
 
 
-def build_plan(images_uri: str, masks_uri: str | None, settings: SegmentSettings) -> pa.Table:
-    """List the images under a folder and cut the list, sorted by URI, into fragments.
+@dataclass(frozen=True)
+class Plan:
+    """What is known of a plan without reading it.
 
-    Args:
-        images_uri: Folder or prefix, in its one spelling.
-        masks_uri: Folder of ground truth, paired by path without extension, or None.
-        settings: ``fragment_size`` and ``fragment_bytes`` bound a fragment; an image larger than that is alone.
-
-    Returns:
-        Table of ``PLAN_SCHEMA``.
-
-    Raises:
-        DataError: There are no images, or masks were asked for and no image has one.
-        StorageError: The folder is missing, or the store refused or failed.
+    Attributes:
+        sha256: Of its images, in order; neither how they are stored nor how they are cut.
     """
-    files = sorted(list_files(images_uri, IMAGE_EXTENSIONS), key=lambda file: file.uri)
-    if not files:
-        raise DataError(f"no images under {images_uri}: expected files named *.{', *.'.join(IMAGE_EXTENSIONS)}")
-    masks = index_masks(masks_uri) if masks_uri else {}
-    mask_uris = [masks.get(get_pairing_key(file.uri, images_uri)) for file in files]
-    if masks_uri and not any(mask_uris):
-        raise DataError(
-            f"no pairs: {len(files)} images under {images_uri}, {len(masks)} masks under {masks_uri}, and no path "
-            "without extension in common; give the folder in which each mask is named as its image"
-        )
-    fragments: list[int] = []
+
+    sha256: str
+    num_images: int
+    num_fragments: int
+
+    @property
+    def num_files(self) -> int:
+        """Number of files that it is stored in."""
+        return -(-self.num_fragments // _FRAGMENTS_PER_FILE)
+
+
+def cut_fragments(images: Iterable[ListedImage], settings: SegmentSettings) -> Iterator[tuple[ListedImage, int]]:
+    """Yield each image with the number of its fragment.
+
+    ``fragment_size`` and ``fragment_bytes`` bound a fragment; an image larger than that is alone.
+    """
     fragment, num_images, num_bytes = 0, 0, 0
-    for file in files:
-        if num_images and (
-            num_images == settings.fragment_size or num_bytes + file.size_bytes > settings.fragment_bytes
-        ):
+    for image in images:
+        size_bytes = image.size_bytes or 0
+        if num_images and (num_images == settings.fragment_size or num_bytes + size_bytes > settings.fragment_bytes):
             fragment, num_images, num_bytes = fragment + 1, 0, 0
-        fragments.append(fragment)
-        num_images, num_bytes = num_images + 1, num_bytes + file.size_bytes
-    columns = {
-        "uri": [file.uri for file in files],
-        "size_bytes": [file.size_bytes for file in files],
-        "etag": [None] * len(files),
-        "mask_uri": mask_uris,
-        "fragment": fragments,
-    }
-    return pa.table(columns, schema=PLAN_SCHEMA)
+        yield image, fragment
+        num_images, num_bytes = num_images + 1, num_bytes + size_bytes
 
 
-def compute_plan_sha256(plan: pa.Table) -> str:
-    """Return the sha256 of a plan's rows, independent of how they are stored."""
+def spool_plan(planned: Iterable[tuple[ListedImage, int]], folder: Path) -> Plan:
+    """Write a plan to a folder of this machine, holding one file of it at a time."""
     digest = hashlib.sha256()
-    for batch in plan.to_batches(max_chunksize=10_000):
-        for row in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-            digest.update(json.dumps(row).encode())
-    return digest.hexdigest()
+    rows: list[tuple[Any, ...]] = []
+    num_images, number, fragment = 0, 0, -1
+    for image, fragment in planned:
+        if fragment // _FRAGMENTS_PER_FILE != number:
+            _write_plan_file(rows, folder / str(number))
+            rows, number = [], number + 1
+        rows.append((*image, fragment))
+        digest.update(json.dumps(image).encode())
+        num_images += 1
+    if rows:
+        _write_plan_file(rows, folder / str(number))
+    return Plan(digest.hexdigest(), num_images, fragment + 1)
 
 
-def count_fragments(plan: pa.Table) -> int:
-    """Return the number of fragments of a plan."""
-    return int(pc.max(plan["fragment"]).as_py()) + 1
+def _write_plan_file(rows: list[tuple[Any, ...]], path: Path) -> None:
+    names = [*ListedImage._fields, "fragment"]
+    columns = dict(zip(names, zip(*rows, strict=True), strict=True))
+    table = pa.table([pa.array(columns[field.name], field.type) for field in PLAN_SCHEMA], schema=PLAN_SCHEMA)
+    pq.write_table(table, path, compression="zstd")
 
 
-def save_plan(output_uri: str, plan: pa.Table) -> None:
-    """Write ``plan/*.parquet``, and remove what a start that was cut off may have left of another listing."""
-    groups = pc.divide(plan["fragment"], _FRAGMENTS_PER_PLAN_FILE)
-    uris = [_get_plan_uri(output_uri, group) for group in range(int(groups[-1].as_py()) + 1)]
-    for group, uri in enumerate(uris):
-        buffer = io.BytesIO()
-        pq.write_table(plan.filter(pc.equal(groups, group)), buffer, compression="zstd")
-        write_bytes(uri, buffer.getbuffer())
-    for name in list_names(join_uri(output_uri, "plan")) - {get_file_name(uri) for uri in uris}:
+def save_plan(output_uri: str, plan: Plan, folder: Path) -> None:
+    """Write a spooled plan to ``plan/*.parquet``; files that are there are not written again.
+
+    Their names say of which listing they are: another driver that plans another listing overwrites none of them.
+    """
+    names = list_names(join_uri(output_uri, "plan"))
+    for number in range(plan.num_files):
+        if _get_file_name(plan.sha256, number) not in names:
+            write_bytes(_get_plan_uri(output_uri, plan.sha256, number), (folder / str(number)).read_bytes())
+
+
+def remove_other_plans(output_uri: str, plan: Plan) -> None:
+    """Remove what a driver that was cut off, or refused, may have left of another listing."""
+    mine = {_get_file_name(plan.sha256, number) for number in range(plan.num_files)}
+    for name in list_names(join_uri(output_uri, "plan")) - mine:
         remove_file(join_uri(output_uri, "plan", name))
 
 
-def load_fragment(output_uri: str, plan_sha256: str, fragment: int) -> pa.Table:
-    """Return the planned images of one fragment, a table of ``PLAN_SCHEMA``.
+def iterate_spooled(folder: Path, plan: Plan) -> Iterator[tuple[ListedImage, int]]:
+    """Yield the images of a spooled plan with their fragments."""
+    return _iterate(pq.read_table(folder / str(number)) for number in range(plan.num_files))
 
-    ``plan_sha256`` tells plans apart that were written to the same place, one after the other.
-    """
-    part = _load_plan_file(_get_plan_uri(output_uri, fragment // _FRAGMENTS_PER_PLAN_FILE), plan_sha256)
+
+def iterate_plan(output_uri: str, plan: Plan) -> Iterator[tuple[ListedImage, int]]:
+    """Yield the images of a saved plan with their fragments."""
+    uris = (_get_plan_uri(output_uri, plan.sha256, number) for number in range(plan.num_files))
+    return _iterate(pq.read_table(io.BytesIO(read_bytes(uri))) for uri in uris)
+
+
+def _iterate(tables: Iterable[pa.Table]) -> Iterator[tuple[ListedImage, int]]:
+    for table in tables:
+        for batch in table.select([*ListedImage._fields, "fragment"]).to_batches(max_chunksize=10_000):
+            for *image, fragment in zip(*(column.to_pylist() for column in batch.columns), strict=True):
+                yield ListedImage(*image), fragment
+
+
+def count_images(output_uri: str, plan: Plan) -> npt.NDArray[np.int64]:
+    """Return the number of images of each fragment of a saved plan."""
+    counts = np.zeros(plan.num_fragments, np.int64)
+    for number in range(plan.num_files):
+        with open_for_reading(_get_plan_uri(output_uri, plan.sha256, number)) as file:
+            fragments = pq.ParquetFile(file).read(columns=["fragment"])["fragment"].to_numpy()
+        counts += np.bincount(fragments, minlength=plan.num_fragments)
+    return counts
+
+
+def load_fragment(output_uri: str, plan_sha256: str, fragment: int) -> pa.Table:
+    """Return the planned images of one fragment, a table of ``PLAN_SCHEMA``."""
+    part = _load_plan_file(_get_plan_uri(output_uri, plan_sha256, fragment // _FRAGMENTS_PER_FILE))
     return part.filter(pc.equal(part["fragment"], fragment))
+
+
+@lru_cache(maxsize=2)  # a decode task's next fragment is nearly always in the same file
+def _load_plan_file(uri: str) -> pa.Table:
+    return pq.read_table(io.BytesIO(read_bytes(uri)))
 
 
 def list_finished_fragments(output_uri: str) -> set[int]:
     """Return the fragments whose file is there; a file that is there is complete."""
     names = list_names(join_uri(output_uri, "images"))
-    return {int(match[1]) for name in names if (match := _FRAGMENT_NAME.fullmatch(name))}
+    return {int(match[1]) for name in names if (match := FRAGMENT_NAME.fullmatch(name))}
 
 
 def get_fragment_uri(output_uri: str, fragment: int) -> str:
@@ -115,10 +154,9 @@ def get_fragment_uri(output_uri: str, fragment: int) -> str:
     return join_uri(output_uri, "images", f"part-{fragment:08d}.parquet")
 
 
-def _get_plan_uri(output_uri: str, group: int) -> str:
-    return join_uri(output_uri, "plan", f"plan-{group:05d}.parquet")
+def _get_plan_uri(output_uri: str, sha256: str, number: int) -> str:
+    return join_uri(output_uri, "plan", _get_file_name(sha256, number))
 
 
-@lru_cache(maxsize=2)  # a decode task's next fragment is nearly always in the same file
-def _load_plan_file(uri: str, plan_sha256: str) -> pa.Table:
-    return pq.read_table(io.BytesIO(read_bytes(uri)))
+def _get_file_name(sha256: str, number: int) -> str:
+    return f"plan-{sha256[:16]}-{number:05d}.parquet"

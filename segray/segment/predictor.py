@@ -1,6 +1,7 @@
 """GPU (or CPU) stage: holds the model, and maps decoded fragments to finished rows with raw masks."""
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -9,16 +10,27 @@ import pyarrow as pa
 import torch
 
 from segray.bundle import load_bundle
-from segray.cluster import count_cores
+from segray.cluster import count_cores, get_last_line
 from segray.config import SegmentSettings
-from segray.errors import BundleError, SegrayError
+from segray.errors import BundleError, ClusterError, FaultKind, SegrayError
 from segray.metrics import compute_dice, compute_iou, count_from_confusion, to_nullable
 from segray.models.precision import autocast
 from segray.models.prediction import compute_confusion, predict_image
 from segray.schema import IMAGES_SCHEMA
+from segray.segment.ledger import MAX_DEATHS_PER_IMAGE, LedgerClient, Orders
 from segray.transforms import pad_batch
 
 PREDICTED_SCHEMA = pa.schema([("fragment", pa.int64()), ("rows", pa.large_list(pa.struct(list(IMAGES_SCHEMA))))])
+
+
+@dataclass
+class _Usable:
+    """An image that could be decoded: its place in the fragment, its row so far, its pixels and its ground truth."""
+
+    index: int
+    row: dict[str, Any]
+    pixels: npt.NDArray[np.uint8] = field(init=False)
+    truth: pa.Buffer | None = None
 
 
 class FragmentPredictor:
@@ -29,13 +41,21 @@ class FragmentPredictor:
         bundle_sha256: What the run was planned with; a bundle that was replaced since is refused.
         settings: ``batch_size`` and ``precision``; the GPU that Ray assigned is used if any was asked for.
         num_predictors_per_node: Predictors that share the cores of a node where there is no GPU.
+        ledger: Where to say what is being worked on.
     """
 
     def __init__(
-        self, bundle_uri: str, bundle_sha256: str, settings: SegmentSettings, num_predictors_per_node: int
+        self,
+        bundle_uri: str,
+        bundle_sha256: str,
+        settings: SegmentSettings,
+        num_predictors_per_node: int,
+        ledger: LedgerClient,
     ) -> None:
+        self._ledger = ledger
         self._error: SegrayError | None = None
         try:
+            ledger.start_predictor()
             self._set_up(bundle_uri, bundle_sha256, settings, num_predictors_per_node)
         except SegrayError as error:  # raised with the first fragment: of a constructor's error Ray keeps only the text
             self._error = error
@@ -64,26 +84,54 @@ class FragmentPredictor:
         if self._error is not None:
             raise self._error
         decoded = batch.to_batches()[0]
+        fragment = decoded["fragment"][0].as_py()
         rows = decoded["rows"][0].as_py()
-        truths = decoded["truths"][0]
+        orders = self._ledger.begin(fragment)
         pixels = np.frombuffer(decoded["images"][0].as_buffer(), np.uint8).reshape(-1, *self._image_size, 3)
-        usable = [row for row in rows if row["error_kind"] is None]
-        for index, (row, logits_chw) in enumerate(zip(usable, self._iterate_logits(pixels), strict=True)):
-            truth = truths[index].as_buffer() if truths[index].is_valid else None
-            row |= self._finish(logits_chw, (row["height"], row["width"]), truth)
+        usable = [_Usable(index, row) for index, row in enumerate(rows) if row["error_kind"] is None]
+        for position, truth in enumerate(decoded["truths"][0]):
+            usable[position].pixels = pixels[position]
+            usable[position].truth = truth.as_buffer() if truth.is_valid else None
+        if orders.is_careful:
+            self._predict_carefully(fragment, usable, orders)
+        else:
+            self._predict(usable)
         for row in rows:
             row["status"] = "ok" if row["error_kind"] is None else "error"
-        return pa.table({"fragment": decoded["fragment"], "rows": [rows]}, schema=PREDICTED_SCHEMA)
+        predicted = pa.table({"fragment": decoded["fragment"], "rows": [rows]}, schema=PREDICTED_SCHEMA)
+        self._ledger.end(fragment)
+        return predicted
 
-    def _iterate_logits(self, pixels: npt.NDArray[np.uint8]) -> Iterator[torch.Tensor]:
-        """Yield the logits (C, h, w) of each image; every forward pass has the same, padded shape."""
+    def _predict_carefully(self, fragment: int, images: Sequence[_Usable], orders: Orders) -> None:
+        """Predict image after image: batches are padded, so that no bit of a result depends on its neighbours."""
+        for image in images:
+            if image.index in orders.failed:
+                message = f"the process predicting it died {MAX_DEATHS_PER_IMAGE} times"
+                image.row |= {"error_kind": str(FaultKind.FAILED), "error_message": message, "note": None}
+            else:
+                self._ledger.enter(fragment, image.index)
+                self._predict([image])
+
+    def _predict(self, images: Sequence[_Usable]) -> None:
+        """Add to the rows what depends on the prediction."""
         size = self._settings.batch_size
-        for start in range(0, len(pixels), size):
-            images = pixels[start : start + size]
-            padded = torch.from_numpy(np.array(pad_batch(images, size)))  # a copy: Ray's buffers are read-only
+        for start in range(0, len(images), size):
+            batch = images[start : start + size]
+            for image, logits_chw in zip(batch, self._compute_logits(batch), strict=True):
+                image.row |= self._finish(logits_chw, (image.row["height"], image.row["width"]), image.truth)
+
+    def _compute_logits(self, images: Sequence[_Usable]) -> torch.Tensor:
+        """Return the logits (n, C, h, w) of at most ``batch_size`` images; the pass has the same shape for any n."""
+        padded = torch.from_numpy(pad_batch(np.stack([image.pixels for image in images]), self._settings.batch_size))
+        try:
             with torch.inference_mode(), autocast(self._device, self._settings.precision):
-                logits_nchw = self._model(self._preprocessing.apply(padded.to(self._device)))
-            yield from logits_nchw[: len(images)]
+                logits_nchw: torch.Tensor = self._model(self._preprocessing.apply(padded.to(self._device)))
+        except torch.OutOfMemoryError as error:
+            raise ClusterError(
+                f"the GPU has too little memory for {self._settings.batch_size} images at a time: "
+                f"{get_last_line(error)}; lower segment.batch_size"
+            ) from error
+        return logits_nchw[: len(images)]
 
     @torch.inference_mode()
     def _finish(self, logits_chw: torch.Tensor, size: tuple[int, int], truth: pa.Buffer | None) -> dict[str, Any]:

@@ -8,18 +8,17 @@ import jinja2
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
-import pyarrow.compute as pc
 from PIL import Image
 
 from segray.classes import ClassMap
 from segray.errors import ImageFault
 from segray.pictures import Panel, draw_class_bars, draw_comparison
 from segray.samples import read_image, read_truth
-from segray.segment.plan import count_fragments
+from segray.segment.plan import Plan, load_fragment
 from segray.segment.summary import Tally, format_cell, read_rows
 from segray.storage import get_file_name
 
-_NUM_PICTURES = 6
+_NUM_FRAGMENTS = 6  # at least, to look for errors in
 _NUM_ERRORS = 20
 _MAX_PICTURE_SIDE_PX = 640
 
@@ -28,9 +27,11 @@ _TEMPLATES = jinja2.Environment(
 )
 
 
-def build_report(output_uri: str, plan: pa.Table, summary: pa.Table, tally: Tally, classes: ClassMap) -> bytes:
-    """Return the report of a finished run as an HTML file, with pictures of a few images from all over it."""
-    panels, errors = _pick_rows(output_uri, plan, classes)
+def build_report(
+    output_uri: str, plan: Plan, summary: pa.Table, tally: Tally, classes: ClassMap, num_images: int
+) -> bytes:
+    """Return the report of a finished run as an HTML file, with pictures of ``num_images`` from all over it."""
+    panels, errors = _pick_rows(output_uri, plan, classes, num_images)
     num_px = max(1, int(tally.sums["pixel_count"].sum()))
     plots = [("share of pixels", [float(count) / num_px for count in tally.sums["pixel_count"]])]
     if tally.has_truth:
@@ -56,30 +57,32 @@ def _inline(png: bytes) -> str:
     return base64.b64encode(png).decode()
 
 
-def _pick_rows(output_uri: str, plan: pa.Table, classes: ClassMap) -> tuple[list[Panel], list[dict[str, Any]]]:
+def _pick_rows(
+    output_uri: str, plan: Plan, classes: ClassMap, num_images: int
+) -> tuple[list[Panel], list[dict[str, Any]]]:
     """Return pictures and errors from fragments evenly spaced over the run."""
-    num_fragments = count_fragments(plan)
-    chosen = sorted({int(f) for f in np.linspace(0, num_fragments - 1, min(num_fragments, _NUM_PICTURES))})
+    num_chosen = min(plan.num_fragments, max(num_images, _NUM_FRAGMENTS))
+    chosen = sorted({int(fragment) for fragment in np.linspace(0, plan.num_fragments - 1, num_chosen)})
+    share = -(-num_images // len(chosen))
     panels: list[Panel] = []
     errors: list[dict[str, Any]] = []
     for fragment in chosen:
         rows = read_rows(output_uri, fragment).to_pylist()
         errors += [row for row in rows if row["status"] == "error"]
         usable = [row for row in rows if row["status"] == "ok"]
-        planned = plan.filter(pc.equal(plan["fragment"], fragment))
-        mask_uris = dict(zip(planned["uri"].to_pylist(), planned["mask_uri"].to_pylist(), strict=True))
-        share = -(-_NUM_PICTURES // len(chosen))
-        for row in usable[:: max(1, len(usable) // share)][:share]:
-            panel = _load_panel(row, mask_uris[row["uri"]], classes)
+        planned = {image["uri"]: image for image in load_fragment(output_uri, plan.sha256, fragment).to_pylist()}
+        for row in usable[:: max(1, len(usable) // max(1, share))][: min(share, num_images - len(panels))]:
+            panel = _load_panel(row, planned[row["uri"]], classes)
             if panel:
                 panels.append(panel)
-    return panels[:_NUM_PICTURES], errors[:_NUM_ERRORS]
+    return panels, errors[:_NUM_ERRORS]
 
 
-def _load_panel(row: dict[str, Any], mask_uri: str | None, classes: ClassMap) -> Panel | None:
+def _load_panel(row: dict[str, Any], planned: dict[str, Any], classes: ClassMap) -> Panel | None:
+    mask_uri = planned["mask_uri"]
     try:
-        image = read_image(row["uri"], row["height"] * row["width"])
-        truth = read_truth(mask_uri, image.shape[:2], classes) if mask_uri else None
+        image = read_image(row["uri"], row["height"] * row["width"], planned["etag"])
+        truth = read_truth(mask_uri, image.shape[:2], classes, etag=planned["mask_etag"]) if mask_uri else None
     except ImageFault:  # changed since: the rows stand, there is only no picture
         return None
     step = -(-max(image.shape[:2]) // _MAX_PICTURE_SIDE_PX)

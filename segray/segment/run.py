@@ -7,16 +7,16 @@ from typing import Any
 from segray.bundle import get_library_versions
 from segray.config import find_differences
 from segray.errors import MissingFileError, RunMismatchError
+from segray.segment.plan import Plan
 from segray.storage import join_uri, read_bytes, write_bytes
 
 
 @dataclass(frozen=True)
 class Fingerprint:
-    """What decides every byte of a run's rows."""
+    """What decides, together with the plan, every byte of a run's rows."""
 
     bundle_sha256: str
     config: dict[str, Any]
-    plan_sha256: str
 
 
 def get_run_uri(output_uri: str) -> str:
@@ -25,52 +25,66 @@ def get_run_uri(output_uri: str) -> str:
 
 
 def read_run(output_uri: str) -> dict[str, Any] | None:
-    """Return the content of ``run.json``, or None if nothing ran here yet."""
-    try:
-        content: dict[str, Any] = json.loads(read_bytes(get_run_uri(output_uri)))
-    except MissingFileError:
-        return None
-    except ValueError as error:
-        raise RunMismatchError(f"{get_run_uri(output_uri)}: not JSON; choose another output") from error
-    return content
-
-
-def require_same_run(run: dict[str, Any] | None, mine: Fingerprint, output_uri: str, *, has_rows: bool) -> None:
-    """Refuse to go on with a folder that another model, configuration or listing began.
+    """Return the content of ``run.json``, or None if nothing ran here yet.
 
     Raises:
-        RunMismatchError: Names what differs, or that rows lie there of which nothing is known.
+        RunMismatchError: There is a file of this name, and it is not of a run of segray.
     """
-    if run is None:
-        if has_rows:
-            raise RunMismatchError(f"{output_uri} holds rows but no run.json to say of what; choose another --output")
-        return
-    theirs = run.get("fingerprint", {})
-    differences = []
-    if theirs.get("bundle_sha256") != mine.bundle_sha256:
-        differences.append("another bundle")
-    differences += find_differences(theirs.get("config", {}), mine.config, "segment")
-    if not differences and theirs.get("plan_sha256") != mine.plan_sha256:
-        differences.append("another listing: images or masks were added, removed or resized, or the URI differs")
+    uri = get_run_uri(output_uri)
+    try:
+        content = json.loads(read_bytes(uri))
+        fingerprint, counts = content["fingerprint"], content["counts"]
+        if not {"bundle_sha256", "config", "plan_sha256"} <= fingerprint.keys() or not isinstance(counts, dict):
+            raise KeyError("fingerprint")
+        if not isinstance(counts["planned"] + counts["fragments"], int):
+            raise KeyError("counts")
+    except MissingFileError:
+        return None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise RunMismatchError(f"{uri}: not written by this version of segray; choose another --output") from error
+    return dict(content)
+
+
+def get_plan(run: dict[str, Any]) -> Plan:
+    """Return what ``run.json`` says of the run's plan."""
+    counts = run["counts"]
+    return Plan(run["fingerprint"]["plan_sha256"], counts["planned"], counts["fragments"])
+
+
+def require_same_model(run: dict[str, Any], bundle_sha256: str, config: dict[str, Any], output_uri: str) -> None:
+    """Refuse to go on with a folder that another model or configuration began.
+
+    Raises:
+        RunMismatchError: Names all that differs.
+    """
+    theirs = run["fingerprint"]
+    differences = [] if theirs["bundle_sha256"] == bundle_sha256 else ["another bundle"]
+    differences += find_differences(theirs["config"], config, "segment")
     if differences:
-        raise RunMismatchError(
-            f"{output_uri} holds a run of something else ({'; '.join(differences)}); choose another --output"
-        )
+        raise refuse(output_uri, "; ".join(differences))
 
 
-def save_run(output_uri: str, fingerprint: Fingerprint, inputs: dict[str, str | None], **outcome: Any) -> None:
-    """Write ``run.json``."""
+def refuse(output_uri: str, difference: str, way_on: str = "") -> RunMismatchError:
+    """Return the error for a folder that belongs to another run."""
+    return RunMismatchError(
+        f"{output_uri} holds a run of something else ({difference}); {way_on}choose another --output"
+    )
+
+
+def format_run(fingerprint: Fingerprint, plan: Plan, inputs: dict[str, Any], status: str, **counts: Any) -> bytes:
+    """Return the content of ``run.json``; the same whoever writes it."""
     content = {
         "fingerprint": {
             "bundle_sha256": fingerprint.bundle_sha256,
             "config": fingerprint.config,
-            "plan_sha256": fingerprint.plan_sha256,
+            "plan_sha256": plan.sha256,
         },
         "inputs": inputs,
         "versions": get_library_versions(),
-        **outcome,
+        "status": status,
+        "counts": {"planned": plan.num_images, "fragments": plan.num_fragments, **counts},
     }
-    write_if_changed(get_run_uri(output_uri), json.dumps(content, indent=2).encode())
+    return json.dumps(content, indent=2).encode()
 
 
 def write_if_changed(uri: str, content: bytes) -> None:

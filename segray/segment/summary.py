@@ -3,16 +3,19 @@
 import io
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow import parquet as pq
 
 from segray.classes import ClassMap
+from segray.errors import StorageError, flatten_message
 from segray.metrics import (
     FloatArray,
     PixelCounts,
@@ -27,6 +30,7 @@ from segray.segment.plan import get_fragment_uri
 from segray.storage import open_for_reading
 
 _NUM_READERS = 8
+_READ_AHEAD = 256  # fragments whose columns may wait in memory
 _COUNTS = ("pixel_count", "tp_px", "fp_px", "fn_px")
 _SCORES = ("iou", "dice")
 _COLUMNS = ["error_kind", *_COUNTS, *_SCORES]
@@ -73,7 +77,7 @@ class Tally:
         return stacked
 
 
-def tally_fragments(output_uri: str, fragments: Sequence[int], num_classes: int) -> Tally:
+def tally_fragments(output_uri: str, fragments: Iterable[int], num_classes: int) -> Tally:
     """Read what was written, masks excepted, and sum it up."""
     tally = Tally(num_classes)
     for rows in _read_fragments(output_uri, fragments, _COLUMNS):
@@ -81,13 +85,41 @@ def tally_fragments(output_uri: str, fragments: Sequence[int], num_classes: int)
     return tally
 
 
-def _read_fragments(output_uri: str, fragments: Sequence[int], columns: list[str]) -> Iterator[pa.Table]:
-    def read(fragment: int) -> pa.Table:
-        with open_for_reading(get_fragment_uri(output_uri, fragment)) as file:
-            return pq.ParquetFile(file).read(columns=columns)
+def find_error_rows(output_uri: str, fragments: Iterable[int]) -> dict[int, list[str]]:
+    """Return the URIs of the error rows of each of the fragments that has any."""
+    ordered = sorted(fragments)
+    found = {}
+    for fragment, rows in zip(ordered, _read_fragments(output_uri, ordered, ["uri", "error_kind"]), strict=True):
+        uris = rows.filter(pc.is_valid(rows["error_kind"]))["uri"].to_pylist()
+        if uris:
+            found[fragment] = uris
+    return found
 
+
+def count_rows(output_uri: str, fragments: Iterable[int]) -> Counter[str]:
+    """Return the number of rows of each error kind, and under ``ok`` that of the others."""
+    counts: Counter[str] = Counter()
+    for rows in _read_fragments(output_uri, fragments, ["error_kind"]):
+        counts.update(kind or "ok" for kind in rows["error_kind"].to_pylist())
+    return counts
+
+
+def _read_fragments(output_uri: str, fragments: Iterable[int], columns: list[str]) -> Iterator[pa.Table]:
+    def read(fragment: int) -> pa.Table:
+        uri = get_fragment_uri(output_uri, fragment)
+        try:
+            with open_for_reading(uri) as file:
+                return pq.ParquetFile(file).read(columns=columns)
+        except pa.ArrowInvalid as error:
+            raise StorageError(
+                f"{uri}: not a Parquet file of this run: {flatten_message(error)}; remove it, and the same call makes "
+                "it again"
+            ) from error
+
+    numbers = iter(fragments)
     with ThreadPoolExecutor(_NUM_READERS) as pool:
-        yield from pool.map(read, fragments)
+        while some := list(islice(numbers, _READ_AHEAD)):
+            yield from pool.map(read, some)
 
 
 def build_summary(tally: Tally, classes: ClassMap) -> pa.Table:

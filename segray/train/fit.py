@@ -23,7 +23,8 @@ from segray.manifest import Sample, Splits
 from segray.models import build_model
 from segray.models.prediction import compute_mask
 from segray.pictures import Panel, draw_comparison, draw_curves
-from segray.storage import get_file_name, join_uri, open_filesystem, remove_file
+from segray.storage import get_file_name, join_uri, remove_file
+from segray.storage.arrow import open_filesystem
 from segray.train.checkpoint import RUN_NAME, TrainingState, find_best_state, find_newest_history
 from segray.train.feed import compute_num_steps, load_labelled_image
 from segray.train.job import TrainJob, train_loop_per_worker

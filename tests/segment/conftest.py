@@ -11,7 +11,8 @@ from pyarrow import parquet as pq
 from rich.console import Console
 
 from segray.config import SegmentSettings
-from segray.segment.driver import SegmentJob, SegmentOutcome, run_segmentation
+from segray.segment.driver import run_segmentation
+from segray.segment.job import SegmentJob, SegmentOutcome
 
 NUM_IMAGES = 10
 SETTINGS = SegmentSettings(fragment_size=4, batch_size=3, precision="fp32")
@@ -20,9 +21,8 @@ SETTINGS = SegmentSettings(fragment_size=4, batch_size=3, precision="fp32")
 def segment(
     bundle: Path, bucket: Path, output: Path, *, masks: bool = True, settings: SegmentSettings = SETTINGS
 ) -> SegmentOutcome:
-    job = SegmentJob(
-        str(bundle), str(bucket / "images"), str(output), str(bucket / "masks") if masks else None, settings
-    )
+    mask_uris = (str(bucket / "masks"),) if masks else ()
+    job = SegmentJob(str(bundle), (str(bucket / "images"),), str(output), mask_uris, settings)
     return run_segmentation(job, Console(file=io.StringIO()))
 
 

@@ -41,7 +41,7 @@ def test_every_planned_image_is_one_row_with_the_contracts_columns(finished: Pat
     assert pq.read_schema(finished / "summary.parquet").equals(SUMMARY_SCHEMA)
     run = json.loads((finished / "run.json").read_text())
     assert run["status"] == "complete"
-    assert run["counts"] == {"planned": NUM_IMAGES, "ok": NUM_IMAGES, "errors": {}}
+    assert run["counts"] == {"planned": NUM_IMAGES, "fragments": 3, "ok": NUM_IMAGES, "errors": {}}
 
 
 def predict(bundle_dir: Path, uri: str) -> npt.NDArray[np.float64]:

@@ -1,0 +1,36 @@
+"""Files by URI: a local disk, S3, or any other store that pyarrow opens."""
+
+from segray.storage.files import (
+    create_bytes,
+    exists,
+    find_file,
+    list_files,
+    list_names,
+    open_for_reading,
+    read_bytes,
+    remove_file,
+    sweep_folder,
+    write_bytes,
+)
+from segray.storage.store import StoredFile
+from segray.storage.uris import get_file_name, is_local, is_relative, join_uri, normalize_uri, split_uri
+
+__all__ = [
+    "StoredFile",
+    "create_bytes",
+    "exists",
+    "find_file",
+    "get_file_name",
+    "is_local",
+    "is_relative",
+    "join_uri",
+    "list_files",
+    "list_names",
+    "normalize_uri",
+    "open_for_reading",
+    "read_bytes",
+    "remove_file",
+    "split_uri",
+    "sweep_folder",
+    "write_bytes",
+]

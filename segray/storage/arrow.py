@@ -1,0 +1,167 @@
+"""Every other store that pyarrow knows: ``gs://``, ``abfs://``, ``hdfs://`` and their like."""
+
+import os
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import suppress
+from functools import lru_cache
+from typing import TypeVar
+from urllib.parse import urlsplit
+
+import pyarrow as pa
+from pyarrow import fs
+
+from segray.errors import MissingFileError, StorageError, UnsupportedNameError, flatten_message
+from segray.storage.store import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Content, StoredFile, TransientError, retrying
+from segray.storage.uris import split_uri
+
+ResultT = TypeVar("ResultT")
+
+# Stores whose PUT is atomic: a reader sees the whole object or none. Elsewhere a rename is the atomic act.
+_ATOMIC_PUT_STORES = {"gcs", "abfs"}
+
+
+class ArrowStore:
+    """A bucket, container or name node. Entity tags are made of modification time and size: listings carry no other."""
+
+    def __init__(self, scheme: str, authority: str) -> None:
+        self._base = f"{scheme}://{authority}/"
+        self._filesystem, root = _open(self._base)
+        self._root = root.rstrip("/")
+
+    def list(self, folder: str, recursive: bool, start: str) -> Iterator[StoredFile]:
+        """See ``Store.list``; pyarrow gives a listing whole, not as a stream."""
+        selector = fs.FileSelector(self._path(folder), recursive=recursive)
+        infos = self._retry("list", folder, lambda: self._filesystem.get_file_info(selector))
+        files = (self._describe(info) for info in infos if info.type == fs.FileType.File)
+        begin = self._base + (f"{folder}/" if folder else "") + start
+        return iter(sorted((file for file in files if file.uri.startswith(begin)), key=lambda file: file.uri))
+
+    def list_names(self, folder: str, folders: bool) -> set[str]:
+        """See ``Store.list_names``."""
+        selector = fs.FileSelector(self._path(folder), allow_not_found=True)
+        infos = self._retry("list", folder, lambda: self._filesystem.get_file_info(selector))
+        wanted = fs.FileType.Directory if folders else fs.FileType.File
+        return {info.base_name for info in infos if info.type == wanted}
+
+    def find(self, key: str) -> StoredFile | None:
+        """See ``Store.find``."""
+        info = self._retry("look at", key, lambda: self._filesystem.get_file_info(self._path(key)))
+        return self._describe(info) if info.type == fs.FileType.File else None
+
+    def read(self, key: str) -> Content:
+        """See ``Store.read``."""
+
+        def read() -> Content:
+            etag = self._describe(self._filesystem.get_file_info(self._path(key))).etag
+            with self._filesystem.open_input_stream(self._path(key)) as stream:
+                return Content(stream.read(), etag)
+
+        return self._retry("read", key, read)
+
+    def read_range(self, key: str, start: int, end: int) -> bytes:
+        """See ``Store.read_range``."""
+
+        def read() -> bytes:
+            with self._filesystem.open_input_file(self._path(key)) as file:
+                return bytes(file.read_at(end - start, start))
+
+        return self._retry("read", key, read)
+
+    def write(self, key: str, content: bytes | memoryview) -> None:
+        """See ``Store.write``."""
+        self._retry("write", key, lambda: self._write(self._path(key), content))
+
+    def _write(self, path: str, content: bytes | memoryview) -> None:
+        if self._filesystem.type_name in _ATOMIC_PUT_STORES:
+            with self._filesystem.open_output_stream(path) as stream:
+                stream.write(content)
+            return
+        partial = f"{path}.{uuid.uuid4().hex}.tmp"
+        self._filesystem.create_dir(path.rpartition("/")[0], recursive=True)
+        with self._filesystem.open_output_stream(partial) as stream:
+            stream.write(content)
+        self._filesystem.move(partial, path)
+
+    def create(self, key: str, content: bytes) -> bool:
+        """See ``Store.create``. pyarrow has no conditional write: two at the same moment may both create."""
+        if self.find(key) is not None:
+            return False
+        self.write(key, content)
+        return True
+
+    def remove(self, key: str) -> None:
+        """See ``Store.remove``."""
+        with suppress(MissingFileError):
+            self._retry("remove", key, lambda: self._filesystem.delete_file(self._path(key)))
+
+    def _path(self, key: str) -> str:
+        return f"{self._root}/{key}".rstrip("/") or "/"
+
+    def _describe(self, info: fs.FileInfo) -> StoredFile:
+        etag = None if info.mtime_ns is None else f"{info.mtime_ns:x}-{info.size or 0:x}"
+        return StoredFile(
+            self._base + info.path[len(self._root) :].lstrip("/"), info.size or 0, etag, (info.mtime_ns or 0) / 1e9
+        )
+
+    def _retry(self, verb: str, key: str, act: Callable[[], ResultT]) -> ResultT:
+        uri = self._base + key
+
+        def act_or_explain() -> ResultT:
+            try:
+                return act()
+            except FileNotFoundError as error:
+                raise MissingFileError(
+                    f"cannot {verb} {uri}: nothing is there; check the spelling, or create it first"
+                ) from error
+            except PermissionError as error:
+                raise StorageError(
+                    f"cannot {verb} {uri}: permission denied; check the rights of these credentials"
+                ) from error
+            except OSError as error:  # pyarrow's clients do not say which troubles pass
+                raise TransientError(flatten_message(error)) from error
+            except (pa.ArrowInvalid, UnicodeError) as error:
+                raise UnsupportedNameError(f"cannot {verb} {uri}: {flatten_message(error)}; rename the file") from error
+
+        return retrying(verb, uri, act_or_explain)
+
+
+@lru_cache(maxsize=32)
+def _open(base: str) -> tuple[fs.FileSystem, str]:
+    try:
+        filesystem, root = fs.FileSystem.from_uri(base)
+    except (OSError, ValueError) as error:
+        raise StorageError(f"cannot open {base}: {flatten_message(error)}") from error
+    return filesystem, root
+
+
+def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
+    """Return pyarrow's file system of a URI, and the path of the URI in it: what Ray Train wants to be given.
+
+    Raises:
+        StorageError: pyarrow does not know the scheme, or cannot set up its store.
+    """
+    scheme, authority, key = split_uri(uri)
+    if not scheme:
+        return fs.LocalFileSystem(), key
+    if scheme == "s3":
+        return _open_s3(authority), f"{authority}/{key}".rstrip("/")
+    filesystem, root = _open(f"{scheme}://{authority}/")
+    return filesystem, f"{root.rstrip('/')}/{key}".rstrip("/") or "/"
+
+
+def _open_s3(bucket: str) -> fs.FileSystem:
+    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
+    location = urlsplit(endpoint) if endpoint else None
+    try:
+        return fs.S3FileSystem(
+            region=region or ("us-east-1" if endpoint else fs.resolve_s3_region(bucket)),
+            endpoint_override=location.netloc if location else None,
+            scheme=location.scheme if location else "https",
+            connect_timeout=CONNECT_TIMEOUT_S,
+            request_timeout=READ_TIMEOUT_S,
+            retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=5),
+        )
+    except OSError as error:
+        raise StorageError(f"cannot open s3://{bucket}: {flatten_message(error)}") from error

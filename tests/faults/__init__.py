@@ -1,0 +1,1 @@
+"""Runs against a real object store with faults put in between."""

@@ -1,0 +1,376 @@
+"""An HTTP proxy before the object store: by rule it does what stores and networks do on a bad day, and keeps count."""
+
+import http.client
+import os
+import random
+import re
+import select
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from enum import Enum, auto
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any, Literal, Self
+from urllib.parse import unquote, urlsplit
+
+import psutil
+
+Operation = Literal["LIST", "GET", "HEAD", "PUT", "DELETE", "POST"]
+Point = Literal["before", "during", "after"]
+KILL_TIMEOUT_S = 30
+
+
+class Action(Enum):
+    """What a rule can do to a request, beside calling a hook."""
+
+    UNAVAILABLE = auto()  # 503 SlowDown, nothing forwarded
+    FORBIDDEN = auto()  # 403 AccessDenied, nothing forwarded
+    EXPIRED = auto()  # 400 ExpiredToken, nothing forwarded
+    RESET = auto()  # the connection reset, nothing forwarded
+    CUT_BODY = auto()  # the true headers and half of the answer's body, then the end; a reset where there is no body
+    FLIP_BYTE = auto()  # one bit of the middle byte is wrong: of what PUT sends, else of what is answered
+    LOST_ANSWER = auto()  # the store does it, the client sees a reset
+
+
+REFUSALS = {
+    Action.UNAVAILABLE: (503, "SlowDown", "Please reduce your request rate."),
+    Action.FORBIDDEN: (403, "AccessDenied", "Access Denied"),
+    Action.EXPIRED: (400, "ExpiredToken", "The provided token has expired."),
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request as it is counted; `status` is None until it is answered, and for ever if it never is."""
+
+    operation: Operation
+    key: str  # percent-decoded, without the bucket; "" for what is asked of the bucket
+    peer_port: int
+    proxy_port: int
+    status: int | None = None
+
+    def find_peer_pid(self) -> int | None:
+        """Return the process that sent this; None if its connection is closed."""
+        return find_peer_pid(self.peer_port, self.proxy_port)
+
+    def kill_peer(self) -> None:
+        """Kill the process that sent this, and return when its connection is no longer open."""
+        pid = self.find_peer_pid()
+        if pid is None or pid == os.getpid():
+            raise ProcessLookupError(f"no other process holds the connection from port {self.peer_port}")
+        psutil.Process(pid).kill()
+        deadline = time.monotonic() + KILL_TIMEOUT_S
+        while self.find_peer_pid() is not None:
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"a child of process {pid} may have inherited its connection")
+            time.sleep(0.01)
+
+
+@dataclass(frozen=True)
+class Call:
+    """Call a hook: before anything is read, with half of the body received, or with an answer that nobody has seen."""
+
+    hook: Callable[[Request], None]
+    point: Point = "before"
+
+
+@dataclass(frozen=True)
+class Rule:
+    """Which requests are struck, and by what; of several rules that would fire for a request the first does."""
+
+    action: Action | Call
+    operation: Operation | None = None
+    key: str = ""  # searched for in the key, as a regular expression
+    nth: int | None = None  # only the n-th request that matches, from 1
+    times: int | None = None  # at most so often
+    probability: float = 1.0
+
+
+class FaultProxy:
+    """The proxy, from `__enter__` to `__exit__`; at the end it raises what a hook, or reaching the store, raised."""
+
+    def __init__(self, upstream_endpoint: str, rules: Iterable[Rule] = (), seed: int = 0) -> None:
+        self.upstream = urlsplit(upstream_endpoint).netloc
+        self.errors: list[Exception] = []
+        self._lock = threading.Lock()
+        self._random = random.Random(seed)
+        self._requests: dict[int, Request] = {}
+        self._num_seen = 0
+        self.set_rules(*rules)
+        self._server = _Server(self)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
+
+    @property
+    def port(self) -> int:
+        """The port that it listens on, of 127.0.0.1."""
+        return self._server.server_port
+
+    @property
+    def endpoint(self) -> str:
+        """Where clients are to find the store."""
+        return f"http://127.0.0.1:{self.port}"
+
+    @property
+    def requests(self) -> list[Request]:
+        """All requests since the start or since `forget`, in the order of their arrival."""
+        with self._lock:
+            return list(self._requests.values())
+
+    def count(self, operation: Operation, pattern: str = r".*") -> int:
+        """Return how many such requests there were for keys in which the pattern is found."""
+        return len([seen for seen in self.requests if seen.operation == operation and re.search(pattern, seen.key)])
+
+    def forget(self) -> None:
+        """Drop the requests counted so far; the rules' own counts stay."""
+        with self._lock:
+            self._requests.clear()
+
+    def set_rules(self, *rules: Rule) -> None:
+        """Replace the rules; their counts start again."""
+        with self._lock:
+            self._rules = [_RuleState(rule) for rule in rules]
+
+    def clear(self) -> None:
+        """Drop all rules."""
+        self.set_rules()
+
+    def begin(self, request: Request) -> tuple[int, Action | Call | None]:
+        """Count a request; return the number under which its answer is to be noted, and what is to be done to it."""
+        with self._lock:
+            self._num_seen += 1
+            self._requests[self._num_seen] = request
+            firing = [state for state in self._rules if state.is_due(request, self._random)]
+            if not firing:
+                return self._num_seen, None
+            firing[0].num_fired += 1
+            return self._num_seen, firing[0].rule.action
+
+    def note_status(self, number: int, status: int) -> None:
+        """Note what a request is about to be answered."""
+        with self._lock:
+            if number in self._requests:  # not forgotten meanwhile
+                self._requests[number] = replace(self._requests[number], status=status)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
+        self._server.shutdown()
+        self._server.server_close()
+        self._server.close_connections()
+        if self.errors and error is None:
+            raise self.errors[0]
+
+
+@dataclass
+class _RuleState:
+    rule: Rule
+    num_matched: int = 0
+    num_fired: int = 0
+
+    def is_due(self, request: Request, rng: random.Random) -> bool:
+        if self.rule.operation not in (None, request.operation) or not re.search(self.rule.key, request.key):
+            return False
+        self.num_matched += 1
+        return (
+            self.rule.nth in (None, self.num_matched)
+            and (self.rule.times is None or self.num_fired < self.rule.times)
+            and (self.rule.probability >= 1 or rng.random() < self.rule.probability)
+        )
+
+
+def find_peer_pid(peer_port: int, proxy_port: int) -> int | None:
+    """Return the process at the other end of a connection to the proxy; None if no process has it open any more."""
+    for connection in psutil.net_connections(kind="tcp"):
+        near, far = connection.laddr, connection.raddr
+        if near and far and (near.port, far.port) == (peer_port, proxy_port):
+            return connection.pid
+    return None
+
+
+OPERATIONS: dict[str, Operation] = {"GET": "GET", "HEAD": "HEAD", "PUT": "PUT", "DELETE": "DELETE"}
+
+
+def classify(method: str, target: str) -> tuple[Operation, str]:
+    """Return what a request does, and the key to which, from its method and its path as sent."""
+    _, _, key = target.partition("?")[0].removeprefix("/").partition("/")
+    operation = OPERATIONS.get(method, "POST")
+    return ("LIST" if operation == "GET" and not key else operation), unquote(key)
+
+
+def flip_bit(data: bytes) -> bytes:
+    middle = len(data) // 2
+    return data[:middle] + bytes(byte ^ 1 for byte in data[middle : middle + 1]) + data[middle + 1 :]
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self, proxy: FaultProxy) -> None:
+        self.proxy = proxy
+        self._connections: set[Any] = set()
+        super().__init__(("127.0.0.1", 0), _Handler)
+
+    def process_request(self, request: Any, client_address: Any) -> None:
+        self._connections.add(request)
+        super().process_request(request, client_address)
+
+    def shutdown_request(self, request: Any) -> None:
+        self._connections.discard(request)
+        super().shutdown_request(request)
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        error = sys.exception()
+        if isinstance(error, Exception) and not isinstance(error, ConnectionError):  # a client may go when it likes
+            self.proxy.errors.append(error)
+
+    def close_connections(self) -> None:
+        for connection in list(self._connections):
+            with suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """One connection of a client, and one to the store for it; every request and answer is held whole in memory."""
+
+    server: _Server
+    protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm = True  # else the body of an answer waits 40 ms for the client to acknowledge the headers
+
+    def setup(self) -> None:
+        super().setup()
+        self.upstream = http.client.HTTPConnection(self.server.proxy.upstream)
+
+    def finish(self) -> None:
+        self.upstream.close()
+        super().finish()
+
+    def log_message(self, format: str, *args: Any) -> None:
+        """Say nothing."""
+
+    def handle_expect_100(self) -> bool:
+        return True  # it is said when the body is wanted
+
+    def __getattr__(self, name: str) -> Callable[[], None]:
+        if name.startswith("do_"):  # any method
+            return self.serve
+        raise AttributeError(name)
+
+    def serve(self) -> None:
+        proxy = self.server.proxy
+        target = self.requestline.split(" ")[1]  # self.path would have lost one of two leading slashes
+        request = Request(*classify(self.command, target), self.client_address[1], proxy.port)
+        number, action = proxy.begin(request)
+        if action is Action.RESET:
+            self.reset()
+            return
+        self.call_hook(action, "before", request)
+        body = self.read_body(action, request)
+        if isinstance(action, Action) and action in REFUSALS:
+            status, code, message = REFUSALS[action]
+            answer = f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>{message}</Message></Error>'.encode()
+            headers = [("Content-Type", "application/xml"), ("Content-Length", str(len(answer)))]
+            proxy.note_status(number, status)
+            self.answer(status, code, headers, answer)
+            return
+        if action is Action.FLIP_BYTE and self.command == "PUT":
+            body = flip_bit(body)
+        response, answer = self.forward(target, body)
+        self.call_hook(action, "after", request)
+        if action is Action.LOST_ANSWER or (action is Action.CUT_BODY and not answer):
+            self.reset()
+            return
+        headers = [header for header in response.getheaders() if header[0].lower() != "transfer-encoding"]
+        if response.chunked:
+            headers.append(("Content-Length", str(len(answer))))
+        self.close_connection |= response.will_close or action is Action.CUT_BODY
+        if action is Action.CUT_BODY:
+            answer = answer[: len(answer) // 2]
+        elif action is Action.FLIP_BYTE and self.command != "PUT":
+            answer = flip_bit(answer)
+        proxy.note_status(number, response.status)  # before the client can look
+        self.answer(response.status, response.reason, headers, answer)
+
+    def call_hook(self, action: Action | Call | None, point: Point, request: Request) -> None:
+        if not (isinstance(action, Call) and action.point == point):
+            return
+        try:
+            action.hook(request)
+        except Exception as error:
+            self.server.proxy.errors.append(error)
+            raise ConnectionAbortedError from error
+        if request.find_peer_pid() is None:  # the socket would not tell while there is something left to read from it
+            raise ConnectionAbortedError("the client is gone")
+
+    def read_body(self, action: Action | Call | None, request: Request) -> bytes:
+        if self.headers.get("Expect", "").lower() == "100-continue":
+            self.send_response_only(100)
+            self.end_headers()
+        pieces = []
+        for index, piece in enumerate(self.read_pieces()):
+            pieces.append(piece)
+            if index == 0:
+                self.call_hook(action, "during", request)
+        return b"".join(pieces)
+
+    def read_pieces(self) -> Iterator[bytes]:
+        """Read two halves, or the chunks of a body whose length was not said."""
+        if not self.is_chunked():
+            length = int(self.headers.get("Content-Length", 0))
+            yield self.read_exactly(length // 2)
+            yield self.read_exactly(length - length // 2)
+            return
+        while size := int(self.rfile.readline().partition(b";")[0] or b"0", 16):
+            yield self.read_exactly(size)
+            self.rfile.readline()
+        if not self.rfile.readline():  # the empty line after the last chunk
+            raise ConnectionAbortedError("the body ends early")
+
+    def read_exactly(self, length: int) -> bytes:
+        data = self.rfile.read(length)
+        if len(data) < length:
+            raise ConnectionAbortedError("the body ends early")
+        return data
+
+    def is_chunked(self) -> bool:
+        return self.headers.get("Transfer-Encoding", "").lower() == "chunked"
+
+    def forward(self, target: str, body: bytes) -> tuple[http.client.HTTPResponse, bytes]:
+        try:
+            if self.upstream.sock and select.select([self.upstream.sock], [], [], 0)[0]:
+                self.upstream.close()  # by the store, while idle; it is opened again of itself
+            self.upstream.putrequest(self.command, target, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                self.upstream.putheader(name, value)
+            self.upstream.endheaders()
+            if self.is_chunked():
+                body = (b"%x\r\n%s\r\n" % (len(body), body) if body else b"") + b"0\r\n\r\n"
+            with suppress(ConnectionError):  # refused before it was read: the answer says why
+                self.upstream.send(body)
+            response = self.upstream.getresponse()
+            return response, response.read()
+        except (OSError, http.client.HTTPException) as error:
+            self.server.proxy.errors.append(error)
+            raise ConnectionAbortedError from error
+
+    def answer(self, status: int, reason: str, headers: Iterable[tuple[str, str]], body: bytes) -> None:
+        self.send_response_only(status, reason)
+        for name, value in headers:
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    def reset(self) -> None:
+        """Close with an RST: unlike an orderly end, it is never taken for the end of an answer."""
+        self.close_connection = True
+        self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.rfile.close()  # it holds the socket open too
+        self.connection.close()

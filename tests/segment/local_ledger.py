@@ -1,0 +1,23 @@
+"""A run's ledger in this process: stages can be tried without Ray."""
+
+from segray.segment.ledger import Ledger, LedgerClient, Orders
+
+
+class LocalLedger(LedgerClient):
+    """Calls the real ledger directly."""
+
+    def __init__(self, stage: str, ledger: Ledger | None = None) -> None:
+        super().__init__(stage, None)
+        self.ledger = ledger or Ledger(num_predictors=1)
+
+    def begin(self, fragment: int) -> Orders:
+        return self.ledger.begin(self._stage, fragment)
+
+    def enter(self, fragment: int, index: int) -> None:
+        self.ledger.enter(self._stage, fragment, index)
+
+    def end(self, fragment: int) -> None:
+        self.ledger.end(self._stage, fragment)
+
+    def start_predictor(self) -> None:
+        self.ledger.start_predictor()
