@@ -11,20 +11,21 @@ import hashlib
 import json
 from dataclasses import dataclass
 from importlib.metadata import version
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError
-from safetensors.torch import load as load_safetensors
-from safetensors.torch import save as save_safetensors
 
 from segray.classes import ClassMap
 from segray.config import ModelConfig
 from segray.errors import BundleError, MissingFileError
-from segray.models import SegmentationModel, build_model
 from segray.storage import exists, join_uri, read_bytes, write_bytes
 from segray.transforms import Preprocessing
+
+if TYPE_CHECKING:  # 8 s of imports, which those who only read a bundle's description need not wait for
+    import torch
+
+    from segray.models.build import SegmentationModel
 
 FORMAT_VERSION = 1
 _WEIGHTS, _MANIFEST = "model.safetensors", "bundle.json"
@@ -60,7 +61,7 @@ class Bundle:
     """A loaded bundle: the model in evaluation mode on the CPU, in float32."""
 
     manifest: BundleManifest
-    model: SegmentationModel
+    model: "SegmentationModel"
     sha256: str
 
 
@@ -69,8 +70,10 @@ def get_library_versions() -> dict[str, str]:
     return {name: version(name) for name in _LIBRARIES}
 
 
-def pack_tensors(tensors: dict[str, torch.Tensor]) -> bytes:
+def pack_tensors(tensors: "dict[str, torch.Tensor]") -> bytes:
     """Return tensors as the content of a safetensors file: on the CPU, contiguous, none sharing memory."""
+    from safetensors.torch import save as save_safetensors
+
     return save_safetensors({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()})
 
 
@@ -82,7 +85,7 @@ def has_bundle(uri: str) -> bool:
 def save_bundle(
     uri: str,
     *,
-    weights: dict[str, torch.Tensor],
+    weights: "dict[str, torch.Tensor]",
     model: ModelConfig,
     classes: ClassMap,
     image_size: tuple[int, int],
@@ -186,6 +189,10 @@ def load_bundle(uri: str) -> Bundle:
         BundleError: There is no bundle, or its weights are not the ones it was written with.
         StorageError: The store refused or failed.
     """
+    from safetensors.torch import load as load_safetensors
+
+    from segray.models.build import build_model
+
     manifest, sha256 = load_manifest(uri)
     content = read_weights(uri, manifest)
     # the weights come from the file: nothing is fetched for the encoder

@@ -30,6 +30,9 @@ class SegrayError(Exception):
 
     exit_code = 1
 
+    def __str__(self) -> str:
+        return super().__str__().partition("\n")[0]  # one line: to a worker's error Ray Data adds lines of its own
+
 
 class ConfigError(SegrayError):
     """A setting is unknown, has the wrong type or contradicts another one."""

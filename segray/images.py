@@ -25,8 +25,6 @@ from segray.classes import build_palette
 from segray.config import DEFAULT_MAX_IMAGE_PX
 from segray.errors import FaultKind, ImageFault, flatten_message
 
-IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff")
-MASK_EXTENSIONS = ("png", "bmp", "gif", "tif", "tiff")  # lossless ones: JPEG blurs class values
 _IMAGE_FORMATS = ("PNG", "JPEG", "WebP", "BMP", "GIF", "TIFF")
 _MASK_FORMATS = ("PNG", "BMP", "GIF", "TIFF")
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
@@ -171,14 +169,15 @@ def _faults_of(content: bytes, formats: tuple[str, ...]) -> Iterator[Callable[[i
         raise
     except Exception as error:  # a broken file raises whatever the format's parser trips over
         kind, meaning = _explain(name, content, error)
-        raise ImageFault(kind, f"{name}: {meaning} ({flatten_message(error)})") from error
+        told = "" if kind == FaultKind.TRUNCATED else f" ({flatten_message(error)})"  # the end of a file says nothing
+        raise ImageFault(kind, f"{name}: {meaning}{told}") from error
 
 
 def _explain(name: str, content: bytes, error: Exception) -> tuple[FaultKind, str]:
     compression = error.__cause__.args[0] if isinstance(error.__cause__, KeyError) else None
     told = ((kind, meaning) for pattern, kind, meaning in _MEANINGS if re.search(pattern, str(error)))
     kind, meaning = next(told, (FaultKind.UNREADABLE, "damaged"))
-    if kind != FaultKind.TOO_LARGE and _is_cut(name, content):  # half a directory looks like an unsupported one
+    if _is_cut(name, content):  # half a directory looks like an unsupported one
         return FaultKind.TRUNCATED, _CUT
     if name == "TIFF" and isinstance(compression, int) and compression != ExifTags.Base.ColorMap:
         return FaultKind.UNSUPPORTED, "a compression that is not read; save the image with LZW or Deflate"

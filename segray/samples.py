@@ -6,17 +6,7 @@ import numpy.typing as npt
 from segray.classes import ClassMap
 from segray.config import DEFAULT_MAX_IMAGE_PX
 from segray.errors import ChangedFileError, FaultKind, ImageFault, MissingFileError, UnsupportedNameError
-from segray.images import decode_mask
-
-try:
-    from segray.images import decode_image_with_note
-except ImportError:
-    from segray.images import decode_image
-
-    def decode_image_with_note(c, m):
-        return decode_image(c, m), None
-
-
+from segray.images import decode_image_with_note, decode_mask
 from segray.storage import read_bytes
 
 

@@ -1,14 +1,16 @@
 """Pixels to model input: the same arithmetic in training, in evaluation and over a bucket."""
 
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
 import numpy.typing as npt
-import torch
 from pydantic import BaseModel, ConfigDict
 
 from segray.config import ModelConfig
 from segray.errors import ConfigError, flatten_message
+
+if TYPE_CHECKING:
+    import torch  # 2 s, which those who only read a bundle's description need not wait for
 
 
 class Preprocessing(BaseModel):
@@ -45,8 +47,10 @@ class Preprocessing(BaseModel):
         scale = 255 / params["input_range"][1]
         return cls(mean=tuple(scale * m for m in params["mean"]), std=tuple(scale * s for s in params["std"]))
 
-    def apply(self, image_nhwc: torch.Tensor) -> torch.Tensor:
+    def apply(self, image_nhwc: "torch.Tensor") -> "torch.Tensor":
         """Normalise (N, H, W, 3) uint8 to (N, 3, H, W) float32, channels last in memory, on the tensor's device."""
+        import torch
+
         mean = torch.tensor(self.mean, device=image_nhwc.device)
         std = torch.tensor(self.std, device=image_nhwc.device)
         return ((image_nhwc.float() - mean) / std).permute(0, 3, 1, 2)

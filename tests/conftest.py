@@ -18,7 +18,7 @@ from segray.bundle import save_bundle
 from segray.classes import ClassMap
 from segray.cluster import connect_ray
 from segray.config import ModelConfig, TrainConfig
-from segray.models import build_model
+from segray.models.build import build_model
 from segray.shapes import save_shapes
 from segray.transforms import Preprocessing
 from tests.faults.object_store import ObjectStore, find_swift

@@ -148,8 +148,13 @@ def _build_lies() -> tuple[Poison, ...]:
     psd = b"8BPS\0\x01" + bytes(6) + struct.pack(">HIIHH", 3, 8, 8, 8, 3) + bytes(64)
     wav = b"RIFF\x2c\0\0\0WAVEfmt \x10\0\0\0\x01\0\x01\0\x40\x1f\0\0\x40\x1f\0\0\x01\0\x08\0data\x08\0\0\0" + bytes(8)
     photo = Image.fromarray(np.random.default_rng(5).integers(0, 256, (21, 31, 3), np.uint8))
-    foreign = ((pdf, "page.png", "PDF"), (heic, "phone.jpg", "HEIC"), (svg, "logo.png", "SVG"))
-    foreign += ((psd, "layers.jpg", "PSD"), (eps, "plot.png", "PostScript"))
+    foreign = [
+        ("page.png", pdf, "PDF"),
+        ("phone.jpg", heic, "HEIC"),
+        ("logo.png", svg, "SVG"),
+        ("layers.jpg", psd, "PSD"),
+        ("plot.png", eps, "PostScript"),
+    ]
     return (
         Poison("empty.png", b"", FaultKind.UNREADABLE, "^empty file$"),
         Poison("one_byte.jpg", b"\xff", FaultKind.UNREADABLE, "^not an image in PNG, JPEG"),
@@ -158,7 +163,7 @@ def _build_lies() -> tuple[Poison, ...]:
         Poison("sound.webp", wav, FaultKind.UNREADABLE, "^not an image"),
         *(
             Poison(name, content, FaultKind.UNSUPPORTED, f"^{called} file; convert it to one of PNG, JPEG")
-            for content, name, called in foreign
+            for name, content, called in foreign
         ),
         Poison("png_inside.jpg", encode(photo), size=(21, 31)),  # the content decides
     )
@@ -220,10 +225,13 @@ def _build_others() -> tuple[Poison, ...]:
     noise = Image.fromarray(np.random.default_rng(4).integers(0, 256, (20, 30), np.uint8))
     gif, bmp, tiff, webp = (encode(noise, name) for name in ("GIF", "BMP", "TIFF", "WEBP"))
     packed = encode(noise, "TIFF", compression="tiff_lzw")
+    canvas = bytearray(encode_frames(noise.convert("RGB"), "WEBP"))
+    canvas[24:30] = (16_382).to_bytes(3, "little") + (10_999).to_bytes(3, "little")  # less one each
     screen = b"GIF89a" + struct.pack("<HH", 30_000, 30_000) + b"\0\0\0"
     clear_after = b"!\xf9\x04\x08\0\0\0\0"
     frame = b"," + struct.pack("<HHHH", 0, 0, 30_000, 30_000) + b"\0\x08\x01\0\0;"
-    longer, top_down = bytearray(bmp), bytearray(bmp)
+    longer, top_down, taller = bytearray(bmp), bytearray(bmp), bytearray(bmp)
+    taller[22:26] = struct.pack("<i", 200)
     longer[2:6] = struct.pack("<I", 2**31)
     top_down[22:26] = struct.pack("<i", -20)
     grey = (4, 3, [8], 1, bytes(12))
@@ -235,6 +243,7 @@ def _build_others() -> tuple[Poison, ...]:
         Poison("animated.gif", encode_frames(noise, "GIF"), size=(20, 30), note="first of 3 frames"),
         Poison("bomb.gif", screen + clear_after + frame, FaultKind.TOO_LARGE, "^30000x30000 pixels"),
         Poison("wrong_length.bmp", bytes(longer), size=(20, 30)),  # nobody needs this field
+        Poison("too_few_rows.bmp", bytes(taller), FaultKind.TRUNCATED, "^BMP: the file is cut off"),
         Poison("top_down.bmp", bytes(top_down), size=(20, 30)),
         Poison("cut.tif", tiff[: len(tiff) // 2], FaultKind.TRUNCATED, "^TIFF: the file is cut off"),
         Poison("cut_directory.tif", packed[:-40], FaultKind.TRUNCATED, "^TIFF: the file is cut off"),
@@ -244,8 +253,11 @@ def _build_others() -> tuple[Poison, ...]:
         Poison(
             "float.tif", encode(noise.convert("F"), "TIFF"), FaultKind.UNSUPPORTED, "^floating-point pixels; convert"
         ),
+        Poison("bands.tif", build_tiff(2, 2, [8] * 8, 1, bytes(32)), FaultKind.UNSUPPORTED, "^TIFF: channels, bits"),
+        Poison("no_colours.tif", build_tiff(4, 3, [8], 3, bytes(12)), FaultKind.UNREADABLE, "^TIFF: damaged"),
         Poison("jpeg2000.tif", build_tiff(*grey, compression=34712), FaultKind.UNSUPPORTED, "^TIFF: a compression"),
         Poison("cut.webp", webp[: len(webp) // 2], FaultKind.TRUNCATED, "^WebP: the file is cut off"),
+        Poison("bomb.webp", bytes(canvas), FaultKind.TOO_LARGE, "^16383x11000 pixels"),
         Poison(
             "animated.webp",
             encode_frames(noise.convert("RGB"), "WEBP", lossless=True),

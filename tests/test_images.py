@@ -86,6 +86,7 @@ def test_grey_that_was_multiplied_by_its_alpha_is_divided_by_it() -> None:
     np.testing.assert_array_equal(decode_image(content), [[[99] * 3, [200] * 3]])  # 50 * 255 / 128 = 99.6
 
 
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")  # pytest undoes the filter of segray.images
 @pytest.mark.parametrize("alphas", [b"\0", b"\x80\x00\x40", b"\xff\x00"])
 def test_palette_with_transparency_shows_the_colours_of_the_palette(alphas: bytes) -> None:
     colours = bytes([200, 100, 50, 0, 255, 0, 1, 2, 3])
@@ -111,11 +112,14 @@ def test_cmyk_jpeg_is_inverted_as_adobe_writes_it() -> None:
 
 
 def test_lab_tiff() -> None:
-    """Against the published values of the primaries of sRGB, adapted to D50: L 0 to 100, a and b signed."""
-    lab = [[54.29, 80.80, 69.89], [87.82, -79.27, 80.99], [29.57, 68.30, -112.03], [100, 0, 0]]
-    stored = b"".join(struct.pack("Bbb", round(level * 2.55), round(a), round(b)) for level, a, b in lab)
-    decoded = decode_image(build_tiff(4, 1, [8] * 3, 8, stored))
-    np.testing.assert_allclose(decoded, [[[255, 0, 0], [0, 255, 0], [0, 0, 255], [255] * 3]], atol=12)
+    """Against the formula of CIE 1976 with the white of D50, and the published matrix from there to linear sRGB."""
+    levels, a, b = np.array([97, 168, 127, 246, 130]), np.array([14, 18, -5, 0, 0]), np.array([14, 18, -22, 1, 0])
+    f_y = (levels / 2.55 + 16) / 116
+    xyz = np.stack([f_y + a / 500, f_y, f_y - b / 200]) ** 3 * [[0.96422], [1], [0.82521]]  # none is near to black
+    to_rgb = [[3.13386, -1.61687, -0.49061], [-0.97877, 1.91614, 0.03345], [0.07195, -0.22899, 1.40524]]
+    expected = 255 * (1.055 * np.maximum(to_rgb @ xyz, 0.0031) ** (1 / 2.4) - 0.055)
+    stored = np.stack([levels, a, b], -1).astype(np.int16).astype(np.uint8).tobytes()
+    np.testing.assert_allclose(decode_image(build_tiff(5, 1, [8] * 3, 8, stored))[0], expected.T, atol=2)
 
 
 def test_ycbcr_tiff() -> None:
@@ -158,6 +162,62 @@ def test_exif_orientation_is_applied_to_image_and_mask() -> None:
     np.testing.assert_array_equal(decode_mask(encode(Image.fromarray(mask), exif=exif)), np.rot90(mask, -1))
 
 
+@pytest.mark.parametrize(
+    ("start", "name"),
+    [
+        (b"\0\0\0\x20ftypmif1\0\0\0\0", "HEIC"),
+        (b"\0\0\0\x1cftypavif\0\0\0\0", "AVIF"),
+        (b"%PDF-1.4\n", "PDF"),
+        (b"\xc5\xd0\xd3\xc6\x20\0\0\0", "PostScript"),
+        (b"8BPS\0\1", "PSD"),
+        (b"\xef\xbb\xbf<?xml version='1.0' encoding='UTF-8'?>\r\n<!DOCTYPE svg PUBLIC ''>\r\n<svg/>", "SVG"),
+        (b"  <svg viewBox='0 0 1 1'/>", "SVG"),
+        (b"\0\0\0\x0cjP  \r\n\x87\n", "JPEG 2000"),
+        (b"\xff\x4f\xff\x51\0\x2f", "JPEG 2000"),
+        (b"\0\0\0\x0cJXL \r\n\x87\n", "JPEG XL"),
+        (b"\xff\x0a\x7a\x01", "JPEG XL"),
+        (b"\x76\x2f\x31\x01\2\0\0\0", "OpenEXR"),
+        (b"DDS \x7c\0\0\0", "DDS"),
+        (b"\0\0\1\0\1\0\x10\x10", "ICO"),
+        (b"MM\0\x2b\0\x08\0\0" + (16).to_bytes(8, "big"), "big-endian BigTIFF"),
+    ],
+)
+def test_files_of_other_formats_are_called_by_their_name(start: bytes, name: str) -> None:
+    with pytest.raises(
+        ImageFault, match=f"^{name} file; convert it to one of PNG, JPEG, WebP, BMP, GIF, TIFF$"
+    ) as caught:
+        decode_image(start + bytes(100))
+    assert caught.value.kind == FaultKind.UNSUPPORTED
+
+
+@pytest.mark.parametrize(
+    "content", [b"<?xml version='1.0'?><html><svg/></html>", b"BMW and other makes", b"II and MM" * 9]
+)
+def test_texts_that_begin_like_images_are_unreadable(content: bytes) -> None:
+    with pytest.raises(ImageFault) as caught:
+        decode_image(content + bytes(100))
+    assert caught.value.kind in (FaultKind.UNREADABLE, FaultKind.TRUNCATED)
+
+
+@pytest.mark.parametrize(("at", "value"), [(28, 13), (30, 4), (30, 3)])
+def test_a_bmp_of_a_rare_kind_is_unsupported(at: int, value: int) -> None:
+    """Of 13 bits per pixel; with a JPEG in it; with bit fields of a layout of its own."""
+    content = bytearray(encode(Image.fromarray(RGB), "BMP"))
+    content[at] = value
+    with pytest.raises(ImageFault, match=r"^BMP: channels, bits or compression that are not read; convert") as caught:
+        decode_image(bytes(content))
+    assert caught.value.kind == FaultKind.UNSUPPORTED
+
+
+def test_an_unsupported_bigtiff_is_not_taken_for_a_cut_one() -> None:
+    content = encode(Image.fromarray(RGB), "TIFF", big_tiff=True)
+    np.testing.assert_array_equal(decode_image(content), RGB)
+    compression = struct.pack("<HHQ", 259, 3, 1)
+    content = content.replace(compression + b"\1\0", compression + struct.pack("<H", 34712))
+    with pytest.raises(ImageFault, match=r"^TIFF: a compression that is not read; .* \(34712\)$"):
+        decode_image(content)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 @pytest.mark.parametrize("file_format", ["PNG", "JPEG", "WEBP", "TIFF"])
 def test_every_orientation_of_every_format_that_has_one(file_format: str, orientation: int) -> None:
@@ -179,12 +239,24 @@ def test_every_orientation_of_every_format_that_has_one(file_format: str, orient
     np.testing.assert_allclose(decoded[..., 1], shown, atol=8)
 
 
-def test_an_image_is_turned_even_if_its_exif_cannot_be_written_again() -> None:
-    entry = struct.pack(">HHIHH", 0x0112, 3, 1, 6, 0)
-    wrong_type = struct.pack(">HHII", 0x010E, 10, 1, 200)  # a description that is a fraction, and lies outside
-    exif = b"MM\0*" + struct.pack(">IH", 8, 2) + wrong_type + entry + bytes(4)
-    content = build_png(9, 6, 8, 2, b"".join(b"\0" + row.tobytes() for row in RGB), build_chunk(b"eXIf", exif))
+def test_an_image_is_turned_even_if_its_exif_cannot_be_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encode(Image.fromarray(RGB), exif=exif)
+    monkeypatch.setattr(Image.Exif, "tobytes", raise_error(struct.error("a tag of another type")))
     np.testing.assert_array_equal(decode_image(content), np.rot90(RGB, -1))
+
+
+@pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "I;16"])
+def test_pixels_of_every_kind_can_be_turned(mode: str) -> None:
+    grey = Image.fromarray(RGB[..., 0])
+    image = Image.fromarray(RGB[..., 0].astype(np.uint16) * 257) if mode == "I;16" else grey.convert(mode)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned, straight = encode(image, exif=exif), encode(image)
+    np.testing.assert_array_equal(decode_image(turned), np.rot90(decode_image(straight), -1))
+    if mode in ("1", "L", "P", "I;16"):
+        np.testing.assert_array_equal(decode_mask(turned), np.rot90(decode_mask(straight), -1))
 
 
 @pytest.mark.parametrize("file_format", ["PNG", "GIF", "WEBP", "TIFF"])
@@ -262,8 +334,8 @@ def test_black_rows_are_not_taken_for_missing_ones() -> None:
         rows = bytes((1 + (13 * bits + 7) // 8) * 50)
         extra = build_chunk(b"PLTE", bytes(3)) if colour == 3 else b""
         assert not decode_image(build_png(13, 50, depth, colour, rows, extra)).any()
-        with pytest.raises(ImageFault, match="too few rows"):
-            decode_image(build_png(13, 50, depth, colour, rows[:-1], extra))
+        with pytest.raises(ImageFault, match="cut off"):
+            decode_image(build_png(13, 50, depth, colour, rows[: -len(rows) // 50], extra))
 
 
 @pytest.mark.parametrize(

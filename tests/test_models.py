@@ -13,8 +13,7 @@ from torchvision.models import vgg16
 
 from segray.config import ModelConfig
 from segray.errors import ConfigError
-from segray.models import build_model, check_model, freeze_unused_parameters
-from segray.models.build import ARCHITECTURES
+from segray.models.build import ARCHITECTURES, build_model, check_model, freeze_unused_parameters
 from segray.models.fcn import FCN, build_bilinear_upsampling
 from segray.transforms import Preprocessing
 

@@ -125,7 +125,7 @@ class FragmentDecoder:
 
 
 def _fail(image: dict[str, Any], kind: FaultKind, message: str) -> DecodedImage:
-    known = {name: image[name] for name in ("uri", "height", "width") if name in image}
+    known: dict[str, Any] = {name: image[name] for name in ("uri", "height", "width") if name in image}
     return DecodedImage({**known, "error_kind": str(kind), "error_message": message})
 
 

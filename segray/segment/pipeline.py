@@ -45,7 +45,7 @@ def run_pipeline(
     """
     context = DataContext.get_current()
     context.enable_progress_bars = False  # segray shows its own
-    logging.getLogger("ray.data").setLevel(logging.ERROR)  # importing it has set it to INFO
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # importing it has set it to INFO; errors are raised too
     # 2.60 deprecates max_retries, max_restarts and max_task_retries here, and has nothing in their place yet
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
     context.target_max_block_size = None  # a fragment is never cut

@@ -13,7 +13,7 @@ from segray.cluster import connect_ray
 from segray.config import TrainConfig, find_differences
 from segray.errors import RunMismatchError
 from segray.manifest import Sample, Splits, Unpaired, load_splits
-from segray.models import check_model
+from segray.models.build import check_model
 from segray.progress import build_bar
 from segray.storage import exists, join_uri, normalize_uri, read_bytes, write_bytes
 from segray.train.checkpoint import RUN_NAME, list_checkpoints

@@ -20,7 +20,7 @@ from segray.config import TrainConfig
 from segray.errors import TrainingError
 from segray.images import resize_image
 from segray.manifest import Sample, Splits
-from segray.models import build_model
+from segray.models.build import build_model
 from segray.models.prediction import compute_mask
 from segray.pictures import Panel, draw_comparison, draw_curves
 from segray.storage import get_file_name, join_uri, remove_file

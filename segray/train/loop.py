@@ -17,7 +17,7 @@ from segray.classes import ClassMap
 from segray.cluster import count_cores
 from segray.config import TrainSettings
 from segray.metrics import compute_defined_mean, compute_dice, compute_iou, count_from_confusion, to_nullable
-from segray.models import SegmentationModel, build_model, freeze_unused_parameters
+from segray.models.build import SegmentationModel, build_model, freeze_unused_parameters
 from segray.models.precision import has_bf16
 from segray.train.checkpoint import TrainingState, find_newest_state, load_state, save_state
 from segray.train.feed import compute_num_steps, compute_step_order, iterate_evaluation, iterate_training

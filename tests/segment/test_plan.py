@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -98,7 +99,8 @@ def test_every_part_of_a_listing_is_in_its_sha256_and_the_cut_is_not(tmp_path: P
     assert compute("same", IMAGES, 2) == first
     assert compute("shorter", IMAGES[:-1]) != first
     for number, name in enumerate(ListedImage._fields):
-        changed = IMAGES[3]._replace(**{name: "other" if name != "size_bytes" else 2})
+        value: Any = 2 if name == "size_bytes" else "other"
+        changed = IMAGES[3]._replace(**{name: value})
         assert compute(f"changed {number}", [*IMAGES[:3], changed, *IMAGES[4:]]) != first
 
 

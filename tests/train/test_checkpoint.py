@@ -7,7 +7,7 @@ import torch
 
 from segray.config import ModelConfig
 from segray.errors import TrainingError
-from segray.models import build_model
+from segray.models.build import build_model
 from segray.train.checkpoint import TrainingState, find_best_state, find_newest_state, load_state, save_state
 
 

@@ -10,7 +10,7 @@ from torch.nn import functional
 
 from segray.config import DataConfig, ModelConfig
 from segray.manifest import Sample, load_splits
-from segray.models import SegmentationModel, build_model
+from segray.models.build import SegmentationModel, build_model
 from segray.train.feed import TrainBatch, iterate_evaluation
 from segray.train.steps import NonFiniteLossError, evaluate, train_step
 from segray.transforms import Preprocessing

@@ -1,0 +1,39 @@
+"""Holds a Ray cluster of a head and two more nodes on this machine, until its standard input ends.
+
+A process of its own, as Ray reads its settings once: ``python -m tests.faults.cluster_host NUM_NODES``. It prints one
+line of JSON: the cluster's address, and the process ids of the head's servers and of each other node's raylet.
+"""
+
+import json
+import sys
+
+from ray.cluster_utils import Cluster
+
+_OBJECT_STORE_BYTES = 150 * 2**20
+
+
+def main() -> None:
+    options = {"node_ip_address": "127.0.0.1", "object_store_memory": _OBJECT_STORE_BYTES}
+    cluster = Cluster(
+        initialize_head=True,
+        head_node_args={"num_cpus": 2, "include_dashboard": False, **options},
+    )
+    nodes = [cluster.add_node(num_cpus=1, **options) for _ in range(int(sys.argv[1]))]
+    cluster.wait_for_nodes()
+    head = cluster.head_node.all_processes
+    print(
+        json.dumps(
+            {
+                "address": cluster.address,
+                "head": [process.process.pid for kind in ("gcs_server", "raylet") for process in head[kind]],
+                "raylets": [node.all_processes["raylet"][0].process.pid for node in nodes],
+            }
+        ),
+        flush=True,
+    )
+    sys.stdin.read()
+    cluster.shutdown()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,246 @@
+"""The scene of the fault tests: a bucket with a model and images, clusters, and segray as people start it."""
+
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import psutil
+import pyarrow as pa
+from PIL import Image
+from pyarrow import parquet as pq
+
+from segray.config import IMAGE_EXTENSIONS
+from tests.faults.object_store import ObjectStore
+from tests.faults.proxy import FaultProxy
+from tests.poison import build_poison
+
+ROOT = Path(__file__).parents[2]
+BUCKET = "faults"
+FRAGMENT_SIZE = 3
+NUM_GOOD = 17
+TIMEOUT_S = 300
+_NAMES = ["a b", "c#d", "e%20f", "g?h", "ü", ".dot", "_under", "sub/a b", "sub//x", "i+j", "k&l=m"]
+SETTINGS = {
+    "fragment_size": FRAGMENT_SIZE,
+    "batch_size": 2,
+    "precision": "fp32",
+    "max_error_fraction": 1,
+    "num_report_images": 0,
+    "max_image_px": 1_000_000,
+}
+
+
+def fill_bucket(store: ObjectStore, bundle: Path) -> None:
+    """Put a model, images with odd names and broken ones among them, and masks into the bucket."""
+    store.make_bucket(BUCKET)
+    client = store.client()
+    for path in bundle.rglob("*"):
+        if path.is_file():
+            client.put_object(Bucket=BUCKET, Key=f"bundle/{path.relative_to(bundle)}", Body=path.read_bytes())
+    rng = np.random.default_rng(11)
+    for index in range(NUM_GOOD):
+        name = _NAMES[index] if index < len(_NAMES) else f"image-{index}"
+        size = (40 + 3 * index, 80 - 2 * index)
+        for key, pixels in (
+            (f"images/{name}.png", rng.integers(0, 256, (*size, 3), np.uint8)),
+            (f"masks/{name}.png", rng.choice([0, 1, 2, 3], size).astype(np.uint8)),
+        ):
+            client.put_object(Bucket=BUCKET, Key=key, Body=encode_png(pixels))
+    for key, content in pick_poison().items():
+        client.put_object(Bucket=BUCKET, Key=f"images/{key}", Body=content)
+    client.put_object(Bucket=BUCKET, Key="images/folder/", Body=b"")
+    client.put_object(Bucket=BUCKET, Key="images/notes.txt", Body=b"no image")
+
+
+def encode_png(pixels: np.ndarray[Any, Any]) -> bytes:
+    buffer = io.BytesIO()
+    Image.fromarray(pixels).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def pick_poison() -> dict[str, bytes]:
+    """Return some of the broken files by key, one of each kind."""
+    chosen: dict[object, tuple[str, bytes]] = {}
+    for poison in build_poison():
+        if poison.kind is not None and poison.name.lower().endswith(IMAGE_EXTENSIONS):
+            chosen.setdefault(poison.kind, (poison.name, poison.content))
+    return dict(chosen.values())
+
+
+@dataclass
+class Cluster:
+    """A Ray cluster of a head and more nodes, each with its raylet, in processes of its own."""
+
+    environment: dict[str, str]
+    num_nodes: int = 2
+    address: str = ""
+    head: list[int] = field(default_factory=list)
+    raylets: list[int] = field(default_factory=list)
+
+    def __enter__(self) -> Self:
+        self._host = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.cluster_host", str(self.num_nodes)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            env=build_environment(**self.environment),
+            cwd=ROOT,
+            text=True,
+        )
+        assert self._host.stdout is not None
+        started = json.loads(self._host.stdout.readline())
+        self.address, self.head, self.raylets = started["address"], started["head"], started["raylets"]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        family = psutil.Process(self._host.pid).children(recursive=True)
+        assert self._host.stdin is not None
+        self._host.stdin.close()
+        try:
+            self._host.wait(20)
+        except subprocess.TimeoutExpired:
+            self._host.kill()
+        for process in family:
+            if process.is_running():
+                process.kill()
+
+    def find_workers(self, title: str) -> list[int]:
+        """Return the cluster's worker processes whose title has this in it, such as the class of an actor."""
+        found = []
+        for process in psutil.Process(self._host.pid).children(recursive=True):
+            try:
+                if title in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
+                    found.append(process.pid)
+            except psutil.NoSuchProcess:
+                continue
+        return found
+
+
+def build_environment(**more: str) -> dict[str, str]:
+    """Return the environment of a user who has set nothing of Ray but the token."""
+    inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))}
+    ray = {
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
+        "RAY_BACKEND_LOG_LEVEL": "fatal",
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # the switch by which Ray keeps a whole cluster on loopback
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # a head that does not come back is given up after 5 s, not 60
+    }
+    return {**inherited, **ray, **more}
+
+
+@dataclass
+class Scene:
+    """A bucket behind a proxy, and a cluster to work on it."""
+
+    store: ObjectStore
+    proxy: FaultProxy
+    cluster: Cluster | None
+    log: Path
+    running: list[subprocess.Popen[bytes]] = field(default_factory=list)
+
+    def start(self, output: str, *arguments: str, images: str = "images", **settings: object) -> "Run":
+        """Start `segray segment` on the bucket; a cluster of None means a private Ray."""
+        where = f"s3://{BUCKET}"
+        output_uri = output if output.startswith("/") else f"{where}/{output}"
+        command = [str(Path(sys.executable).parent / "segray"), "segment", "--bundle", f"{where}/bundle"]
+        command += ["--images", f"{where}/{images}", "--masks", f"{where}/masks", "--output", output_uri, *arguments]
+        for name, value in {**SETTINGS, **settings}.items():
+            command += ["--set", f"segment.{name}={value}"]
+        environment = build_environment(**{**self.store.environment, "AWS_ENDPOINT_URL": self.proxy.endpoint})
+        if self.cluster is not None:
+            environment["RAY_ADDRESS"] = self.cluster.address
+        number = len(self.running)
+        out, err = self.log / f"{number}.out", self.log / f"{number}.err"
+        with out.open("wb") as stdout, err.open("wb") as stderr:
+            process = subprocess.Popen(command, env=environment, stdout=stdout, stderr=stderr, start_new_session=True)
+        self.running.append(process)
+        return Run(process, out, err)
+
+    def run(self, output: str, *arguments: str, **settings: Any) -> "Run":
+        """Run `segray segment` to its end."""
+        run = self.start(output, *arguments, **settings)
+        run.wait()
+        return run
+
+    def end(self) -> None:
+        """End what still runs, with the private Rays that belong to it."""
+        for process in self.running:
+            if process.poll() is None:
+                os.killpg(process.pid, signal.SIGKILL)
+                process.wait()
+
+    def read_files(self, output: str) -> dict[str, bytes]:
+        """Return the rows' files and the summary, straight from the store."""
+        client = self.store.client()
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{output}/")
+        keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
+        chosen = [key for key in keys if key.endswith(".parquet") and "/plan/" not in key]
+        return {
+            key.removeprefix(f"{output}/"): client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in chosen
+        }
+
+    def read_json(self, output: str) -> Any:
+        """Return the content of a run's run.json."""
+        return json.loads(self.store.client().get_object(Bucket=BUCKET, Key=f"{output}/run.json")["Body"].read())
+
+
+@dataclass
+class Run:
+    """One call of `segray segment`."""
+
+    process: "subprocess.Popen[bytes]"
+    out: Path
+    err: Path
+    started_s: float = field(default_factory=time.monotonic)
+
+    def wait(self) -> int:
+        """Wait for its end, and return its exit code."""
+        return self.process.wait(TIMEOUT_S)
+
+    def kill(self) -> None:
+        """Kill the driver, and it alone."""
+        self.process.kill()
+        self.process.wait()
+
+    @property
+    def text(self) -> str:
+        """All that it said."""
+        return self.out.read_text() + self.err.read_text()
+
+    @property
+    def error(self) -> str:
+        """Its error line."""
+        return next((line for line in self.err.read_text().splitlines() if line.startswith("error: ")), "")
+
+
+def read_table(files: dict[str, bytes]) -> pa.Table:
+    """Return all rows, sorted by URI."""
+    parts = [pq.read_table(io.BytesIO(files[name])) for name in sorted(files) if name.startswith("images/")]
+    return pa.concat_tables(parts).sort_by("uri")
+
+
+def require_invariant(files: dict[str, bytes], clean: dict[str, bytes], except_for: Sequence[str] = ()) -> None:
+    """Hold a run to the fault-free one: every image once, every byte of every row, masks included, and the summary.
+
+    ``except_for`` are the keys of images whose rows are meant to differ; then only the rows of the others are compared.
+    """
+    rows, expected = read_table(files).to_pylist(), read_table(clean).to_pylist()
+    assert [row["uri"] for row in rows] == [row["uri"] for row in expected]  # each once, none lost, none doubled
+    excluded = {f"s3://{BUCKET}/{key}" for key in except_for}
+    assert excluded <= {row["uri"] for row in rows}
+    for row, other in zip(rows, expected, strict=True):
+        assert row["uri"] in excluded or row == other
+    if not excluded:
+        assert files.keys() == clean.keys()
+        for name, content in files.items():
+            assert content == clean[name], f"{name} is not the fault-free run's file"
