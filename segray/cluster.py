@@ -13,7 +13,10 @@ from segray.errors import ClusterError, ConfigError, SegrayError
 # Ray Data and Ray Train can deadlock on fewer logical CPUs, where each stage waits for the other's.
 MIN_LOCAL_CPUS = 4
 # Where a store is, not who we are: workers need these as the driver has them. Credentials never travel this way.
-_FORWARDED_VARIABLES = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
+_FORWARDED_VARIABLES = (
+    *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"),
+    "SEGRAY_S3_CHECK_MD5",
+)
 _JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`, for its driver
 
 

@@ -9,7 +9,19 @@ import yaml
 
 ROOT = Path(__file__).parent.parent
 GROUND = {"errors", "storage", "config", "schema", "progress"}
-WALLS = {"classes", "images", "samples", "manifest", "metrics", "losses", "transforms", "models", "pictures", "shapes"}
+WALLS = {
+    "classes",
+    "images",
+    "image_files",
+    "samples",
+    "manifest",
+    "metrics",
+    "losses",
+    "transforms",
+    "models",
+    "pictures",
+    "shapes",
+}
 HALL = {"bundle", "cluster"}
 ROOMS = {"train", "segment"}
 ROOF = {"cli", "demo"}

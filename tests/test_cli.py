@@ -132,6 +132,28 @@ def test_segmenting_with_masks_of_other_names_is_refused_before_it_starts(
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.usefixtures("ray_session")
+def test_too_many_error_rows_are_an_exit_code_of_their_own_and_all_rows_are_written(
+    bundle_dir: Path, labelled_folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    images = labelled_folders[0]
+    (images / "0.png").write_bytes(b"")
+    output = tmp_path / "run"
+    arguments = ["--bundle", str(bundle_dir), "--images", str(images), "--output", str(output)]
+    assert run("segment", *arguments) == 3
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert "1 of 5 images are error rows (20.0%), the limit is 1.0% (segment.max_error_fraction); all rows" in error
+    for limit, expected in ((0.21, 0), (0.2, 3), (0.0, 3), (1, 0)):
+        assert run("segment", *arguments, "--set", f"segment.max_error_fraction={limit}") == expected
+    assert run("status", str(output)) == 0
+    printed = capsys.readouterr().out
+    assert "1 (1 unreadable)" in printed
+    assert "5 images (100.0%)" in printed
+    assert run("status", str(tmp_path)) == 4
+    assert capsys.readouterr().err.startswith(f"error: no run at {tmp_path}")
+
+
 def test_a_bundle_of_another_version_is_one_line(
     bundle_dir: Path, labelled_folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -11,8 +11,9 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 
+from segray.config import IMAGE_EXTENSIONS
 from segray.errors import FaultKind, ImageFault
-from segray.images import IMAGE_EXTENSIONS, decode_image, decode_image_with_note, decode_mask
+from segray.images import decode_image, decode_image_with_note, decode_mask
 from tests.poison import Poison, build_poison, build_samples
 
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL.*")  # pytest undoes the filter of segray.images

@@ -16,7 +16,7 @@ def main() -> None:
     options = {"node_ip_address": "127.0.0.1", "object_store_memory": _OBJECT_STORE_BYTES}
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 2, "include_dashboard": False, **options},
+        head_node_args={"num_cpus": 3, "include_dashboard": False, **options},
     )
     nodes = [cluster.add_node(num_cpus=1, **options) for _ in range(int(sys.argv[1]))]
     cluster.wait_for_nodes()

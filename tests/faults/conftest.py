@@ -1,5 +1,6 @@
 """One bucket and one cluster for all faults, a proxy for each, and the fault-free run that they are held to."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -7,7 +8,7 @@ import pytest
 
 from tests.faults.object_store import ObjectStore
 from tests.faults.proxy import FaultProxy
-from tests.faults.scene import Cluster, Scene, fill_bucket
+from tests.faults.scene import Clean, Cluster, Scene, fill_bucket
 
 
 @pytest.fixture(scope="session")
@@ -23,13 +24,17 @@ def cluster(object_store: ObjectStore) -> Iterator[Cluster]:
 
 
 @pytest.fixture(scope="session")
-def clean(store: ObjectStore, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
-    """The files of the fault-free run."""
+def clean(store: ObjectStore, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Clean:
     with FaultProxy(store.endpoint) as proxy:
         scene = Scene(store, proxy, cluster, tmp_path_factory.mktemp("clean"))
         run = scene.run("clean")
         assert run.process.returncode == 0, run.text
-    return scene.read_files("clean")
+    return Clean(
+        scene.read_files("clean"),
+        num_requests=len(proxy.requests),
+        num_image_reads=proxy.count("GET", r"^(images|masks)/"),
+        num_writes=proxy.count("PUT"),
+    )
 
 
 @pytest.fixture
@@ -44,4 +49,4 @@ def scene(store: ObjectStore, proxy: FaultProxy, cluster: Cluster, tmp_path: Pat
 @pytest.fixture
 def output(request: pytest.FixtureRequest) -> str:
     """A run folder of the test's own."""
-    return f"runs/{''.join(c if c.isalnum() else '-' for c in request.node.name)}"
+    return "runs/" + re.sub(r"\W+", "-", request.node.name)

@@ -179,6 +179,13 @@ class Scene:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
+    def wait_for_silence(self) -> None:
+        """Wait until the workers of a killed driver are gone: nothing was asked of the store for two seconds."""
+        number = -1
+        while len(self.proxy.requests) != number:
+            number = len(self.proxy.requests)
+            time.sleep(2)
+
     def read_files(self, output: str) -> dict[str, bytes]:
         """Return the rows' files and the summary, straight from the store."""
         client = self.store.client()
@@ -221,6 +228,16 @@ class Run:
     def error(self) -> str:
         """Its error line."""
         return next((line for line in self.err.read_text().splitlines() if line.startswith("error: ")), "")
+
+
+@dataclass(frozen=True)
+class Clean:
+    """The fault-free run: its files, and what it asked of the store."""
+
+    files: dict[str, bytes]
+    num_requests: int
+    num_image_reads: int
+    num_writes: int
 
 
 def read_table(files: dict[str, bytes]) -> pa.Table:

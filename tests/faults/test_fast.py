@@ -1,17 +1,13 @@
 """Faults that `make test` tries each time: one of every family."""
 
-import time
-
-import pytest
-
-from tests.faults.proxy import Action, Call, Operation, Point, Request, Rule
-from tests.faults.scene import BUCKET, FRAGMENT_SIZE, NUM_GOOD, Scene, pick_poison, read_table, require_invariant
+from tests.faults.proxy import Action, Call, Request, Rule
+from tests.faults.scene import BUCKET, FRAGMENT_SIZE, NUM_GOOD, Clean, Scene, pick_poison, read_table, require_invariant
 
 NUM_IMAGES = NUM_GOOD + len(pick_poison())
 
 
-def test_the_fault_free_run_has_a_row_for_every_image(clean: dict[str, bytes]) -> None:
-    rows = read_table(clean).to_pylist()
+def test_the_fault_free_run_has_a_row_for_every_image(clean: Clean) -> None:
+    rows = read_table(clean.files).to_pylist()
     assert len(rows) == len({row["uri"] for row in rows}) == NUM_IMAGES
     kinds = {row["uri"].removeprefix(f"s3://{BUCKET}/images/"): row["error_kind"] for row in rows}
     poison = pick_poison()
@@ -20,7 +16,7 @@ def test_the_fault_free_run_has_a_row_for_every_image(clean: dict[str, bytes]) -
     assert all(len(row["mask"]) == row["height"] * row["width"] for row in rows if row["status"] == "ok")
 
 
-def test_a_third_of_all_requests_failing_changes_no_bit(scene: Scene, clean: dict[str, bytes], output: str) -> None:
+def test_a_third_of_all_requests_failing_changes_no_bit(scene: Scene, clean: Clean, output: str) -> None:
     scene.proxy.set_rules(
         *(
             Rule(action, operation, probability=0.12)  # of what the rules before it let through: 30% in all
@@ -30,104 +26,48 @@ def test_a_third_of_all_requests_failing_changes_no_bit(scene: Scene, clean: dic
     )
     run = scene.run(output)
     assert run.process.returncode == 0, run.text
-    require_invariant(scene.read_files(output), clean)
+    require_invariant(scene.read_files(output), clean.files)
     failed = [request for request in scene.proxy.requests if request.status != 200]
     assert len(failed) > 0.1 * len(scene.proxy.requests)  # cut bodies are not among them
 
 
-def test_a_killed_driver_goes_on_and_reads_nothing_twice(scene: Scene, clean: dict[str, bytes], output: str) -> None:
+def test_a_killed_driver_goes_on_and_reads_nothing_twice(scene: Scene, clean: Clean, output: str) -> None:
     run = scene.start(output)
     scene.proxy.set_rules(Rule(Call(lambda _: run.kill(), "after"), "PUT", r"images/part-", nth=3))
     run.wait()
     assert scene.read_json(output)["status"] == "running"
     scene.proxy.clear()
-    wait_for_silence(scene)
+    scene.wait_for_silence()
     finished = scene.read_files(output)
-    assert 0 < len(finished) < len(clean) - 1
+    assert 0 < len(finished) < len(clean.files) - 1
     rows = read_table(finished)["uri"].to_pylist()
     scene.proxy.forget()
     again = scene.run(output)
     assert again.process.returncode == 0, again.text
-    require_invariant(scene.read_files(output), clean)
+    require_invariant(scene.read_files(output), clean.files)
     read = [f"s3://{BUCKET}/{request.key}" for request in scene.proxy.requests if request.operation == "GET"]
     assert not set(rows) & set(read)
     images = [uri for uri in read if "/images/" in uri and "/runs/" not in uri]
-    assert sorted(images) == sorted(set(read_table(clean)["uri"].to_pylist()) - set(rows))  # and the others once
+    assert sorted(images) == sorted(set(read_table(clean.files)["uri"].to_pylist()) - set(rows))  # and the others once
     scene.proxy.forget()
     assert scene.run(output).process.returncode == 0
     assert scene.proxy.count("PUT") == 0
 
 
-def wait_for_silence(scene: Scene) -> None:
-    """Wait until the workers of a killed driver are gone: nothing was asked of the store for two seconds."""
-    number = -1
-    while len(scene.proxy.requests) != number:
-        number = len(scene.proxy.requests)
-        time.sleep(2)
-
-
-def test_an_image_that_kills_its_worker_is_one_failed_row(scene: Scene, clean: dict[str, bytes], output: str) -> None:
+def test_an_image_that_kills_its_worker_is_one_failed_row(scene: Scene, clean: Clean, output: str) -> None:
     scene.proxy.set_rules(Rule(Call(Request.kill_peer), "GET", r"^images/image-12\.png"))
     run = scene.run(output)
     assert run.process.returncode == 0, run.text
     files = scene.read_files(output)
-    require_invariant(files, clean, except_for=["images/image-12.png"])
+    require_invariant(files, clean.files, except_for=["images/image-12.png"])
     (row,) = [row for row in read_table(files).to_pylist() if row["uri"].endswith("/image-12.png")]
     assert (row["status"], row["error_kind"], row["mask"]) == ("error", "failed", None)
     assert "died 3 times" in row["error_message"]
     assert scene.proxy.count("GET", r"^images/image-12\.png") == 4  # once at full speed, three times with care
 
 
-@pytest.mark.parametrize("point", ["before", "during", "after"])
-def test_a_killed_writer_changes_no_bit(scene: Scene, clean: dict[str, bytes], output: str, point: Point) -> None:
-    scene.proxy.set_rules(Rule(Call(Request.kill_peer, point), "PUT", r"part-00000002", nth=1))
-    run = scene.run(output)
-    assert run.process.returncode == 0, run.text
-    require_invariant(scene.read_files(output), clean)
-    assert scene.proxy.count("PUT", r"part-00000002") == 2
-
-
-@pytest.mark.parametrize(
-    ("action", "operation", "key", "message"),
-    [
-        (Action.FORBIDDEN, "GET", r"^images/image-14", "/images/image-14.png: permission denied (AccessDenied); check"),
-        (Action.EXPIRED, "PUT", r"part-00000003", "/part-00000003.parquet: the credentials have expired; renew them"),
-    ],
-    ids=["forbidden", "expired"],
-)
-def test_a_refusal_stops_the_run_and_the_next_call_goes_on(
-    scene: Scene, clean: dict[str, bytes], output: str, action: Action, operation: Operation, key: str, message: str
-) -> None:
-    scene.proxy.set_rules(Rule(action, operation, key))
-    run = scene.run(output)
-    assert run.process.returncode == 4, run.text
-    assert message in run.error
-    assert run.err.read_text().count("\n") <= 2  # Ray has a line of its own
-    scene.proxy.clear()
-    assert scene.run(output).process.returncode == 0
-    require_invariant(scene.read_files(output), clean)
-
-
-def test_a_store_that_goes_down_is_reported_within_a_minute(scene: Scene, clean: dict[str, bytes], output: str) -> None:
-    down_s: list[float] = []
-
-    def go_down(_: Request) -> None:
-        down_s.append(time.monotonic())
-        scene.proxy.set_rules(Rule(Action.RESET))
-
-    scene.proxy.set_rules(Rule(Call(go_down, "after"), "PUT", r"part-00000001"))
-    run = scene.run(output)
-    assert run.process.returncode == 4, run.text
-    assert time.monotonic() - down_s[0] < 60
-    assert "attempts in 30 s" in run.error
-    assert f"s3://{BUCKET}/" in run.error
-    scene.proxy.clear()
-    assert scene.run(output).process.returncode == 0
-    require_invariant(scene.read_files(output), clean)
-
-
 def test_objects_changed_or_deleted_after_planning_are_rows_that_say_so(
-    scene: Scene, clean: dict[str, bytes], output: str
+    scene: Scene, clean: Clean, output: str
 ) -> None:
     client = scene.store.client()
     changed, deleted, mask = "images/image-13.png", "images/image-15.png", "masks/image-11.png"
@@ -146,7 +86,7 @@ def test_objects_changed_or_deleted_after_planning_are_rows_that_say_so(
             client.put_object(Bucket=BUCKET, Key=key, Body=content)
     assert run.process.returncode == 0, run.text
     files = scene.read_files(output)
-    require_invariant(files, clean, except_for=[changed, deleted, "images/image-11.png"])
+    require_invariant(files, clean.files, except_for=[changed, deleted, "images/image-11.png"])
     kinds = {row["uri"].rpartition("/")[2]: row["error_kind"] for row in read_table(files).to_pylist()}
     assert [kinds[f"image-{n}.png"] for n in (13, 15, 11, 14)] == ["changed", "missing", "changed", None]
     # they are as they were again: the error rows' fragments alone are made once more
@@ -154,8 +94,8 @@ def test_objects_changed_or_deleted_after_planning_are_rows_that_say_so(
     scene.proxy.forget()
     again = scene.run(output, retry_errors="true")
     assert again.process.returncode == 0, again.text
-    require_invariant(scene.read_files(output), clean)
-    rows = read_table(clean)["uri"].to_pylist()
+    require_invariant(scene.read_files(output), clean.files)
+    rows = read_table(clean.files)["uri"].to_pylist()
     with_errors = {
         rows.index(row["uri"]) // FRAGMENT_SIZE for row in read_table(files).to_pylist() if row["error_kind"]
     }

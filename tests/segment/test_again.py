@@ -57,21 +57,83 @@ def test_a_folder_of_another_configuration_is_refused(
     assert read_files(finished) == before
 
 
-def test_a_folder_of_another_model_or_listing_is_refused(
-    finished: Path, bundle_dir: Path, bucket: Path, tmp_path: Path
-) -> None:
+def test_a_folder_of_another_model_is_refused(finished: Path, bundle_dir: Path, bucket: Path, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(bundle_dir, tmp_path / "bundle"))
     manifest = json.loads((bundle / "bundle.json").read_text())
     (bundle / "bundle.json").write_text(json.dumps({**manifest, "metrics": {"epoch": 2}}))
     with pytest.raises(RunMismatchError, match=r"another bundle\); choose another --output"):
         segment(bundle, bucket, finished)
     run = Path(shutil.copytree(finished, tmp_path / "run"))
-    more = Path(shutil.copytree(bucket, tmp_path / "bucket"))
-    with pytest.raises(RunMismatchError, match="another listing"):
-        segment(bundle_dir, more, run)
     (run / "run.json").unlink()
     with pytest.raises(RunMismatchError, match="holds rows but no run"):
         segment(bundle_dir, bucket, run)
+
+
+@pytest.fixture
+def own(bundle_dir: Path, bucket: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A bucket that may be changed, two of its images broken, and its finished run."""
+    copy = Path(shutil.copytree(bucket, tmp_path / "bucket"))
+    (copy / "images" / "image 4#.png").write_bytes(b"broken")
+    (copy / "masks" / "sub" / "image 7#.png").unlink()
+    outcome = segment(bundle_dir, copy, tmp_path / "run")
+    assert outcome.errors == {"mask_missing": 1, "unreadable": 1}
+    return copy, tmp_path / "run"
+
+
+def test_another_listing_is_refused_with_the_difference_or_gone_on_with(
+    own: tuple[Path, Path], bundle_dir: Path
+) -> None:
+    images, run = own[0] / "images", own[1]
+    before = read_files(run)
+    shutil.copy(images / "image 2#.png", images / "image 1#.png")
+    (images / "sub" / "image 3#.png").unlink()
+    (images / "image 2#.png").write_bytes((images / "image 2#.png").read_bytes() + b" ")
+    message = (
+        r"another listing: 1 added, 1 removed, 1 changed; .*image 1#\.png was added.*relist=false, or choose another"
+    )
+    with pytest.raises(RunMismatchError, match=message):
+        segment(bundle_dir, own[0], run)
+    assert read_files(run) == before
+    frozen = SETTINGS.model_copy(update={"relist": False})
+    assert segment(bundle_dir, own[0], run, settings=frozen).num_ok == NUM_IMAGES - 2
+    assert read_files(run) == before
+    with pytest.raises(RunMismatchError, match=r"images: there \[.*\], here \["):
+        segment(bundle_dir, own[0] / "..", run, settings=frozen)
+
+
+def test_frozen_listings_say_what_has_changed_since(own: tuple[Path, Path], bundle_dir: Path) -> None:
+    images, run = own[0] / "images", own[1]
+    (images / "image 0#.png").unlink()
+    (images / "image 2#.png").write_bytes((images / "image 2#.png").read_bytes() + b" ")
+    (run / "images" / "part-00000000.parquet").unlink()
+    outcome = segment(bundle_dir, own[0], run, settings=SETTINGS.model_copy(update={"relist": False}))
+    assert outcome.errors == {"changed": 1, "mask_missing": 1, "missing": 1, "unreadable": 1}
+
+
+def test_mended_images_and_they_alone_are_taken_up_by_retry_errors(
+    own: tuple[Path, Path], finished: Path, bundle_dir: Path, bucket: Path
+) -> None:
+    images, run = own[0] / "images", own[1]
+    shutil.copy(bucket / "images" / "image 4#.png", images / "image 4#.png")
+    shutil.copy(bucket / "masks" / "sub" / "image 7#.png", own[0] / "masks" / "sub" / "image 7#.png")
+    with pytest.raises(RunMismatchError, match="another listing: 2 changed"):
+        segment(bundle_dir, own[0], run)
+    before = read_files(run)
+    retry = SETTINGS.model_copy(update={"retry_errors": True})
+    outcome = segment(bundle_dir, own[0], run, settings=retry)
+    assert (outcome.num_ok, outcome.errors) == (NUM_IMAGES, {})
+    after = read_files(run)
+    parts = [name for name in before if name.startswith("images/")]
+    assert [before[name] != after[name] for name in parts] == [True, False, True]
+    for row, other in zip(read_rows(run), read_rows(finished), strict=True):
+        assert row.pop("uri").removeprefix(str(own[0])) == other.pop("uri").removeprefix(str(bucket))
+        assert row == other
+    assert segment(bundle_dir, own[0], run).errors == {}  # bound to the mended listing now
+    assert segment(bundle_dir, own[0], run, settings=retry).errors == {}
+    assert read_files(run) == after
+    (images / "image 4#.png").write_bytes(b"broken again")  # no error row any more: it may not change
+    with pytest.raises(RunMismatchError, match=r"another listing: 1 changed; .*image 4#\.png was changed"):
+        segment(bundle_dir, own[0], run, settings=retry)
 
 
 def test_bad_input_is_named_and_nothing_is_written(bundle_dir: Path, bucket: Path, tmp_path: Path) -> None:

@@ -1,0 +1,232 @@
+"""Every fault of docs/reliability.md that `make test` has no time for; each is held to the fault-free run."""
+
+import os
+import random
+import signal
+import subprocess
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from tests.faults.object_store import ObjectStore
+from tests.faults.proxy import Action, Call, FaultProxy, Operation, Point, Request, Rule
+from tests.faults.scene import BUCKET, Clean, Cluster, Scene, require_invariant
+
+pytestmark = pytest.mark.slow
+FRAGMENT = r"images/part-"
+NUM_DRIVER_KILLS = 10
+
+
+@pytest.fixture
+def own_cluster(store: ObjectStore, proxy: FaultProxy, tmp_path: Path) -> Iterator[Scene]:
+    """A scene whose cluster may be broken."""
+    with Cluster(store.environment) as cluster:
+        scene = Scene(store, proxy, cluster, tmp_path)
+        try:
+            yield scene
+        finally:
+            scene.end()
+
+
+@pytest.mark.parametrize("point", ["before", "after"])
+def test_a_killed_decode_task_changes_no_bit(scene: Scene, clean: Clean, output: str, point: Point) -> None:
+    scene.proxy.set_rules(Rule(Call(Request.kill_peer, point), "GET", r"^images/", nth=5))
+    run = scene.run(output)
+    assert run.process.returncode == 0, run.text
+    require_invariant(scene.read_files(output), clean.files)
+
+
+@pytest.mark.parametrize("written", [0, 3])
+def test_a_killed_predictor_changes_no_bit(scene: Scene, clean: Clean, output: str, written: int) -> None:
+    killed = []
+
+    def kill(_: Request) -> None:
+        assert scene.cluster is not None
+        for pid in scene.cluster.find_workers("FragmentPredictor"):
+            os.kill(pid, signal.SIGKILL)
+            killed.append(pid)
+
+    scene.proxy.set_rules(Rule(Call(kill), "PUT", rf"{FRAGMENT}0000000{written}"))
+    run = scene.run(output)
+    assert run.process.returncode == 0, run.text
+    assert killed
+    require_invariant(scene.read_files(output), clean.files)
+
+
+@pytest.mark.parametrize("point", ["before", "during", "after"])
+def test_a_killed_writer_changes_no_bit(scene: Scene, clean: Clean, output: str, point: Point) -> None:
+    scene.proxy.set_rules(Rule(Call(Request.kill_peer, point), "PUT", r"part-00000002", nth=1))
+    run = scene.run(output)
+    assert run.process.returncode == 0, run.text
+    require_invariant(scene.read_files(output), clean.files)
+    assert scene.proxy.count("PUT", r"part-00000002") == 2
+
+
+@pytest.mark.parametrize(
+    ("action", "operation", "key", "message"),
+    [
+        (Action.FORBIDDEN, "GET", r"^images/image-14", "/images/image-14.png: permission denied (AccessDenied); check"),
+        (Action.EXPIRED, "PUT", r"part-00000003", "/part-00000003.parquet: the credentials have expired; renew them"),
+    ],
+    ids=["forbidden", "expired"],
+)
+def test_a_refusal_stops_the_run_and_the_next_call_goes_on(
+    scene: Scene, clean: Clean, output: str, action: Action, operation: Operation, key: str, message: str
+) -> None:
+    scene.proxy.set_rules(Rule(action, operation, key))
+    run = scene.run(output)
+    assert run.process.returncode == 4, run.text
+    assert message in run.error
+    assert run.err.read_text().count("\n") <= 2  # Ray has a line of its own
+    scene.proxy.clear()
+    assert scene.run(output).process.returncode == 0
+    require_invariant(scene.read_files(output), clean.files)
+
+
+def test_a_store_that_goes_down_is_reported_within_a_minute(scene: Scene, clean: Clean, output: str) -> None:
+    down_s: list[float] = []
+
+    def go_down(_: Request) -> None:
+        down_s.append(time.monotonic())
+        scene.proxy.set_rules(Rule(Action.RESET))
+
+    scene.proxy.set_rules(Rule(Call(go_down, "after"), "PUT", r"part-00000001"))
+    run = scene.run(output)
+    assert run.process.returncode == 4, run.text
+    assert time.monotonic() - down_s[0] < 60
+    assert "attempts in 30 s" in run.error
+    assert f"s3://{BUCKET}/" in run.error
+    scene.proxy.clear()
+    assert scene.run(output).process.returncode == 0
+    require_invariant(scene.read_files(output), clean.files)
+
+
+@pytest.mark.parametrize("operation", ["LIST", "PUT"])
+def test_a_killed_raylet_changes_no_bit(own_cluster: Scene, clean: Clean, output: str, operation: Operation) -> None:
+    """While the listing is made, and while fragments are: both worker nodes, one after the other."""
+    scene = own_cluster
+    assert scene.cluster is not None
+    raylets = iter(scene.cluster.raylets)
+
+    def kill(_: Request) -> None:
+        os.kill(next(raylets), signal.SIGKILL)
+
+    key = FRAGMENT if operation == "PUT" else ""
+    scene.proxy.set_rules(*(Rule(Call(kill), operation, key, nth=nth) for nth in (2, 4)))
+    run = scene.run(output)
+    assert run.process.returncode == 0, run.text
+    assert next(raylets, None) is None
+    require_invariant(scene.read_files(output), clean.files)
+
+
+@pytest.mark.parametrize("number", range(NUM_DRIVER_KILLS))
+def test_a_driver_killed_at_any_point_is_gone_on_with(scene: Scene, clean: Clean, output: str, number: int) -> None:
+    share = (number + random.Random(number).random()) / NUM_DRIVER_KILLS
+    nth = 1 + int(share * clean.num_requests)
+    run = scene.start(output)
+    scene.proxy.set_rules(Rule(Call(lambda _: run.kill(), "after"), nth=nth))
+    run.wait()
+    assert run.process.returncode == -signal.SIGKILL
+    scene.proxy.clear()
+    again = scene.run(output)
+    assert again.process.returncode == 0, again.text
+    require_invariant(scene.read_files(output), clean.files)
+
+
+def test_a_killed_head_is_replaced_and_the_next_call_goes_on(own_cluster: Scene, clean: Clean, output: str) -> None:
+    scene = own_cluster
+    assert scene.cluster is not None
+    head = scene.cluster.head
+
+    def kill(_: Request) -> None:
+        for pid in head:
+            os.kill(pid, signal.SIGKILL)
+
+    scene.proxy.set_rules(Rule(Call(kill), "PUT", FRAGMENT, nth=3))
+    run = scene.run(output)
+    assert run.process.returncode != 0
+    scene.proxy.clear()
+    with Cluster(scene.store.environment) as scene.cluster:
+        again = scene.run(output)
+    assert again.process.returncode == 0, again.text
+    require_invariant(scene.read_files(output), clean.files)
+
+
+@pytest.mark.parametrize("offset_s", [0, 1, 2.5, 5])
+def test_a_job_submitted_twice_has_every_row_once(scene: Scene, clean: Clean, output: str, offset_s: float) -> None:
+    first = scene.start(output)
+    time.sleep(offset_s)
+    second = scene.start(output)
+    assert (first.wait(), second.wait()) == (0, 0), first.text + second.text
+    require_invariant(scene.read_files(output), clean.files)
+
+
+def test_a_writer_that_wakes_up_after_its_fragment_was_redone_does_no_harm(
+    scene: Scene, clean: Clean, output: str
+) -> None:
+    is_stopped, may_go_on = threading.Event(), threading.Event()
+
+    def stop(request: Request) -> None:
+        pid = request.find_peer_pid()
+        assert pid is not None
+        os.kill(pid, signal.SIGSTOP)
+        is_stopped.set()
+        may_go_on.wait(200)
+        os.kill(pid, signal.SIGCONT)
+
+    fragment = rf"{FRAGMENT}00000002"
+    scene.proxy.set_rules(Rule(Call(stop), "PUT", fragment, nth=1))
+    first = scene.start(output)
+    assert is_stopped.wait(120)
+    second = scene.run(output)
+    assert second.process.returncode == 0, second.text
+    require_invariant(scene.read_files(output), clean.files)
+    may_go_on.set()
+    assert first.wait() == 0, first.text
+    assert scene.proxy.count("PUT", fragment) == 2
+    require_invariant(scene.read_files(output), clean.files)
+
+
+def test_flipped_bytes_are_seen_and_fetched_again(scene: Scene, clean: Clean, output: str) -> None:
+    """Of images and masks, whose entity tag is their MD5; and of what is written, whose MD5 is sent along."""
+    scene.proxy.set_rules(
+        Rule(Action.FLIP_BYTE, "GET", r"^(images|masks)/", probability=0.4), Rule(Action.FLIP_BYTE, "PUT", nth=4)
+    )
+    run = scene.run(output)
+    assert run.process.returncode == 0, run.text
+    require_invariant(scene.read_files(output), clean.files)
+    # a flipped read is answered 200 all the same: it shows in being asked for again
+    assert scene.proxy.count("GET", r"^(images|masks)/") > 1.2 * clean.num_image_reads
+    assert scene.proxy.count("PUT") == clean.num_writes + 1
+
+
+def test_a_write_that_was_applied_without_an_answer_is_done_again(scene: Scene, clean: Clean, output: str) -> None:
+    scene.proxy.set_rules(Rule(Action.LOST_ANSWER, "PUT", probability=0.5))
+    run = scene.run(output)
+    assert run.process.returncode == 0, run.text
+    require_invariant(scene.read_files(output), clean.files)
+    assert scene.proxy.count("PUT") > 1.2 * clean.num_writes
+
+
+def test_a_full_disk_stops_the_run_and_the_next_call_goes_on(scene: Scene, clean: Clean, tmp_path: Path) -> None:
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(disk)], check=True)
+    try:
+        run = scene.run(f"{disk}/run")
+        assert run.process.returncode == 4, run.text
+        assert "No space left on device; free some space" in run.error
+        assert f"cannot write {disk}/run/images/part-0000000" in run.error
+        written = list(disk.rglob("*.parquet"))
+        assert 0 < len(written) < len(clean.files)
+        assert not list(disk.rglob("*.tmp"))
+        subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
+        again = scene.run(f"{disk}/run")
+        assert again.process.returncode == 0, again.text
+        paths = [path for path in (disk / "run").rglob("*.parquet") if path.parent.name != "plan"]
+        require_invariant({str(path.relative_to(disk / "run")): path.read_bytes() for path in paths}, clean.files)
+    finally:
+        subprocess.run(["umount", "--lazy", str(disk)], check=True)

@@ -1,0 +1,57 @@
+"""The control: naive Ray Data on the same images loses and doubles rows, so the invariant can fail."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.object_store import ObjectStore
+from tests.faults.scene import BUCKET, NUM_GOOD, ROOT, build_environment, pick_poison
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def folder(store: ObjectStore, tmp_path: Path) -> Path:
+    """The bucket's images on the disk."""
+    client = store.client()
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix="images/"):
+        for entry in page["Contents"]:
+            if not entry["Key"].endswith("/"):
+                path = tmp_path / entry["Key"].replace("//", "/")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_bytes(client.get_object(Bucket=BUCKET, Key=entry["Key"])["Body"].read())
+    return tmp_path / "images"
+
+
+def start(images: Path, output: Path, *arguments: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "tests.faults.naive", str(images), str(output), *arguments]
+    return subprocess.Popen(
+        command, env=build_environment(), cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True
+    )
+
+
+def finish(process: "subprocess.Popen[str]") -> dict[str, Any]:
+    counts: dict[str, Any] = json.loads(process.communicate(timeout=200)[0].splitlines()[-1])
+    print(f"naive: {counts}")  # for docs/reliability.md; pytest -s shows it
+    return counts
+
+
+def test_the_naive_pipeline_loses_good_images_to_a_broken_one(folder: Path, tmp_path: Path) -> None:
+    strict = finish(start(folder, tmp_path / "strict"))
+    assert strict["error"]
+    assert strict["distinct"] < NUM_GOOD
+    lenient = finish(start(folder, tmp_path / "lenient", "-1"))
+    assert lenient["distinct"] < NUM_GOOD
+
+
+def test_the_naive_pipeline_doubles_rows_when_submitted_twice(folder: Path, tmp_path: Path) -> None:
+    for name in pick_poison():
+        (folder / name).unlink()
+    both = [start(folder, tmp_path / "rows") for _ in range(2)]
+    counts = [finish(process) for process in both]
+    total = max(count["rows"] for count in counts)
+    assert total == 2 * NUM_GOOD

@@ -1,0 +1,207 @@
+"""S3 for real: odd keys, whole listings, atomic and conditional writes, checksums, and one line for every refusal."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from segray import storage
+from segray.errors import ChangedFileError, MissingFileError, StorageError
+from segray.storage import files, s3
+from tests.faults.object_store import ObjectStore
+from tests.faults.proxy import Action, FaultProxy, Rule
+
+BUCKET = "storage"
+KEYS = [
+    *("a b.png", "a#b.png", "a%20b.png", "a?b.png", "a+b.png", "a&b=c.png", "ü/.x.png", "_y.png", "a//b.png"),
+    *("/lead.png", "a.png", "a/b.png", "sub/z.PNG", "sub-x.png"),
+]
+
+
+@pytest.fixture(scope="module")
+def bucket(object_store: ObjectStore) -> str:
+    object_store.make_bucket(BUCKET)
+    for key in KEYS:
+        object_store.client().put_object(Bucket=BUCKET, Key=f"in/{key}", Body=key.encode())
+    for marker in ("in/", "in/sub/", "in/folder.png/"):
+        object_store.client().put_object(Bucket=BUCKET, Key=marker, Body=b"")
+    return f"s3://{BUCKET}"
+
+
+@pytest.fixture(autouse=True)
+def _client(object_store: ObjectStore, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Clients of this process go through the proxy, and are made anew for each test."""
+    for name, value in {**object_store.environment, "AWS_ENDPOINT_URL": proxy.endpoint}.items():
+        monkeypatch.setenv(name, value)
+    files._open_store.cache_clear()
+    yield
+    files._open_store.cache_clear()
+
+
+def test_odd_keys_are_listed_sorted_and_read(bucket: str) -> None:
+    listed = list(storage.list_files(f"{bucket}/in"))
+    assert [file.uri for file in listed] == sorted(f"{bucket}/in/{key}" for key in KEYS)  # no marker of a folder
+    for file in listed:
+        assert storage.read_bytes(file.uri, file.etag).decode() == file.uri.removeprefix(f"{bucket}/in/")
+        assert storage.find_file(file.uri) == file
+        assert time.time() - 3600 < file.modified_s < time.time() + 60
+
+
+def test_a_prefix_is_a_folder(bucket: str) -> None:
+    assert [file.uri for file in storage.list_files(f"{bucket}/in/sub/")] == [f"{bucket}/in/sub/z.PNG"]
+    with pytest.raises(MissingFileError, match="cannot list"):
+        list(storage.list_files(f"{bucket}/in/su"))
+    direct = storage.list_files(f"{bucket}/in", ["png"], recursive=False, start="a")
+    assert {file.uri.removeprefix(f"{bucket}/in/") for file in direct} == {
+        key for key in KEYS if key.startswith("a") and "/" not in key
+    }
+    assert storage.list_names(f"{bucket}/in", folders=True) == {"a", "ü", "sub", "folder.png"}
+    assert {"a b.png", "sub-x.png"} < storage.list_names(f"{bucket}/in")
+
+
+def test_long_listings_come_in_pages(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    pages = s3.S3Store._iterate_pages
+
+    def iterate_three(store: s3.S3Store, prefix: str, delimiter: str) -> Iterator[dict[str, Any]]:
+        return pages(store, prefix, delimiter, max_keys=3)
+
+    monkeypatch.setattr(s3.S3Store, "_iterate_pages", iterate_three)
+    assert [file.uri for file in storage.list_files(f"{bucket}/in")] == sorted(f"{bucket}/in/{key}" for key in KEYS)
+
+
+def test_writes_are_one_request_and_replace_whole(bucket: str, proxy: FaultProxy) -> None:
+    uri = f"{bucket}/out/a #1%20.bin"
+    for content in (b"first, longer", b"second", bytes(9_000_000)):
+        proxy.forget()
+        storage.write_bytes(uri, memoryview(content))
+        assert [request.operation for request in proxy.requests] == ["PUT"]
+        assert storage.read_bytes(uri) == content
+    storage.remove_file(uri)
+    storage.remove_file(uri)
+    assert storage.find_file(uri) is None
+
+
+def test_creating_never_replaces(bucket: str) -> None:
+    uri = f"{bucket}/new"
+    assert storage.create_bytes(uri, b"1")
+    assert not storage.create_bytes(uri, b"2")
+    assert storage.read_bytes(uri) == b"1"
+
+
+def test_parts_are_read_without_the_whole(bucket: str, proxy: FaultProxy) -> None:
+    uri = f"{bucket}/parts"
+    content = os.urandom(1_000_000)
+    storage.write_bytes(uri, content)
+    with storage.open_for_reading(uri) as file:
+        file.seek(-10, os.SEEK_END)
+        assert file.read() == content[-10:]
+        file.seek(500_000)
+        assert file.read(70_000) == content[500_000:570_000]
+    with pytest.raises(MissingFileError, match=r"cannot read .*none"):
+        storage.open_for_reading(f"{bucket}/none")
+
+
+def test_another_content_under_a_listed_name_is_refused(bucket: str) -> None:
+    uri = f"{bucket}/changing"
+    storage.write_bytes(uri, b"1")
+    found = storage.find_file(uri)
+    assert found is not None
+    storage.write_bytes(uri, b"2")
+    with pytest.raises(ChangedFileError, match=r"changing has changed: its entity tag was \w+, and is \w+"):
+        storage.read_bytes(uri, found.etag)
+
+
+@pytest.mark.parametrize("action", [a for a in Action if a not in (Action.FORBIDDEN, Action.EXPIRED)])
+def test_troubles_that_pass_are_retried(bucket: str, proxy: FaultProxy, action: Action) -> None:
+    proxy.set_rules(Rule(action, "PUT", times=2), Rule(action, "GET", times=2))
+    content = os.urandom(5000)
+    storage.write_bytes(f"{bucket}/retried", content)
+    assert storage.read_bytes(f"{bucket}/retried") == content
+    assert proxy.count("PUT") == 3
+    assert proxy.count("GET") == 3
+    if action is not Action.FLIP_BYTE:  # nothing of a listing is checked but its form
+        proxy.set_rules(Rule(action, "LIST", times=2))
+        assert len(list(storage.list_files(f"{bucket}/in"))) == len(KEYS)
+        assert proxy.count("LIST") == 3
+
+
+def test_a_store_whose_tags_are_no_md5_can_be_read(
+    bucket: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write_bytes(f"{bucket}/tag", b"abcd")
+    proxy.set_rules(Rule(Action.FLIP_BYTE, "GET"))
+    monkeypatch.setattr("segray.storage.store.RETRY_FOR_S", 1)
+    with pytest.raises(StorageError, match=r"tag: damaged on the way: .*needs SEGRAY_S3_CHECK_MD5=0"):
+        storage.read_bytes(f"{bucket}/tag")
+    monkeypatch.setenv("SEGRAY_S3_CHECK_MD5", "0")
+    assert storage.read_bytes(f"{bucket}/tag") == b"abbd"
+
+
+@pytest.mark.parametrize(
+    ("action", "message"), [(Action.FORBIDDEN, r"permission denied \(AccessDenied\)"), (Action.EXPIRED, "have expired")]
+)
+def test_a_refusal_is_not_retried(bucket: str, proxy: FaultProxy, action: Action, message: str) -> None:
+    proxy.set_rules(Rule(action))
+    acts: dict[str, Callable[[], object]] = {
+        "GET": lambda: storage.read_bytes(f"{bucket}/in/a.png"),
+        "PUT": lambda: storage.write_bytes(f"{bucket}/x", b""),
+        "LIST": lambda: list(storage.list_files(f"{bucket}/in")),
+    }
+    for operation, act in acts.items():
+        proxy.forget()
+        with pytest.raises(StorageError, match=rf"^cannot \w+ {bucket}/.*{message}"):
+            act()
+        assert [request.operation for request in proxy.requests] == [operation]
+
+
+def test_a_store_that_is_down_is_named_after_half_a_minute(
+    bucket: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("segray.storage.store.RETRY_FOR_S", 2)
+    proxy.set_rules(Rule(Action.UNAVAILABLE))
+    begin = time.monotonic()
+    with pytest.raises(StorageError, match=r"the store answers 503 SlowDown \(\d+ attempts in 2 s\); once the store"):
+        storage.read_bytes(f"{bucket}/in/a.png")
+    assert time.monotonic() - begin < 10
+    assert proxy.count("GET") > 3
+
+
+@pytest.mark.parametrize(
+    ("change", "uri", "message"),
+    [
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "in", r"credentials are refused \(SignatureDoesNotMatch\)"),
+        ({"AWS_PROFILE": "nobody"}, "in", r"no usable credentials: .*\(nobody\) could not be found"),
+        ({"AWS_SHARED_CREDENTIALS_FILE": "{garbage}"}, "in", "no usable credentials: Unable to parse"),
+        ({"AWS_SHARED_CREDENTIALS_FILE": "/nowhere"}, "in", "no usable credentials: Unable to locate credentials"),
+        ({}, "../nobucket", "no such bucket: nobucket; check its name and AWS_ENDPOINT_URL"),
+        ({}, "../No_Bucket!", "Invalid bucket name"),
+        ({}, "nowhere", "nothing is there; check the spelling"),
+        ({"AWS_REGION": "eu-west-1"}, "in", None),  # boto3 asks again where the store says
+    ],
+    ids=["secret", "profile", "garbage", "none", "bucket", "name", "prefix", "region"],
+)
+def test_what_a_user_gets_wrong_is_one_line(
+    bucket: str, tmp_path_factory: pytest.TempPathFactory, change: dict[str, str], uri: str, message: str | None
+) -> None:
+    garbage = tmp_path_factory.mktemp("aws") / "garbage"
+    garbage.write_text("no [section\n")
+    environment = {**os.environ, "HOME": str(garbage.parent)}
+    environment |= {name: value.format(garbage=garbage) for name, value in change.items()}
+    if any(name in change for name in ("AWS_PROFILE", "AWS_SHARED_CREDENTIALS_FILE")):
+        environment = {k: v for k, v in environment.items() if k not in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY")}
+    where = f"{bucket}/{uri}" if not uri.startswith("..") else f"s3://{uri[3:]}/in"
+    code = (
+        "import sys; from segray import cli, storage as s; cli.run(lambda: print(len(list(s.list_files(sys.argv[1])))))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, where], env=environment, capture_output=True, text=True)
+    if message is None:
+        assert (done.returncode, done.stdout.count("\n")) == (0, len(KEYS)), done.stderr
+        return
+    assert done.returncode == 4
+    assert done.stderr.count("\n") == 1
+    assert re.match(rf"error: cannot list {re.escape(where)}/?: .*{message}", done.stderr), done.stderr
