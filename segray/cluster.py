@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
-from segray.errors import ClusterError, ConfigError, SegrayError
+from segray.errors import ClusterError, ConfigError, SegrayError, StorageError
 
 # Ray Data and Ray Train can deadlock on fewer logical CPUs, where each stage waits for the other's.
 MIN_LOCAL_CPUS = 4
@@ -94,10 +94,15 @@ def _collect_forwarded_variables() -> dict[str, str]:
 @contextmanager
 def translated_ray_errors(what: str) -> Iterator[None]:
     """Turn what Ray raises into the segray error inside it, or into a ``ClusterError`` with Ray's last line."""
-    from ray.exceptions import RayError
+    from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError
 
     try:
         yield
+    except (OutOfDiskError, ObjectStoreFullError) as error:
+        raise StorageError(
+            f"{what}: a node's disk or object store is full: {get_last_line(error)}; free some space, then the same "
+            "call goes on"
+        ) from error
     except RayError as error:
         raise find_segray_error(error) or ClusterError(
             f"{what} failed: {get_last_line(error)}; run with SEGRAY_WORKER_LOGS=1 to see what led to it"

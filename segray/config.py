@@ -163,6 +163,11 @@ class SegmentSettings(_Section):
         return cleaned
 
     @property
+    def device(self) -> str:
+        """What computes: a run that begins on one goes on with it, as their last bits differ."""
+        return "gpu" if self.num_gpus_per_predictor else "cpu"
+
+    @property
     def of_rows(self) -> dict[str, Any]:
         """The settings that change what is written, not only how fast; they belong to a run's fingerprint.
 

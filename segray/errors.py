@@ -12,7 +12,7 @@
     └── StorageError            4   the world is at fault: permission, network, disk; try again once it is mended
         ├── MissingFileError    4   nothing is at this URI
         ├── ChangedFileError    4   something else is at this URI than there was
-        └── UnsupportedNameError 4  the store's client cannot open a file of this name
+        └── UnusableFileError   4   this one file cannot be opened: its name, or it is archived
 
 A message says, in one line, what was got, what was expected, and what to do.
 """
@@ -107,5 +107,5 @@ class ChangedFileError(StorageError):
     """A file is not the one any more that was listed."""
 
 
-class UnsupportedNameError(StorageError):
-    """A file's name is one that the client of its store cannot open, such as a key with ``//`` in it."""
+class UnusableFileError(StorageError):
+    """One file cannot be opened though its store is well: its name is too long or a folder's, or it is archived."""

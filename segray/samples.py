@@ -1,13 +1,15 @@
 """One image, and its ground truth, from where they are stored to arrays. What cannot be used is an ``ImageFault``."""
 
+import os
+
 import numpy as np
 import numpy.typing as npt
 
 from segray.classes import ClassMap
 from segray.config import DEFAULT_MAX_IMAGE_PX
-from segray.errors import ChangedFileError, FaultKind, ImageFault, MissingFileError, UnsupportedNameError
+from segray.errors import ChangedFileError, FaultKind, ImageFault, MissingFileError, StorageError, UnusableFileError
 from segray.images import decode_image_with_note, decode_mask
-from segray.storage import read_bytes
+from segray.storage import is_local, read_bytes
 
 
 def read_image(uri: str, max_px: int = DEFAULT_MAX_IMAGE_PX, etag: str | None = None) -> npt.NDArray[np.uint8]:
@@ -31,10 +33,11 @@ def read_image_with_note(uri: str, max_px: int, etag: str | None = None) -> tupl
     try:
         return decode_image_with_note(read_bytes(uri, etag), max_px)
     except MissingFileError as error:
+        _require_folder(uri)
         raise ImageFault(FaultKind.MISSING, "no such file: removed since it was listed, or listed wrongly") from error
     except ChangedFileError as error:
         raise ImageFault(FaultKind.CHANGED, f"not the file any more that was listed: {error}") from error
-    except UnsupportedNameError as error:
+    except UnusableFileError as error:
         raise ImageFault(FaultKind.UNSUPPORTED, str(error)) from error
 
 
@@ -55,10 +58,11 @@ def read_truth(
     try:
         truth = classes.encode(decode_mask(read_bytes(uri, etag), max_px))
     except MissingFileError as error:
+        _require_folder(uri)
         raise ImageFault(FaultKind.MASK_MISSING, f"no mask at {uri}; add it, or take its image out") from error
     except ChangedFileError as error:
         raise ImageFault(FaultKind.CHANGED, f"not the mask any more that was listed: {error}") from error
-    except (ImageFault, UnsupportedNameError) as error:
+    except (ImageFault, UnusableFileError) as error:
         raise ImageFault(FaultKind.MASK_MISMATCH, str(error)) from error
     if size is not None and truth.shape != size:
         raise ImageFault(
@@ -67,3 +71,12 @@ def read_truth(
             "save the mask at the image's size",
         )
     return truth
+
+
+def _require_folder(uri: str) -> None:
+    """Tell a disk that is not mounted here, or not any more, from a file that was removed."""
+    if is_local(uri) and not os.path.isdir(os.path.dirname(uri)):
+        raise StorageError(
+            f"cannot read {uri}: this node sees no folder {os.path.dirname(uri)}; mount it on every node, or take its "
+            "files out of the listing"
+        )

@@ -1,11 +1,16 @@
 """Files by URI: odd names, atomic writes, one line for every refusal."""
 
+import errno
+import os
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet as pq
 
 from segray import storage
-from segray.errors import MissingFileError, StorageError
+from segray.errors import ChangedFileError, MissingFileError, StorageError
+from segray.storage import files
 
 ODD_NAMES = ["a b.png", "a%20b.png", "c#1.png", "d?x=1.png", "ü.png", ".e.png", "_f.png", "sub/a b.png"]
 
@@ -82,3 +87,80 @@ def test_s3_keys_are_taken_as_they_are() -> None:
     assert storage.split_uri("s3://bucket/a%20b #1?.png") == ("s3", "bucket", "a%20b #1?.png")
     assert storage.split_uri("s3://bucket/a//b/") == ("s3", "bucket", "a//b")
     assert storage.split_uri("s3://bucket") == ("s3", "bucket", "")
+
+
+def test_creating_never_replaces_with_and_without_second_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("linked", "copied"):
+        uri = str(tmp_path / name)
+        assert storage.create_bytes(uri, b"1")
+        assert not storage.create_bytes(uri, b"2")
+        assert storage.read_bytes(uri) == b"1"
+
+        def refuse(source: object, target: object) -> None:
+            raise OSError(errno.EPERM, "no second names here")
+
+        monkeypatch.setattr("os.link", refuse)
+    assert storage.list_names(str(tmp_path)) == {"linked", "copied"}
+
+
+def test_a_file_that_is_written_while_it_is_read_has_no_known_content(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"1")
+    found = storage.find_file(str(path))
+    assert found is not None
+    assert storage.read_bytes(str(path), found.etag) == b"1"
+    path.write_bytes(b"2")
+    with pytest.raises(ChangedFileError, match="has changed: its entity tag was"):
+        storage.read_bytes(str(path), found.etag)
+
+
+def test_links_are_followed_once(tmp_path: Path) -> None:
+    (tmp_path / "in" / "sub").mkdir(parents=True)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "b.png").touch()
+    (tmp_path / "in" / "a.png").touch()
+    (tmp_path / "in" / "sub" / "loop").symlink_to(tmp_path / "in")
+    (tmp_path / "in" / "sub" / "out").symlink_to(tmp_path / "out")
+    (tmp_path / "in" / "nowhere.png").symlink_to(tmp_path / "gone")
+    names = [file.uri.removeprefix(f"{tmp_path}/in/") for file in storage.list_files(str(tmp_path / "in"))]
+    assert names == ["a.png", "sub/out/b.png"]
+
+
+def test_leftovers_of_killed_writers_are_swept_when_they_are_old(tmp_path: Path) -> None:
+    old, new, other = (tmp_path / name for name in (".part-1.parquet.x.tmp", ".part-2.parquet.y.tmp", "part-3.parquet"))
+    for path in (old, new, other):
+        path.touch()
+    os.utime(old, (0, 0))
+    os.utime(other, (0, 0))
+    storage.sweep_folder(str(tmp_path))
+    assert set(tmp_path.iterdir()) == {new, other}
+
+
+def test_a_listing_in_no_order_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    files = [storage.StoredFile(f"{tmp_path}/{name}.png", 1, None, 0) for name in "ba"]
+    monkeypatch.setattr("segray.storage.local.LocalStore.list", lambda *arguments: iter(files))
+    with pytest.raises(StorageError, match=r"a\.png came after .*b\.png, expected sorted keys; use a manifest"):
+        list(storage.list_files(str(tmp_path)))
+
+
+def test_columns_are_read_again_when_a_page_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "table.parquet"
+    table = pa.table({"x": pa.array(range(20_000), pa.int64()), "y": ["a"] * 20_000})
+    pq.write_table(table, path, compression="none", use_dictionary=False, write_page_checksum=True)
+    real = files._RangeReader.readinto
+    reads: list[int] = []
+
+    def flip(reader: files._RangeReader, buffer: memoryview) -> int:
+        size = real(reader, buffer)
+        reads.append(size)
+        if len(reads) == damaged:
+            buffer[size // 2] ^= 1
+        return size
+
+    monkeypatch.setattr(files._RangeReader, "readinto", flip)
+    for damaged in range(1, 8):
+        reads.clear()
+        assert storage.read_columns(str(path), ["x"])["x"].to_pylist() == list(range(20_000)), damaged
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(StorageError, match=r"table\.parquet: damaged, or not a Parquet file"):
+        storage.read_columns(str(path), ["x"])

@@ -1,15 +1,16 @@
 """Binds an output folder to one run: freezes the listing, or holds that of today against the frozen one."""
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
+from tempfile import TemporaryDirectory, gettempdir
 from typing import Any
 
 from rich.console import Console
 
 from segray.config import find_differences
-from segray.errors import DataError, RunMismatchError
+from segray.errors import DataError, RunMismatchError, StorageError, flatten_message
 from segray.segment.changes import Changes, merge_listings
 from segray.segment.inputs import ListedImage, Source, merge_sources
 from segray.segment.job import SegmentJob
@@ -19,7 +20,6 @@ from segray.segment.plan import (
     iterate_plan,
     iterate_spooled,
     list_finished_fragments,
-    remove_other_plans,
     save_plan,
     spool_plan,
 )
@@ -31,6 +31,8 @@ from segray.segment.run import (
     read_run,
     refuse,
     require_same_model,
+    warn_of_other_versions,
+    write_if_changed,
 )
 from segray.segment.summary import find_error_rows
 from segray.storage import create_bytes, write_bytes
@@ -44,13 +46,15 @@ class BoundRun:
 
     Attributes:
         pending: Fragments that are to be made, in order.
-        is_complete: Whether a call before this one has finished it.
+        replaced: Those of them that are there already, with error rows.
+        is_complete: Whether a call before this one has finished it, and nothing is to be made.
     """
 
     fingerprint: Fingerprint
     plan: Plan
     has_truth: bool
     pending: list[int]
+    replaced: frozenset[int]
     is_complete: bool
 
 
@@ -68,24 +72,30 @@ def bind_run(
     """
     output = job.output_uri
     has_truth = any(source.has_truth for source in sources)
-    fingerprint = Fingerprint(bundle_sha256, {**job.settings.of_rows, "ground_truth": has_truth})
+    config = {**job.settings.of_rows, "ground_truth": has_truth, "device": job.settings.device}
+    fingerprint = Fingerprint(bundle_sha256, config)
+    finished = list_finished_fragments(output)  # before run.json, without which no fragment is ever written
     run = read_run(output)
-    finished = list_finished_fragments(output)
+    errors: dict[int, list[str]] = {}
     if run is None:
         if finished:
             raise RunMismatchError(f"{output} holds rows but no run.json to say of what; choose another --output")
         plan = _freeze(job, sources, fingerprint, require_bundle, console)
-        pending, is_complete = set(range(plan.num_fragments)) - list_finished_fragments(output), False
+        finished = list_finished_fragments(output)
     else:
-        require_same_model(run, bundle_sha256, fingerprint.config, output)
-        errors = find_error_rows(output, finished) if job.settings.retry_errors else {}
+        require_same_model(run, bundle_sha256, config, output)
+        finished &= set(range(get_plan(run).num_fragments))
+        if job.settings.retry_errors:
+            errors = find_error_rows(output, finished)
         plan = _compare(job, run, sources, fingerprint, errors, console)
-        pending = (set(range(plan.num_fragments)) - finished) | errors.keys()
-        is_complete = run["status"] == "complete"
-        if pending:
-            require_bundle()
-    remove_other_plans(output, plan)
-    return BoundRun(fingerprint, plan, has_truth, sorted(pending), is_complete)
+        warn_of_other_versions(run, console)
+    pending = (set(range(plan.num_fragments)) - finished) | errors.keys()
+    is_complete = run is not None and run["status"] == "complete" and not pending
+    if run is not None and pending:
+        require_bundle()
+        # else a retry that is cut off would leave a summary of the rows before it, and call that complete
+        write_if_changed(get_run_uri(output), format_run(fingerprint, plan, job.inputs, "running"))
+    return BoundRun(fingerprint, plan, has_truth, sorted(pending), frozenset(errors), is_complete)
 
 
 def _freeze(
@@ -95,17 +105,18 @@ def _freeze(
     require_bundle: Callable[[], object],
     console: Console,
 ) -> Plan:
-    with TemporaryDirectory(prefix="segray-plan-") as folder:
+    with _make_spool() as folder:
         plan = _list(job, sources, Path(folder), console)
         require_bundle()
         save_plan(job.output_uri, plan, Path(folder))
-    # whoever creates run.json has bound the folder; another driver that comes second joins the run or is refused
-    if not create_bytes(get_run_uri(job.output_uri), format_run(fingerprint, plan, job.inputs, "running")):
-        theirs = read_run(job.output_uri)
-        assert theirs is not None
-        require_same_model(theirs, fingerprint.bundle_sha256, fingerprint.config, job.output_uri)
-        if get_plan(theirs) != plan:
-            raise refuse(job.output_uri, "another listing, which another call froze in this moment")
+    # Whoever creates run.json has bound the folder; another driver that comes second joins the run or is refused. It is
+    # read back in any case: there are stores that take no notice of the condition "if there is none".
+    create_bytes(get_run_uri(job.output_uri), format_run(fingerprint, plan, job.inputs, "running"))
+    theirs = read_run(job.output_uri)
+    assert theirs is not None
+    require_same_model(theirs, fingerprint.bundle_sha256, fingerprint.config, job.output_uri)
+    if get_plan(theirs) != plan:
+        raise refuse(job.output_uri, "another listing, which another call froze in this moment")
     return plan
 
 
@@ -125,10 +136,12 @@ def _compare(
         if differences := find_differences(theirs, mine):
             raise refuse(output, "; ".join(differences))
         return frozen
-    with TemporaryDirectory(prefix="segray-plan-") as folder:
+    with _make_spool() as folder:
         present_folder, merged_folder = Path(folder, "present"), Path(folder, "merged")
         present = _list(job, sources, present_folder, console)
         if present.sha256 == frozen.sha256:
+            if present == frozen:
+                save_plan(output, frozen, present_folder)  # should any of it have been lost
             return frozen
         changes = Changes()
         mendable = {uri for uris in errors.values() for uri in uris}
@@ -142,6 +155,19 @@ def _compare(
         save_plan(output, plan, merged_folder)
     write_bytes(get_run_uri(output), format_run(fingerprint, plan, job.inputs, "running"))
     return plan
+
+
+@contextmanager
+def _make_spool() -> Iterator[str]:
+    """Yield a folder of this machine for a plan to pass through."""
+    try:
+        with TemporaryDirectory(prefix="segray-plan-") as folder:
+            yield folder
+    except OSError as error:
+        raise StorageError(
+            f"cannot write the plan to {gettempdir()} on its way: {flatten_message(error)}; free some space, or name "
+            "another folder in TMPDIR"
+        ) from error
 
 
 def _list(job: SegmentJob, sources: list[Source], folder: Path, console: Console) -> Plan:

@@ -53,7 +53,7 @@ class FragmentDecoder:
     def __init__(
         self,
         output_uri: str,
-        plan_sha256: str,
+        cut_sha256: str,
         classes: ClassMap,
         image_size: tuple[int, int],
         max_image_px: int,
@@ -61,7 +61,7 @@ class FragmentDecoder:
         ledger: LedgerClient,
     ) -> None:
         self._output_uri = output_uri
-        self._plan_sha256 = plan_sha256
+        self._cut_sha256 = cut_sha256
         self._classes = classes
         self._image_size = image_size
         self._max_image_px = max_image_px
@@ -76,13 +76,10 @@ class FragmentDecoder:
         """
         fragment = batch["fragment"][0].as_py()
         orders = self._ledger.begin(fragment)
-        planned = load_fragment(self._output_uri, self._plan_sha256, fragment).to_pylist()
-        if orders.is_careful:
-            decoded = [self._decode_carefully(fragment, index, image, orders) for index, image in enumerate(planned)]
-        else:
-            decoded = self._decode_all(planned)
+        planned = load_fragment(self._output_uri, self._cut_sha256, fragment).to_pylist()
+        decoded = self._decode_carefully(fragment, planned, orders) if orders.is_careful else self._decode_all(planned)
         packed = pack_decoded(fragment, decoded)
-        self._ledger.end(fragment)
+        self._ledger.end(fragment, orders)
         return packed
 
     def _decode_all(self, planned: list[dict[str, Any]]) -> list[DecodedImage]:
@@ -96,11 +93,17 @@ class FragmentDecoder:
             decoded = list(pool.map(decode, planned))
         return [item or self._decode_alone(image) for item, image in zip(decoded, planned, strict=True)]
 
-    def _decode_carefully(self, fragment: int, index: int, image: dict[str, Any], orders: Orders) -> DecodedImage:
-        if index in orders.failed:
-            return _fail(image, FaultKind.FAILED, f"the process decoding it died {MAX_DEATHS_PER_IMAGE} times")
-        self._ledger.enter(fragment, index)
-        return self._decode_alone(image)
+    def _decode_carefully(self, fragment: int, planned: list[dict[str, Any]], orders: Orders) -> list[DecodedImage]:
+        decoded = {}
+        for index in orders.sort(len(planned)):
+            if index in orders.failed:
+                message = f"the process decoding it died {MAX_DEATHS_PER_IMAGE} times"
+                decoded[index] = _fail(planned[index], FaultKind.FAILED, message)
+            else:
+                self._ledger.enter(fragment, orders, index)
+                decoded[index] = self._decode_alone(planned[index])
+        self._ledger.enter(fragment, orders, None)
+        return [decoded[index] for index in range(len(planned))]
 
     def _decode_alone(self, image: dict[str, Any]) -> DecodedImage:
         try:

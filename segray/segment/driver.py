@@ -11,7 +11,7 @@ from segray.progress import build_bar
 from segray.segment.binding import BoundRun, bind_run
 from segray.segment.inputs import open_sources
 from segray.segment.job import SegmentJob, SegmentOutcome
-from segray.segment.plan import count_images
+from segray.segment.plan import count_images, remove_other_plans
 from segray.segment.report import build_report
 from segray.segment.run import format_run, get_run_uri, write_if_changed
 from segray.segment.summary import build_summary, format_cell, format_summary_parquet, tally_fragments
@@ -58,6 +58,7 @@ def run_segmentation(job: SegmentJob, console: Console) -> SegmentOutcome:
             finished = format_run(run.fingerprint, run.plan, job.inputs, "complete", **counts)
             write_if_changed(get_run_uri(output), finished)
             sweep_folder(join_uri(output, "images"))
+            remove_other_plans(output, run.plan)
     return outcome
 
 
@@ -79,9 +80,10 @@ def _run_pending(job: SegmentJob, manifest: BundleManifest, run: BoundRun, conso
 
             for done in run_pipeline(
                 pending,
+                replaced=run.replaced,
                 output_uri=job.output_uri,
                 bundle_uri=job.bundle_uri,
-                plan_sha256=run.plan.sha256,
+                cut_sha256=run.plan.cut_sha256,
                 bundle_sha256=run.fingerprint.bundle_sha256,
                 manifest=manifest,
                 settings=settings,

@@ -6,11 +6,12 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from fsspec.utils import glob_translate
 
 from segray.cluster import is_submitted_job
 from segray.config import SegmentSettings, require_absolute
-from segray.errors import ConfigError, DataError, MissingFileError
+from segray.errors import ConfigError, DataError, MissingFileError, flatten_message
 from segray.manifest import get_pairing_key, index_masks, read_manifest
 from segray.storage import StoredFile, find_file, list_files, normalize_uri, read_bytes, split_uri
 
@@ -84,13 +85,13 @@ def _list_folder(uri: str, settings: SegmentSettings) -> tuple[str, Iterable[Sto
     wildcard = _WILDCARD.search(uri)
     if _WILDCARD.search(split_uri(uri)[1]):
         raise ConfigError(f"--images {uri}: a pattern in the bucket's name; give one --images for each bucket")
+    if uri.lower().endswith(tuple(f".{extension}" for extension in settings.extensions)) and (file := find_file(uri)):
+        return uri.rpartition("/")[0], [file]
     if wildcard and not _is_folder(uri):  # a folder may have such a name too
         root, _, start = uri[: wildcard.start()].rpartition("/")
         pattern = re.compile(glob_translate(uri))
         options["recursive"] = "/" in uri[wildcard.start() :] or "**" in uri
         return root, (file for file in list_files(root, start=start, **options) if pattern.match(file.uri))
-    if uri.lower().endswith(tuple(f".{extension}" for extension in settings.extensions)) and (file := find_file(uri)):
-        return uri.rpartition("/")[0], [file]
     return uri, list_files(uri, **options)
 
 
@@ -134,9 +135,14 @@ def _read_manifest(uri: str, split: str | None) -> pa.Table:
     if split is not None:
         if "split" not in table.column_names:
             raise DataError(f"{uri}: segment.split is {split!r}, but there is no column split")
-        table = table.filter(pa.compute.equal(table["split"], split))
+        table = table.filter(pc.equal(table["split"].cast(pa.string()), split))
     columns = {other: table[other] for other in _MANIFEST_COLUMNS if other in table.column_names}
-    return _build_table(uri, table[name].to_pylist(), columns)
+    if "etag" in columns:
+        columns["etag"] = pc.utf8_trim(columns["etag"].cast(pa.string()), '"')  # as HTTP writes them
+    try:
+        return _build_table(uri, table[name].cast(pa.string()).to_pylist(), columns)
+    except pa.ArrowException as error:
+        raise DataError(f"{uri}: expected URIs in column {name}: {flatten_message(error)}") from error
 
 
 def _build_table(where: str, uris: list[str | None], columns: Mapping[str, pa.ChunkedArray]) -> pa.Table:
@@ -149,8 +155,8 @@ def _build_table(where: str, uris: list[str | None], columns: Mapping[str, pa.Ch
         if name not in arrays:
             try:
                 arrays[name] = column.cast(_MANIFEST_COLUMNS[name])
-            except pa.ArrowInvalid as error:
-                raise DataError(f"{where}: column {name}: {error}") from error
+            except pa.ArrowException as error:
+                raise DataError(f"{where}: column {name}: {flatten_message(error)}") from error
     return pa.table(arrays).sort_by("uri")
 
 

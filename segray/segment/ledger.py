@@ -3,7 +3,8 @@
 Ray starts a lost task again, but cannot say which image of the fragment it was. So the first attempt at a fragment runs
 at full speed; if its process dies, the next attempts take image after image and say before each which one it is. An
 image that was at work in several deaths becomes a ``failed`` row. Kills that have nothing to do with the images (a lost
-node, the kernel's memory killer choosing a bystander) hit another image each time, and cost nothing but time.
+node, the kernel's memory killer choosing a bystander) hit another image each time, as suspects are taken last, and cost
+nothing but time.
 """
 
 from collections import Counter
@@ -25,6 +26,7 @@ DECODE, PREDICT = "decoding", "predicting"
 class _Record:
     """What is known of one fragment in one stage."""
 
+    attempt: int = 0
     is_begun: bool = False
     current: int | None = None
     deaths: Counter[int] = field(default_factory=Counter)
@@ -36,16 +38,28 @@ class Orders:
     """How an attempt at a fragment has to go about it.
 
     Attributes:
+        attempt: Its number; of an attempt that was taken for dead and is not, nothing is believed any more.
         is_careful: Say before each image which one it is, for an attempt before this one has died.
-        failed: Images (their places in the fragment) not to be touched any more.
+        suspects: Images (their places in the fragment) at which attempts died, to be taken last: an innocent one is
+            then not at work again when the next death comes for another reason.
+        failed: Images not to be touched any more.
     """
 
-    is_careful: bool
-    failed: frozenset[int]
+    attempt: int
+    is_careful: bool = False
+    suspects: tuple[int, ...] = ()
+    failed: frozenset[int] = frozenset()
+
+    def sort(self, num_images: int) -> list[int]:
+        """Return the places of the images of a fragment in the order in which they are to be taken."""
+        return [index for index in range(num_images) if index not in self.suspects] + list(self.suspects)
 
 
 class Ledger:
-    """The state of all attempts of a run; lives in a Ray actor. Stage and fragment are the key."""
+    """The state of all attempts of a run; lives in a Ray actor. Stage and fragment are the key.
+
+    It may be lost and start empty: then it only has to learn again.
+    """
 
     def __init__(self, num_predictors: int) -> None:
         self._records: dict[tuple[str, int], _Record] = {}
@@ -66,23 +80,30 @@ class Ledger:
                 record.unexplained += 1
             else:
                 record.deaths[record.current] += 1
-            record.current = None
-        record.is_begun = True
+        record.attempt, record.is_begun, record.current = record.attempt + 1, True, None
         if record.unexplained > _MAX_UNEXPLAINED_DEATHS:
             raise ClusterError(
                 f"{stage}: the process at work on fragment {fragment} died {record.unexplained} times, at no image in "
                 "particular; look at the memory of the nodes, and run with SEGRAY_WORKER_LOGS=1 to see what led to it"
             )
-        failed = frozenset(index for index, count in record.deaths.items() if count >= MAX_DEATHS_PER_IMAGE)
-        return Orders(bool(record.unexplained or record.deaths), failed)
+        return Orders(
+            record.attempt,
+            is_careful=bool(record.unexplained or record.deaths),
+            suspects=tuple(sorted(record.deaths, key=lambda index: (record.deaths[index], index))),
+            failed=frozenset(index for index, count in record.deaths.items() if count >= MAX_DEATHS_PER_IMAGE),
+        )
 
-    def enter(self, stage: str, fragment: int, index: int) -> None:
-        """Note that an image is about to be worked on."""
-        self._records[stage, fragment].current = index
+    def enter(self, stage: str, fragment: int, attempt: int, index: int | None) -> None:
+        """Note that an image is about to be worked on; None: all are done, and only the fragment is left."""
+        record = self._records.get((stage, fragment))
+        if record is not None and record.attempt == attempt:
+            record.current = index
 
-    def end(self, stage: str, fragment: int) -> None:
+    def end(self, stage: str, fragment: int, attempt: int) -> None:
         """End an attempt. What was learned stays: the fragment may be made again, when its node is lost."""
-        record = self._records[stage, fragment]
+        record = self._records.get((stage, fragment))
+        if record is None or record.attempt != attempt:
+            return
         record.is_begun, record.current = False, None
         if not record.deaths and not record.unexplained:
             del self._records[stage, fragment]
@@ -113,13 +134,13 @@ class LedgerClient:
         orders: Orders = ray.get(self._actor.begin.remote(self._stage, fragment))
         return orders
 
-    def enter(self, fragment: int, index: int) -> None:
+    def enter(self, fragment: int, orders: Orders, index: int | None) -> None:
         """See ``Ledger.enter``; returns when it is noted, for the next moment may be the last."""
-        ray.get(self._actor.enter.remote(self._stage, fragment, index))
+        ray.get(self._actor.enter.remote(self._stage, fragment, orders.attempt, index))
 
-    def end(self, fragment: int) -> None:
+    def end(self, fragment: int, orders: Orders) -> None:
         """See ``Ledger.end``."""
-        ray.get(self._actor.end.remote(self._stage, fragment))
+        ray.get(self._actor.end.remote(self._stage, fragment, orders.attempt))
 
     def start_predictor(self) -> None:
         """See ``Ledger.start_predictor``."""

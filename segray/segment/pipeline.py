@@ -20,8 +20,8 @@ from segray.segment.ledger import DECODE, PREDICT, LedgerClient, start_ledger
 from segray.segment.predictor import FragmentPredictor
 from segray.segment.writer import FragmentWriter
 
-# Decoding and predicting are tried again until the ledger says stop: it knows whether there is any progress.
-_AGAIN = -1
+# The ledger says when to stop, for it knows whether there is any progress; this is for what dies before it can ask.
+_AGAIN = 100
 _MAX_WRITES = 10  # a writer holds no image that could kill it
 _WRITE_CPUS = 0.25  # writing mostly waits
 _ONE_FRAGMENT: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
@@ -30,8 +30,9 @@ _ONE_FRAGMENT: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "ze
 def run_pipeline(
     fragments: Sequence[int],
     *,
+    replaced: frozenset[int],
     output_uri: str,
-    plan_sha256: str,
+    cut_sha256: str,
     bundle_uri: str,
     bundle_sha256: str,
     manifest: BundleManifest,
@@ -50,40 +51,40 @@ def run_pipeline(
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
     context.target_max_block_size = None  # a fragment is never cut
     context.raise_original_map_exception = True  # else only the text of a stage's error arrives here
-    classes = manifest.classes
-    ledger = start_ledger(settings.num_predictors)
-    decode = FragmentDecoder(
-        output_uri,
-        plan_sha256,
-        classes,
-        manifest.image_size,
-        settings.max_image_px,
-        has_truth,
-        LedgerClient(DECODE, ledger),
-    )
-    write = FragmentWriter(output_uri, classes, settings.mask_encoding)
-    written = (
-        ray.data.from_items([{"fragment": fragment} for fragment in fragments], override_num_blocks=len(fragments))
-        .map_batches(decode, **_ONE_FRAGMENT, num_cpus=1, max_retries=_AGAIN)
-        .map_batches(
-            FragmentPredictor,
-            **_ONE_FRAGMENT,
-            fn_constructor_args=(
-                bundle_uri,
-                bundle_sha256,
-                settings,
-                _count_predictors_per_node(settings),
-                LedgerClient(PREDICT, ledger),
-            ),
-            compute=ActorPoolStrategy(size=settings.num_predictors),
-            num_cpus=1,
-            num_gpus=settings.num_gpus_per_predictor,
-            max_restarts=_AGAIN,
-            max_task_retries=_AGAIN,
-        )
-        .map_batches(write, **_ONE_FRAGMENT, num_cpus=_WRITE_CPUS, max_retries=_MAX_WRITES)
-    )
     with translated_ray_errors("segmenting"):
+        classes = manifest.classes
+        ledger = start_ledger(settings.num_predictors)
+        decode = FragmentDecoder(
+            output_uri,
+            cut_sha256,
+            classes,
+            manifest.image_size,
+            settings.max_image_px,
+            has_truth,
+            LedgerClient(DECODE, ledger),
+        )
+        write = FragmentWriter(output_uri, classes, settings.mask_encoding, replaced)
+        written = (
+            ray.data.from_items([{"fragment": fragment} for fragment in fragments], override_num_blocks=len(fragments))
+            .map_batches(decode, **_ONE_FRAGMENT, num_cpus=1, max_retries=_AGAIN)
+            .map_batches(
+                FragmentPredictor,
+                **_ONE_FRAGMENT,
+                fn_constructor_args=(
+                    bundle_uri,
+                    bundle_sha256,
+                    settings,
+                    _count_predictors_per_node(settings),
+                    LedgerClient(PREDICT, ledger),
+                ),
+                compute=ActorPoolStrategy(size=settings.num_predictors),
+                num_cpus=1,
+                num_gpus=settings.num_gpus_per_predictor,
+                max_restarts=_AGAIN,
+                max_task_retries=_AGAIN,
+            )
+            .map_batches(write, **_ONE_FRAGMENT, num_cpus=_WRITE_CPUS, max_retries=_MAX_WRITES)
+        )
         yield from written.iter_rows()
 
 

@@ -24,8 +24,9 @@ from pyarrow import parquet as pq
 from segray.config import SegmentSettings
 from segray.schema import PLAN_SCHEMA
 from segray.segment.inputs import ListedImage
-from segray.storage import join_uri, list_names, open_for_reading, read_bytes, remove_file, write_bytes
+from segray.storage import join_uri, list_names, read_bytes, read_columns, remove_file, write_bytes
 
+_PLAN_NAME = re.compile(r"plan-[0-9a-f]{16}-\d{5,}\.parquet")
 FRAGMENT_NAME = re.compile(r"part-(\d{8,})\.parquet")
 _FRAGMENTS_PER_FILE = 1024  # 65,536 images of the default fragment size: a file that decodes in milliseconds
 
@@ -36,9 +37,11 @@ class Plan:
 
     Attributes:
         sha256: Of its images, in order; neither how they are stored nor how they are cut.
+        cut_sha256: Of its images and their fragments; names its files, so that no plan is ever taken for another.
     """
 
     sha256: str
+    cut_sha256: str
     num_images: int
     num_fragments: int
 
@@ -64,7 +67,7 @@ def cut_fragments(images: Iterable[ListedImage], settings: SegmentSettings) -> I
 
 def spool_plan(planned: Iterable[tuple[ListedImage, int]], folder: Path) -> Plan:
     """Write a plan to a folder of this machine, holding one file of it at a time."""
-    digest = hashlib.sha256()
+    digest, cut_digest = hashlib.sha256(), hashlib.sha256()
     rows: list[tuple[Any, ...]] = []
     num_images, number, fragment = 0, 0, -1
     for image, fragment in planned:
@@ -73,17 +76,20 @@ def spool_plan(planned: Iterable[tuple[ListedImage, int]], folder: Path) -> Plan
             rows, number = [], number + 1
         rows.append((*image, fragment))
         digest.update(json.dumps(image).encode())
+        cut_digest.update(json.dumps([image.uri, fragment]).encode())
         num_images += 1
     if rows:
         _write_plan_file(rows, folder / str(number))
-    return Plan(digest.hexdigest(), num_images, fragment + 1)
+    sha256 = digest.hexdigest()
+    cut_digest.update(sha256.encode())
+    return Plan(sha256, cut_digest.hexdigest(), num_images, fragment + 1)
 
 
 def _write_plan_file(rows: list[tuple[Any, ...]], path: Path) -> None:
     names = [*ListedImage._fields, "fragment"]
     columns = dict(zip(names, zip(*rows, strict=True), strict=True))
     table = pa.table([pa.array(columns[field.name], field.type) for field in PLAN_SCHEMA], schema=PLAN_SCHEMA)
-    pq.write_table(table, path, compression="zstd")
+    pq.write_table(table, path, compression="zstd", write_page_checksum=True)
 
 
 def save_plan(output_uri: str, plan: Plan, folder: Path) -> None:
@@ -93,15 +99,16 @@ def save_plan(output_uri: str, plan: Plan, folder: Path) -> None:
     """
     names = list_names(join_uri(output_uri, "plan"))
     for number in range(plan.num_files):
-        if _get_file_name(plan.sha256, number) not in names:
-            write_bytes(_get_plan_uri(output_uri, plan.sha256, number), (folder / str(number)).read_bytes())
+        if _get_file_name(plan.cut_sha256, number) not in names:
+            write_bytes(_get_plan_uri(output_uri, plan.cut_sha256, number), (folder / str(number)).read_bytes())
 
 
 def remove_other_plans(output_uri: str, plan: Plan) -> None:
-    """Remove what a driver that was cut off, or refused, may have left of another listing."""
-    mine = {_get_file_name(plan.sha256, number) for number in range(plan.num_files)}
+    """Remove what a driver that was cut off, or refused, may have left of another listing or another cut."""
+    mine = {_get_file_name(plan.cut_sha256, number) for number in range(plan.num_files)}
     for name in list_names(join_uri(output_uri, "plan")) - mine:
-        remove_file(join_uri(output_uri, "plan", name))
+        if _PLAN_NAME.fullmatch(name):
+            remove_file(join_uri(output_uri, "plan", name))
 
 
 def iterate_spooled(folder: Path, plan: Plan) -> Iterator[tuple[ListedImage, int]]:
@@ -111,7 +118,7 @@ def iterate_spooled(folder: Path, plan: Plan) -> Iterator[tuple[ListedImage, int
 
 def iterate_plan(output_uri: str, plan: Plan) -> Iterator[tuple[ListedImage, int]]:
     """Yield the images of a saved plan with their fragments."""
-    uris = (_get_plan_uri(output_uri, plan.sha256, number) for number in range(plan.num_files))
+    uris = (_get_plan_uri(output_uri, plan.cut_sha256, number) for number in range(plan.num_files))
     return _iterate(pq.read_table(io.BytesIO(read_bytes(uri))) for uri in uris)
 
 
@@ -126,15 +133,14 @@ def count_images(output_uri: str, plan: Plan) -> npt.NDArray[np.int64]:
     """Return the number of images of each fragment of a saved plan."""
     counts = np.zeros(plan.num_fragments, np.int64)
     for number in range(plan.num_files):
-        with open_for_reading(_get_plan_uri(output_uri, plan.sha256, number)) as file:
-            fragments = pq.ParquetFile(file).read(columns=["fragment"])["fragment"].to_numpy()
-        counts += np.bincount(fragments, minlength=plan.num_fragments)
+        table = read_columns(_get_plan_uri(output_uri, plan.cut_sha256, number), ["fragment"])
+        counts += np.bincount(table["fragment"].to_numpy(), minlength=plan.num_fragments)
     return counts
 
 
-def load_fragment(output_uri: str, plan_sha256: str, fragment: int) -> pa.Table:
+def load_fragment(output_uri: str, cut_sha256: str, fragment: int) -> pa.Table:
     """Return the planned images of one fragment, a table of ``PLAN_SCHEMA``."""
-    part = _load_plan_file(_get_plan_uri(output_uri, plan_sha256, fragment // _FRAGMENTS_PER_FILE))
+    part = _load_plan_file(_get_plan_uri(output_uri, cut_sha256, fragment // _FRAGMENTS_PER_FILE))
     return part.filter(pc.equal(part["fragment"], fragment))
 
 
@@ -144,7 +150,7 @@ def _load_plan_file(uri: str) -> pa.Table:
 
 
 def list_finished_fragments(output_uri: str) -> set[int]:
-    """Return the fragments whose file is there; a file that is there is complete."""
+    """Return the numbers of the fragments whose file is there; a file that is there is complete."""
     names = list_names(join_uri(output_uri, "images"))
     return {int(match[1]) for name in names if (match := FRAGMENT_NAME.fullmatch(name))}
 
@@ -154,9 +160,9 @@ def get_fragment_uri(output_uri: str, fragment: int) -> str:
     return join_uri(output_uri, "images", f"part-{fragment:08d}.parquet")
 
 
-def _get_plan_uri(output_uri: str, sha256: str, number: int) -> str:
-    return join_uri(output_uri, "plan", _get_file_name(sha256, number))
+def _get_plan_uri(output_uri: str, cut_sha256: str, number: int) -> str:
+    return join_uri(output_uri, "plan", _get_file_name(cut_sha256, number))
 
 
-def _get_file_name(sha256: str, number: int) -> str:
-    return f"plan-{sha256[:16]}-{number:05d}.parquet"
+def _get_file_name(cut_sha256: str, number: int) -> str:
+    return f"plan-{cut_sha256[:16]}-{number:05d}.parquet"

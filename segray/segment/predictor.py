@@ -99,18 +99,23 @@ class FragmentPredictor:
         for row in rows:
             row["status"] = "ok" if row["error_kind"] is None else "error"
         predicted = pa.table({"fragment": decoded["fragment"], "rows": [rows]}, schema=PREDICTED_SCHEMA)
-        self._ledger.end(fragment)
+        self._ledger.end(fragment, orders)
         return predicted
 
     def _predict_carefully(self, fragment: int, images: Sequence[_Usable], orders: Orders) -> None:
         """Predict image after image: batches are padded, so that no bit of a result depends on its neighbours."""
-        for image in images:
-            if image.index in orders.failed:
+        by_place = {image.index: image for image in images}
+        for index in orders.sort(1 + max(by_place, default=-1)):
+            if index not in by_place:
+                continue
+            image = by_place[index]
+            if index in orders.failed:
                 message = f"the process predicting it died {MAX_DEATHS_PER_IMAGE} times"
                 image.row |= {"error_kind": str(FaultKind.FAILED), "error_message": message, "note": None}
             else:
-                self._ledger.enter(fragment, image.index)
+                self._ledger.enter(fragment, orders, index)
                 self._predict([image])
+        self._ledger.enter(fragment, orders, None)
 
     def _predict(self, images: Sequence[_Usable]) -> None:
         """Add to the rows what depends on the prediction."""

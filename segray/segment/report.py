@@ -70,7 +70,7 @@ def _pick_rows(
         rows = read_rows(output_uri, fragment).to_pylist()
         errors += [row for row in rows if row["status"] == "error"]
         usable = [row for row in rows if row["status"] == "ok"]
-        planned = {image["uri"]: image for image in load_fragment(output_uri, plan.sha256, fragment).to_pylist()}
+        planned = {image["uri"]: image for image in load_fragment(output_uri, plan.cut_sha256, fragment).to_pylist()}
         for row in usable[:: max(1, len(usable) // max(1, share))][: min(share, num_images - len(panels))]:
             panel = _load_panel(row, planned[row["uri"]], classes)
             if panel:

@@ -4,6 +4,8 @@ import json
 from dataclasses import dataclass
 from typing import Any
 
+from rich.console import Console
+
 from segray.bundle import get_library_versions
 from segray.config import find_differences
 from segray.errors import MissingFileError, RunMismatchError
@@ -34,7 +36,9 @@ def read_run(output_uri: str) -> dict[str, Any] | None:
     try:
         content = json.loads(read_bytes(uri))
         fingerprint, counts = content["fingerprint"], content["counts"]
-        if not {"bundle_sha256", "config", "plan_sha256"} <= fingerprint.keys() or not isinstance(counts, dict):
+        if not {"bundle_sha256", "config", "plan_sha256", "cut_sha256"} <= fingerprint.keys() or not isinstance(
+            counts, dict
+        ):
             raise KeyError("fingerprint")
         if not isinstance(counts["planned"] + counts["fragments"], int):
             raise KeyError("counts")
@@ -48,7 +52,8 @@ def read_run(output_uri: str) -> dict[str, Any] | None:
 def get_plan(run: dict[str, Any]) -> Plan:
     """Return what ``run.json`` says of the run's plan."""
     counts = run["counts"]
-    return Plan(run["fingerprint"]["plan_sha256"], counts["planned"], counts["fragments"])
+    fingerprint = run["fingerprint"]
+    return Plan(fingerprint["plan_sha256"], fingerprint["cut_sha256"], counts["planned"], counts["fragments"])
 
 
 def require_same_model(run: dict[str, Any], bundle_sha256: str, config: dict[str, Any], output_uri: str) -> None:
@@ -72,12 +77,13 @@ def refuse(output_uri: str, difference: str, way_on: str = "") -> RunMismatchErr
 
 
 def format_run(fingerprint: Fingerprint, plan: Plan, inputs: dict[str, Any], status: str, **counts: Any) -> bytes:
-    """Return the content of ``run.json``; the same whoever writes it."""
+    """Return the content of ``run.json``; the same for the same call, whoever makes it."""
     content = {
         "fingerprint": {
             "bundle_sha256": fingerprint.bundle_sha256,
             "config": fingerprint.config,
             "plan_sha256": plan.sha256,
+            "cut_sha256": plan.cut_sha256,
         },
         "inputs": inputs,
         "versions": get_library_versions(),
@@ -85,6 +91,21 @@ def format_run(fingerprint: Fingerprint, plan: Plan, inputs: dict[str, Any], sta
         "counts": {"planned": plan.num_images, "fragments": plan.num_fragments, **counts},
     }
     return json.dumps(content, indent=2).encode()
+
+
+def warn_of_other_versions(run: dict[str, Any], console: Console) -> None:
+    """Say if a run goes on with other libraries than it began with: its rows need not have the same bits then."""
+    mine = get_library_versions()
+    changed = [
+        f"{name} {there} there, {mine.get(name)} here"
+        for name, there in run["versions"].items()
+        if mine.get(name) != there
+    ]
+    if changed:
+        console.print(
+            f"warning: the run began with other versions ({', '.join(changed)}); the bits of rows made now may differ",
+            highlight=False,
+        )
 
 
 def write_if_changed(uri: str, content: bytes) -> None:

@@ -59,7 +59,8 @@ def read_status(output_uri: str) -> RunStatus:
     written = {}
     try:
         for file in list_files(join_uri(output, "images")):
-            if match := FRAGMENT_NAME.fullmatch(get_file_name(file.uri)):
+            match = FRAGMENT_NAME.fullmatch(get_file_name(file.uri))
+            if match and int(match[1]) < plan.num_fragments:
                 written[int(match[1])] = file.modified_s
     except MissingFileError:
         pass  # none yet

@@ -15,7 +15,6 @@ import pyarrow.compute as pc
 from pyarrow import parquet as pq
 
 from segray.classes import ClassMap
-from segray.errors import StorageError, flatten_message
 from segray.metrics import (
     FloatArray,
     PixelCounts,
@@ -27,7 +26,7 @@ from segray.metrics import (
 )
 from segray.schema import IMAGES_SCHEMA, SUMMARY_SCHEMA
 from segray.segment.plan import get_fragment_uri
-from segray.storage import open_for_reading
+from segray.storage import read_columns
 
 _NUM_READERS = 8
 _READ_AHEAD = 256  # fragments whose columns may wait in memory
@@ -106,15 +105,7 @@ def count_rows(output_uri: str, fragments: Iterable[int]) -> Counter[str]:
 
 def _read_fragments(output_uri: str, fragments: Iterable[int], columns: list[str]) -> Iterator[pa.Table]:
     def read(fragment: int) -> pa.Table:
-        uri = get_fragment_uri(output_uri, fragment)
-        try:
-            with open_for_reading(uri) as file:
-                return pq.ParquetFile(file).read(columns=columns)
-        except pa.ArrowInvalid as error:
-            raise StorageError(
-                f"{uri}: not a Parquet file of this run: {flatten_message(error)}; remove it, and the same call makes "
-                "it again"
-            ) from error
+        return read_columns(get_fragment_uri(output_uri, fragment), columns)
 
     numbers = iter(fragments)
     with ThreadPoolExecutor(_NUM_READERS) as pool:

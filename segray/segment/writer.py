@@ -10,24 +10,27 @@ from segray.classes import ClassMap
 from segray.images import encode_mask_png
 from segray.schema import IMAGES_SCHEMA
 from segray.segment.plan import get_fragment_uri
-from segray.storage import write_bytes
+from segray.storage import create_bytes, write_bytes
 
+_REPEATED = ["status", "error_kind", "mask_encoding"]
 WRITTEN_SCHEMA = pa.schema([("fragment", pa.int64()), ("num_ok", pa.int64()), ("num_errors", pa.int64())])
 
 
 class FragmentWriter:
     """Writes rows of ``PREDICTED_SCHEMA``, and maps them to rows of ``WRITTEN_SCHEMA``."""
 
-    def __init__(self, output_uri: str, classes: ClassMap, mask_encoding: str) -> None:
+    def __init__(self, output_uri: str, classes: ClassMap, mask_encoding: str, replaced: frozenset[int]) -> None:
+        """``replaced`` are the fragments that are there, and are to be made again."""
         self._output_uri = output_uri
         self._classes = classes
         self._mask_encoding = mask_encoding
+        self._replaced = replaced
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Write one fragment. Writing it again, here or elsewhere, gives the same bytes under the same name.
+        """Write one fragment. Making it again, here or elsewhere, gives the same bytes, and changes nothing.
 
         Raises:
-            StorageError: The store refused or failed; nothing was written.
+            StorageError: The store refused or failed; the file is there whole, or not at all.
         """
         predicted = batch.to_batches()[0]
         fragment = predicted["fragment"][0].as_py()
@@ -37,8 +40,12 @@ class FragmentWriter:
             table = self._encode_masks(table)
         buffer = io.BytesIO()
         # masks do not repeat: a dictionary of them would only cost
-        pq.write_table(table, buffer, compression="zstd", use_dictionary=["status", "error_kind", "mask_encoding"])
-        write_bytes(get_fragment_uri(self._output_uri, fragment), buffer.getbuffer())
+        pq.write_table(table, buffer, compression="zstd", use_dictionary=_REPEATED, write_page_checksum=True)
+        uri = get_fragment_uri(self._output_uri, fragment)
+        if fragment in self._replaced:
+            write_bytes(uri, buffer.getbuffer())
+        else:  # whoever comes second leaves what is there: should the world have changed, one state of it is told
+            create_bytes(uri, buffer.getvalue())
         num_errors = table["error_kind"].length() - table["error_kind"].null_count
         counts = {"fragment": [fragment], "num_ok": [len(table) - num_errors], "num_errors": [num_errors]}
         return pa.table(counts, schema=WRITTEN_SCHEMA)

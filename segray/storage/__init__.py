@@ -12,6 +12,7 @@ from segray.storage.files import (
     sweep_folder,
     write_bytes,
 )
+from segray.storage.parquet import read_columns
 from segray.storage.store import StoredFile
 from segray.storage.uris import get_file_name, is_local, is_relative, join_uri, normalize_uri, split_uri
 
@@ -29,6 +30,7 @@ __all__ = [
     "normalize_uri",
     "open_for_reading",
     "read_bytes",
+    "read_columns",
     "remove_file",
     "split_uri",
     "sweep_folder",

@@ -11,7 +11,7 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
-from segray.errors import MissingFileError, StorageError, UnsupportedNameError, flatten_message
+from segray.errors import MissingFileError, StorageError, UnusableFileError, flatten_message
 from segray.storage.store import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Content, StoredFile, TransientError, retrying
 from segray.storage.uris import split_uri
 
@@ -121,7 +121,7 @@ class ArrowStore:
             except OSError as error:  # pyarrow's clients do not say which troubles pass
                 raise TransientError(flatten_message(error)) from error
             except (pa.ArrowInvalid, UnicodeError) as error:
-                raise UnsupportedNameError(f"cannot {verb} {uri}: {flatten_message(error)}; rename the file") from error
+                raise UnusableFileError(f"cannot {verb} {uri}: {flatten_message(error)}; rename the file") from error
 
         return retrying(verb, uri, act_or_explain)
 

@@ -5,10 +5,11 @@ Troubles that may pass have been retried by then, for half a minute.
 """
 
 import io
+import os
 from collections.abc import Callable, Iterable, Iterator
 from functools import lru_cache
 
-from segray.errors import ChangedFileError, MissingFileError, StorageError
+from segray.errors import ChangedFileError, MissingFileError, StorageError, UnusableFileError
 from segray.storage.arrow import ArrowStore
 from segray.storage.local import LocalStore, remove_leftovers
 from segray.storage.store import Store, StoredFile
@@ -56,7 +57,15 @@ def list_files(
             raise StorageError(f"cannot list {uri}: {file.uri} came after {last}, expected sorted keys; use a manifest")
         last = file.uri
         if wanted is None or file.uri.lower().endswith(wanted):
+            _require_unicode(file.uri)
             yield file
+
+
+def _require_unicode(uri: str) -> None:
+    try:
+        uri.encode()
+    except UnicodeEncodeError:
+        raise UnusableFileError(f"cannot list {os.fsencode(uri)!r}: its name is not UTF-8; rename the file") from None
 
 
 def list_names(uri: str, *, folders: bool = False) -> set[str]:
@@ -143,14 +152,16 @@ def write_bytes(uri: str, content: bytes | memoryview) -> None:
     A reader, and a writer that died half-way, see the old file or the new one, never a part.
 
     Raises:
-        StorageError: The store refused or failed; nothing was changed.
+        StorageError: The store refused or failed; the old file or, if only its answer was lost, the new one is there.
     """
     store, key = _open(uri)
     store.write(key, content)
 
 
 def create_bytes(uri: str, content: bytes) -> bool:
-    """Store a whole file by one atomic act if there is none; return False if there is.
+    """Store a whole file if there is none; return False if there is.
+
+    One atomic act on S3 and on disks with second names; elsewhere there is a short gap between looking and writing.
 
     Raises:
         StorageError: The store refused or failed.

@@ -9,11 +9,12 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from segray.errors import MissingFileError, StorageError, UnsupportedNameError, flatten_message
+from segray.errors import MissingFileError, StorageError, UnusableFileError, flatten_message
 from segray.storage.store import Content, StoredFile
 
 ResultT = TypeVar("ResultT")
 
+_OF_THE_FILE = (errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)  # the disk is well
 _LEFTOVER_AGE_S = 3600  # no write takes that long: whoever began it is gone
 
 
@@ -25,24 +26,26 @@ class LocalStore:
         if not os.path.isdir(folder):
             what = "a file, not a folder" if os.path.exists(folder) else "nothing is there"
             raise MissingFileError(f"cannot list {folder}: {what}; check the spelling")
-        return self._walk(folder, recursive, start)
+        return self._walk(folder, recursive, start, frozenset())
 
-    def _walk(self, folder: str, recursive: bool, start: str) -> Iterator[StoredFile]:
+    def _walk(
+        self, folder: str, recursive: bool, start: str, above: frozenset[tuple[int, int]]
+    ) -> Iterator[StoredFile]:
         """Yield files in the order of their full paths, in which ``a.png`` comes before ``a/b.png``."""
-        names: dict[str, bool] = {}
-        for entry in _translated("list", folder, lambda: list(os.scandir(folder))):
-            _require_unicode(entry.path)
-            is_folder = _translated("look at", entry.path, entry.is_dir)
-            name = entry.name + "/" if is_folder else entry.name
-            if name.startswith(start) or (is_folder and start.startswith(name)):
-                names[name] = is_folder
+        status = _translated("look at", folder, lambda: os.stat(folder))
+        identity = (status.st_dev, status.st_ino)
+        if identity in above:  # a link to a folder that it is in
+            return
+        names = _translated("list", folder, lambda: [_get_listed_name(entry) for entry in os.scandir(folder)])
         for name in sorted(names):
             path = os.path.join(folder, name)
-            if not names[name]:
+            if name.endswith("/"):
+                is_on_the_way = start.startswith(name)
+                if is_on_the_way or (recursive and name.startswith(start)):
+                    yield from self._walk(path[:-1], recursive, start[len(name) :], above | {identity})
+            elif name.startswith(start):
                 with suppress(MissingFileError):  # removed in this moment, or a link to nowhere
                     yield self._describe(path)
-            elif recursive or start.startswith(name):
-                yield from self._walk(path.rstrip("/"), recursive, start[len(name) :])
 
     def list_names(self, folder: str, folders: bool) -> set[str]:
         """See ``Store.list_names``."""
@@ -70,8 +73,11 @@ class LocalStore:
 
         def read() -> Content:
             with open(key, "rb") as file:
-                etag = _build_etag(os.fstat(file.fileno()))
-                return Content(file.read(), etag)
+                before = _build_etag(os.fstat(file.fileno()))
+                data = file.read()
+                after = _build_etag(os.fstat(file.fileno()))
+                # written while it was read: of no one content
+                return Content(data, before if before == after else f"{before} to {after}")
 
         return _translated("read", key, read)
 
@@ -91,7 +97,7 @@ class LocalStore:
     def create(self, key: str, content: bytes) -> bool:
         """See ``Store.create``: a second name for the hidden file, which the disk refuses if the name is taken."""
         try:
-            _translated("write", key, lambda: _write_beside(Path(key), content, os.link))
+            _translated("write", key, lambda: _write_beside(Path(key), content, _take_free_name))
         except _TakenError:
             return False
         return True
@@ -131,20 +137,27 @@ def _write_beside(path: Path, content: bytes | memoryview, take_name: Callable[[
         partial.unlink(missing_ok=True)
 
 
-def _require_unicode(path: str) -> None:
+def _take_free_name(partial: Path, path: Path) -> None:
     try:
-        path.encode()
-    except UnicodeEncodeError:
-        raise UnsupportedNameError(
-            f"cannot list {os.fsencode(path)!r}: its name is not UTF-8; rename the file"
-        ) from None
+        os.link(partial, path)
+    except OSError as error:
+        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+            raise
+        if path.exists():  # a disk without second names: a gap between this and the next line
+            raise FileExistsError(errno.EEXIST, "there already", str(path)) from error
+        os.replace(partial, path)
+
+
+def _get_listed_name(entry: "os.DirEntry[str]") -> str:
+    """Return the name by which an entry is sorted: a folder's ends in a slash, as in the paths below it."""
+    return entry.name + "/" if entry.is_dir() else entry.name
 
 
 def _translated(verb: str, path: str, act: Callable[[], ResultT]) -> ResultT:
     """Do something, and turn what the operating system says into one line that names the act and the path."""
     try:
         return act()
-    except FileNotFoundError as error:
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise MissingFileError(
             f"cannot {verb} {path}: nothing is there; check the spelling, or create it first"
         ) from error
@@ -152,6 +165,10 @@ def _translated(verb: str, path: str, act: Callable[[], ResultT]) -> ResultT:
         raise StorageError(f"cannot {verb} {path}: permission denied; check the rights of this user") from error
     except FileExistsError as error:
         raise _TakenError(f"cannot {verb} {path}: {error.filename2 or error.filename} is in the way") from error
+    except ValueError as error:  # a NUL in the name
+        raise UnusableFileError(f"cannot {verb} {path!r}: {flatten_message(error)}; rename it") from error
     except OSError as error:
+        if error.errno in _OF_THE_FILE:
+            raise UnusableFileError(f"cannot {verb} {path}: {error.strerror}; rename or remove it") from error
         remedy = "; free some space, then the same call goes on" if error.errno in (errno.ENOSPC, errno.EDQUOT) else ""
         raise StorageError(f"cannot {verb} {path}: {error.strerror or flatten_message(error)}{remedy}") from error

@@ -7,18 +7,21 @@ small file is written by three, and a stream that breaks while being written may
 import hashlib
 import os
 import re
+import ssl
 import threading
 from base64 import b64encode
 from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import boto3
+import botocore.session
+import urllib3
 from botocore import exceptions as boto
 from botocore.config import Config
 from botocore.exceptions import ClientError
 from botocore.parsers import ResponseParserError
 
-from segray.errors import MissingFileError, StorageError, flatten_message
+from segray.errors import MissingFileError, StorageError, UnusableFileError, flatten_message
 from segray.storage.store import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Content, StoredFile, TransientError, retrying
 
 ResultT = TypeVar("ResultT")
@@ -31,7 +34,6 @@ _TRANSIENT_CODES = {"SlowDown", "RequestTimeout", "InternalError", "ServiceUnava
     "ThrottlingException",
     "TooManyRequests",
 }
-_MISSING_CODES = {"NoSuchKey", "NotFound", "404"}
 _EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
 _CREDENTIAL_CODES = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "RequestTimeTooSkewed"}
 _REGION_CODES = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"}
@@ -52,6 +54,8 @@ _TRANSIENT_ERRORS = (
     boto.CredentialRetrievalError,  # the service that hands them out on this machine
     boto.FlexibleChecksumError,  # a byte flipped on the way, where the store keeps a checksum
     ResponseParserError,  # half an answer is no XML
+    urllib3.exceptions.HTTPError,  # while a body is read, not all of them are wrapped
+    ssl.SSLError,
 )
 _CHECK_MD5 = "SEGRAY_S3_CHECK_MD5"
 _MD5 = re.compile(r"[0-9a-f]{32}")
@@ -224,7 +228,9 @@ def _build_client() -> Any:
         # a bucket's name is a host's name at AWS; elsewhere hardly ever
         s3={"addressing_style": "path"} if endpoint else {},
     )
-    return boto3.session.Session().client("s3", config=config)
+    session = botocore.session.Session()
+    session.set_config_variable("metadata_service_num_attempts", 4)  # a cluster's workers all ask it at one moment
+    return boto3.session.Session(botocore_session=session).client("s3", config=config)
 
 
 def _get_etag(answer: dict[str, Any]) -> str | None:
@@ -245,20 +251,27 @@ def _explain(error: ClientError, verb: str, uri: str, bucket: str) -> Exception:
     what = f"cannot {verb} {uri}: "
     if status == 501 or code == "NotImplemented":
         return _NotImplementedError(f"{what}the store does not know this request ({text})")
-    if status >= 500 or status == 429 or code in _TRANSIENT_CODES:
-        return TransientError(f"the store answers {status} {code}")
     if status == 412 or code == "PreconditionFailed":
         return _PreconditionError(f"{what}there is one already")
     if code == "NoSuchBucket":
         return StorageError(f"{what}no such bucket: {bucket}; check its name and AWS_ENDPOINT_URL, or create it")
-    if code in _MISSING_CODES:
+    # HEAD has no body; any other 404 that is not in S3's own words may be a gateway's
+    if code == "NoSuchKey" or (status == 404 and verb == "look at"):
         return MissingFileError(f"{what}nothing is there; check the spelling, or create it first")
+    if status >= 500 or code in ("404", "429") or code in _TRANSIENT_CODES:
+        return TransientError(f"the store answers {status} {code}")
     if code in _EXPIRED_CODES:
         return StorageError(f"{what}the credentials have expired; renew them, then the same call goes on")
     if code in _CREDENTIAL_CODES:
         return StorageError(f"{what}the credentials are refused ({code}); check access key, secret key and clock")
     if code in _REGION_CODES:
         return StorageError(f"{what}wrong region ({code}: {flatten_message(Exception(text))}); set AWS_REGION")
+    if code == "InvalidObjectState":
+        return UnusableFileError(f"{what}it is archived ({text}); restore it")
+    if code in ("KeyTooLongError", "InvalidURI"):
+        return UnusableFileError(f"{what}{text}; rename it")
+    if code == "400":  # to HEAD, which cannot say more
+        return StorageError(f"{what}the store refuses the request; the credentials may have expired: renew them")
     if code in _PERMISSION_CODES or status in (401, 403):
         return StorageError(f"{what}permission denied ({code}); check the rights of these credentials")
     return StorageError(f"{what}{code}: {flatten_message(Exception(text))}")

@@ -10,7 +10,7 @@ from segray.errors import StorageError
 
 ResultT = TypeVar("ResultT")
 
-# A store that is down is reported well within a minute: the last attempt may itself wait for the time-outs below.
+# A store that is down is reported within a minute: the last attempt may itself wait for the time-outs below.
 RETRY_FOR_S = 30
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 20

@@ -4,6 +4,7 @@ Keys are taken as they are: nothing is percent-decoded, so ``s3://bucket/a%20b #
 ``file://`` URIs are decoded, as their standard says.
 """
 
+import os
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -13,7 +14,7 @@ def normalize_uri(uri: str) -> str:
     if uri.startswith("file://"):
         uri = unquote(uri.removeprefix("file://"))
     if is_local(uri):
-        return str(Path(uri).expanduser().absolute())
+        return str(Path(os.path.expanduser(uri)).absolute())
     return uri.rstrip("/")
 
 

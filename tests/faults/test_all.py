@@ -191,9 +191,11 @@ def test_a_writer_that_wakes_up_after_its_fragment_was_redone_does_no_harm(
 
 
 def test_flipped_bytes_are_seen_and_fetched_again(scene: Scene, clean: Clean, output: str) -> None:
-    """Of images and masks, whose entity tag is their MD5; and of what is written, whose MD5 is sent along."""
+    """Of images and masks, whose tag is their MD5; of rows, whose pages have checksums; of what is written."""
     scene.proxy.set_rules(
-        Rule(Action.FLIP_BYTE, "GET", r"^(images|masks)/", probability=0.4), Rule(Action.FLIP_BYTE, "PUT", nth=4)
+        Rule(Action.FLIP_BYTE, "GET", r"^(images|masks)/", probability=0.4),
+        Rule(Action.FLIP_BYTE, "GET", r"part-", probability=0.2),  # of parts of files only the pages have checksums
+        Rule(Action.FLIP_BYTE, "PUT", nth=4),
     )
     run = scene.run(output)
     assert run.process.returncode == 0, run.text

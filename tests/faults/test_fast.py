@@ -27,8 +27,8 @@ def test_a_third_of_all_requests_failing_changes_no_bit(scene: Scene, clean: Cle
     run = scene.run(output)
     assert run.process.returncode == 0, run.text
     require_invariant(scene.read_files(output), clean.files)
-    failed = [request for request in scene.proxy.requests if request.status != 200]
-    assert len(failed) > 0.1 * len(scene.proxy.requests)  # cut bodies are not among them
+    failed = [request for request in scene.proxy.requests if request.status in (503, None)]
+    assert len(failed) > 0.1 * len(scene.proxy.requests)  # cut bodies, which begin with 200, are not among them
 
 
 def test_a_killed_driver_goes_on_and_reads_nothing_twice(scene: Scene, clean: Clean, output: str) -> None:

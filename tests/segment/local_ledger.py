@@ -13,11 +13,11 @@ class LocalLedger(LedgerClient):
     def begin(self, fragment: int) -> Orders:
         return self.ledger.begin(self._stage, fragment)
 
-    def enter(self, fragment: int, index: int) -> None:
-        self.ledger.enter(self._stage, fragment, index)
+    def enter(self, fragment: int, orders: Orders, index: int | None) -> None:
+        self.ledger.enter(self._stage, fragment, orders.attempt, index)
 
-    def end(self, fragment: int) -> None:
-        self.ledger.end(self._stage, fragment)
+    def end(self, fragment: int, orders: Orders) -> None:
+        self.ledger.end(self._stage, fragment, orders.attempt)
 
     def start_predictor(self) -> None:
         self.ledger.start_predictor()

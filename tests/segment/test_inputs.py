@@ -11,7 +11,7 @@ from pyarrow import csv
 from pyarrow import parquet as pq
 
 from segray.config import SegmentSettings
-from segray.errors import ConfigError, DataError, MissingFileError, SegrayError, UnsupportedNameError
+from segray.errors import ConfigError, DataError, MissingFileError, SegrayError, UnusableFileError
 from segray.segment.inputs import ListedImage, merge_sources, open_sources
 from segray.storage import find_file
 
@@ -212,5 +212,5 @@ def test_relative_paths_of_a_list_are_refused_in_a_submitted_job(
 
 def test_a_name_that_is_not_utf8_is_named(root: Path) -> None:
     Path(os.fsdecode(bytes(root) + b"/\xff.png")).touch()
-    with pytest.raises(UnsupportedNameError, match=r"\\xff\.png.*rename"):
+    with pytest.raises(UnusableFileError, match=r"\\xff\.png.*rename"):
         list_images(root)

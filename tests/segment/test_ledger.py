@@ -32,20 +32,53 @@ def test_an_image_is_blamed_after_several_deaths_and_the_others_never() -> None:
     for death in range(MAX_DEATHS_PER_IMAGE):
         orders = ledger.begin(DECODE, 7)  # the one before has not ended
         assert (orders.is_careful, orders.failed) == (True, frozenset()), death
-        ledger.enter(DECODE, 7, 0)
-        ledger.enter(DECODE, 7, 4)
-    assert ledger.begin(DECODE, 7).failed == {4}
+        ledger.enter(DECODE, 7, orders.attempt, 0)
+        ledger.enter(DECODE, 7, orders.attempt, 4)
+    orders = ledger.begin(DECODE, 7)
+    assert orders.failed == {4}
     assert ledger.begin(PREDICT, 7).failed == frozenset()
     assert ledger.begin(DECODE, 8).failed == frozenset()
-    ledger.end(DECODE, 7)
+    ledger.end(DECODE, 7, orders.attempt)
     assert ledger.begin(DECODE, 7).failed == {4}  # its node was lost: what was learned is known
+
+
+def test_suspects_are_taken_last_and_those_that_died_most_at_the_end() -> None:
+    ledger = Ledger(1)
+    for index in (1, 3, 1):
+        ledger.enter(DECODE, 0, ledger.begin(DECODE, 0).attempt, index)
+    assert ledger.begin(DECODE, 0).sort(5) == [0, 2, 4, 3, 1]
+
+
+def test_a_death_after_the_last_image_is_no_images_fault() -> None:
+    ledger = Ledger(1)
+    orders = ledger.begin(DECODE, 0)
+    ledger.enter(DECODE, 0, orders.attempt, 4)
+    ledger.enter(DECODE, 0, orders.attempt, None)
+    assert ledger.begin(DECODE, 0).suspects == ()
+
+
+def test_an_attempt_that_was_taken_for_dead_is_not_believed() -> None:
+    ledger = Ledger(1)
+    zombie, living = ledger.begin(DECODE, 0), ledger.begin(DECODE, 0)
+    ledger.enter(DECODE, 0, living.attempt, 2)
+    ledger.enter(DECODE, 0, zombie.attempt, 4)
+    ledger.end(DECODE, 0, zombie.attempt)
+    assert ledger.begin(DECODE, 0).suspects == (2,)
+
+
+def test_a_ledger_that_was_lost_learns_again() -> None:
+    ledger = Ledger(1)
+    ledger.enter(DECODE, 0, 3, 1)
+    ledger.end(DECODE, 0, 3)
+    assert ledger.begin(DECODE, 0).suspects == ()
 
 
 def test_a_fragment_that_ended_well_begins_again_at_full_speed() -> None:
     ledger = Ledger(1)
     for _ in range(50):
-        assert not ledger.begin(DECODE, 1).is_careful
-        ledger.end(DECODE, 1)
+        orders = ledger.begin(DECODE, 1)
+        assert not orders.is_careful
+        ledger.end(DECODE, 1, orders.attempt)
 
 
 def test_deaths_at_no_image_come_to_an_end() -> None:
@@ -80,7 +113,7 @@ def decoder(tmp_path: Path) -> tuple[FragmentDecoder, LocalLedger, list[str]]:
     frozen = plan.spool_plan(plan.cut_fragments(images, SegmentSettings()), spool)
     plan.save_plan(str(tmp_path / "run"), frozen, spool)
     ledger = LocalLedger(DECODE)
-    made = FragmentDecoder(str(tmp_path / "run"), frozen.sha256, PET_CLASSES, (16, 16), 10**6, False, ledger)
+    made = FragmentDecoder(str(tmp_path / "run"), frozen.cut_sha256, PET_CLASSES, (16, 16), 10**6, False, ledger)
     return made, ledger, names
 
 
@@ -95,10 +128,10 @@ def test_with_care_every_image_is_announced_and_decodes_to_the_same(
     made, ledger, names = decoder
     fast = made(pa.table({"fragment": [0]}))
     ledger.begin(0)
-    announced: list[int] = []
-    monkeypatch.setattr(ledger, "enter", lambda fragment, index: announced.append(index))
+    announced: list[int | None] = []
+    monkeypatch.setattr(ledger, "enter", lambda fragment, orders, index: announced.append(index))
     assert made(pa.table({"fragment": [0]})).equals(fast)
-    assert announced == [0, 1, 2, 3, 4]
+    assert announced == [0, 1, 2, 3, 4, None]
     assert [Path(row["uri"]).name for row in fast["rows"][0].as_py()] == names
 
 
@@ -107,8 +140,7 @@ def test_a_failed_image_is_not_touched_again(
 ) -> None:
     made, ledger, _ = decoder
     for _ in range(MAX_DEATHS_PER_IMAGE):
-        ledger.begin(0)
-        ledger.enter(0, 2)
+        ledger.enter(0, ledger.begin(0), 2)
     read: list[str] = []
 
     def note(uri: str, *rest: Any) -> Any:

@@ -69,11 +69,11 @@ def test_a_saved_plan_gives_each_fragment_back(tmp_path: Path) -> None:
     save_plan(str(output), plan, tmp_path / "spool")
     remove_other_plans(str(output), plan)
     assert sorted(path.name for path in (output / "plan").iterdir()) == [
-        f"plan-{plan.sha256[:16]}-{number:05d}.parquet" for number in range(2)
+        f"plan-{plan.cut_sha256[:16]}-{number:05d}.parquet" for number in range(2)
     ]
     assert (plan.num_images, plan.num_fragments) == (8, 3)
     assert count_images(str(output), plan).tolist() == [3, 3, 2]
-    fragments = [load_fragment(str(output), plan.sha256, fragment) for fragment in range(3)]
+    fragments = [load_fragment(str(output), plan.cut_sha256, fragment) for fragment in range(3)]
     assert [len(fragment) for fragment in fragments] == [3, 3, 2]
     whole = pa.concat_tables(fragments)
     assert whole.schema.equals(PLAN_SCHEMA)
@@ -97,6 +97,8 @@ def test_every_part_of_a_listing_is_in_its_sha256_and_the_cut_is_not(tmp_path: P
 
     first = compute("first", IMAGES)
     assert compute("same", IMAGES, 2) == first
+    cuts = [spool(IMAGES, tmp_path / f"cut {size}", size).cut_sha256 for size in (3, 2)]
+    assert cuts[0] != cuts[1]
     assert compute("shorter", IMAGES[:-1]) != first
     for number, name in enumerate(ListedImage._fields):
         value: Any = 2 if name == "size_bytes" else "other"

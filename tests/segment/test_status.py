@@ -85,5 +85,5 @@ def test_no_run_is_named(run: Path, tmp_path: Path) -> None:
 def test_a_damaged_fragment_is_named_with_the_way_on(run: Path) -> None:
     path = run / "images" / "part-00000001.parquet"
     path.write_bytes(path.read_bytes()[:-10])
-    with pytest.raises(StorageError, match=r"part-00000001\.parquet: not a Parquet file of this run: .*; remove it"):
+    with pytest.raises(StorageError, match=r"part-00000001\.parquet: damaged, or not a Parquet file.*remove it"):
         read_status(str(run))

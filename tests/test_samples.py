@@ -1,0 +1,44 @@
+"""One image from where it is stored: what is its own fault, and what is the world's."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from segray.errors import FaultKind, ImageFault, StorageError
+from segray.samples import read_image, read_truth
+from segray.storage import find_file
+from tests.conftest import PET_CLASSES
+
+
+def get_kind(act: object, *arguments: object) -> FaultKind:
+    with pytest.raises(ImageFault) as caught:
+        act(*arguments)  # type: ignore[operator]
+    return caught.value.kind
+
+
+def test_a_removed_or_changed_file_is_the_images_fault(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.new("L", (5, 4), 1).save(path)
+    found = find_file(str(path))
+    assert found is not None
+    assert read_image(str(path), etag=found.etag).shape == (4, 5, 3)
+    path.write_bytes(path.read_bytes() + b" ")
+    assert get_kind(read_image, str(path), 100, found.etag) == FaultKind.CHANGED
+    assert get_kind(read_truth, str(path), (4, 5), PET_CLASSES, 100, found.etag) == FaultKind.CHANGED
+    path.unlink()
+    assert get_kind(read_image, str(path)) == FaultKind.MISSING
+    assert get_kind(read_truth, str(path), (4, 5), PET_CLASSES) == FaultKind.MASK_MISSING
+
+
+@pytest.mark.parametrize("name", ["x" * 300 + ".png", "folder", "nul\0.png"])
+def test_a_name_that_cannot_be_opened_is_the_images_fault(tmp_path: Path, name: str) -> None:
+    (tmp_path / "folder").mkdir()
+    assert get_kind(read_image, f"{tmp_path}/{name}") == FaultKind.UNSUPPORTED
+    assert get_kind(read_truth, f"{tmp_path}/{name}", None, PET_CLASSES) == FaultKind.MASK_MISMATCH
+
+
+def test_a_folder_that_this_node_does_not_see_is_the_worlds(tmp_path: Path) -> None:
+    for act in (lambda uri: read_image(uri), lambda uri: read_truth(uri, None, PET_CLASSES)):
+        with pytest.raises(StorageError, match=r"this node sees no folder .*/disk/sub; mount it on every node"):
+            act(f"{tmp_path}/disk/sub/a.png")
