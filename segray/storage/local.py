@@ -99,6 +99,8 @@ class LocalStore:
         try:
             _translated("write", key, lambda: _write_beside(Path(key), content, _take_free_name))
         except _TakenError:
+            if os.path.isdir(key):
+                raise
             return False
         return True
 

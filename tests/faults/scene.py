@@ -132,6 +132,7 @@ def build_environment(**more: str) -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
         "RAY_BACKEND_LOG_LEVEL": "fatal",
+        "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # the switch by which Ray keeps a whole cluster on loopback
         "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # a head that does not come back is given up after 5 s, not 60
     }
