@@ -10,7 +10,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from segray.cluster import find_segray_error, is_submitted_job
+from segray.cluster import find_segray_error, is_submitted_job, keep_on_loopback
 from segray.config import SegmentFile, TrainConfig, load_config, require_absolute
 from segray.errors import SegrayError, flatten_message
 from segray.progress import build_console
@@ -111,6 +111,7 @@ def demo(
 
 def run(command: Callable[[], object]) -> NoReturn:
     """Run a command line and exit: an error of segray is one line on standard error and an exit code."""
+    keep_on_loopback()
     try:
         command()
     except SegrayError as error:

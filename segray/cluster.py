@@ -25,6 +25,16 @@ def is_submitted_job() -> bool:
     return _JOB_CONFIG_VARIABLE in os.environ
 
 
+def keep_on_loopback() -> None:
+    """Let a private Ray listen on loopback alone; of use only before Ray is imported.
+
+    Without it Ray opens its ports to the network, with nothing but its token before them. The switch was made for
+    desktops whose firewalls ask about open ports; Ray has no other.
+    """
+    if "RAY_ADDRESS" not in os.environ:
+        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+
+
 def count_cores() -> int:
     """Return the cores that this process may use; Ray gives every worker one thread, whatever the machine has."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -16,7 +16,7 @@ from segmentation_models_pytorch.encoders import encoders
 
 from segray.bundle import save_bundle
 from segray.classes import ClassMap
-from segray.cluster import connect_ray
+from segray.cluster import connect_ray, keep_on_loopback
 from segray.config import ModelConfig, TrainConfig
 from segray.models.build import build_model
 from segray.shapes import save_shapes
@@ -25,6 +25,7 @@ from tests.faults.object_store import ObjectStore, find_swift
 from tests.faults.proxy import FaultProxy
 
 MEMORY = Path("/dev/shm")
+keep_on_loopback()
 PET_CLASSES = ClassMap(("pet", "background", "border"), (1, 2, 3), ignore_values=(0,))
 SHAPE_SIZE = 64
 NUM_TRAIN, NUM_TEST = 18, 7

@@ -1,0 +1,68 @@
+"""One way to Ray: what a private one shows to the network, and what becomes of Ray's errors."""
+
+import sys
+
+import psutil
+import pytest
+import ray
+from ray import cloudpickle
+from ray.exceptions import ObjectStoreFullError, RayTaskError, WorkerCrashedError
+
+from segray.cluster import translated_ray_errors
+from segray.errors import ClusterError, FaultKind, ImageFault, StorageError
+
+
+def work() -> int:
+    return 1
+
+
+def fail() -> None:
+    raise ImageFault(FaultKind.CHANGED, "one line")
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_private_ray_listens_on_loopback_alone() -> None:
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
+    assert ray.get(ray.remote(work).remote()) == 1
+    servers = [child for child in psutil.Process().children() if child.name() in ("raylet", "gcs_server")]
+    pids = {process.pid for server in servers for process in [server, *server.children(recursive=True)]}
+    assert len(pids) > 3
+    listening = {
+        connection.laddr.ip.removeprefix("::ffff:")
+        for connection in psutil.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.pid in pids
+    }
+    assert listening == {"127.0.0.1"}
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_workers_error_arrives_as_it_was_raised() -> None:
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    with pytest.raises(ImageFault) as caught, translated_ray_errors("trying"):
+        ray.get(ray.remote(fail).remote())
+    assert (str(caught.value), caught.value.kind) == ("one line", FaultKind.CHANGED)
+
+
+def test_what_ray_data_adds_to_an_error_is_not_shown() -> None:
+    error = StorageError("cannot read s3://b/k: permission denied")
+    error.args = (f"{error.args[0]}\nFailed to apply UDF transform after 1/1 attempts",)
+    assert str(error) == "cannot read s3://b/k: permission denied"
+
+
+@pytest.mark.parametrize(
+    ("error", "expected", "message"),
+    [
+        (ObjectStoreFullError("full"), StorageError, "trying: a node's disk or object store is full"),
+        (WorkerCrashedError(), ClusterError, "trying failed: .*SEGRAY_WORKER_LOGS=1"),
+        (
+            RayTaskError("f", "trace\nValueError: odd", ValueError("odd")),
+            ClusterError,
+            "trying failed: ValueError: odd",
+        ),
+    ],
+    ids=["full", "crashed", "foreign"],
+)
+def test_rays_own_errors_are_one_line(error: Exception, expected: type[Exception], message: str) -> None:
+    with pytest.raises(expected, match=message) as caught, translated_ray_errors("trying"):
+        raise error
+    assert "\n" not in str(caught.value)
