@@ -28,9 +28,9 @@ def test_a_private_ray_listens_on_loopback_alone() -> None:
     pids = {process.pid for server in servers for process in [server, *server.children(recursive=True)]}
     assert len(pids) > 3
     listening = {
-        connection.laddr.ip.removeprefix("::ffff:")
+        connection.laddr[0].removeprefix("::ffff:")
         for connection in psutil.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN and connection.pid in pids
+        if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.pid in pids
     }
     assert listening == {"127.0.0.1"}
 
