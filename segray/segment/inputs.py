@@ -91,6 +91,7 @@ def _list_folder(uri: str, settings: SegmentSettings) -> tuple[str, Iterable[Sto
         root, _, start = uri[: wildcard.start()].rpartition("/")
         pattern = re.compile(glob_translate(uri))
         options["recursive"] = "/" in uri[wildcard.start() :] or "**" in uri
+        root = root or "/"
         return root, (file for file in list_files(root, start=start, **options) if pattern.match(file.uri))
     return uri, list_files(uri, **options)
 
