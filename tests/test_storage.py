@@ -103,13 +103,29 @@ def test_creating_never_replaces_with_and_without_second_names(tmp_path: Path, m
     assert storage.list_names(str(tmp_path)) == {"linked", "copied"}
 
 
-def test_a_file_that_is_written_while_it_is_read_has_no_known_content(tmp_path: Path) -> None:
+def test_a_file_that_is_written_while_it_is_read_has_no_known_content(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"1")
     found = storage.find_file(str(path))
     assert found is not None
     assert storage.read_bytes(str(path), found.etag) == b"1"
-    path.write_bytes(b"2")
+    real = os.fstat
+    looks: list[int] = []
+
+    def write_after_the_first_look(descriptor: int) -> os.stat_result:
+        status = real(descriptor)
+        looks.append(descriptor)
+        if len(looks) == 1:
+            path.write_bytes(b"22")
+            looks.append(descriptor)  # writing looks as well
+        return status
+
+    monkeypatch.setattr("os.fstat", write_after_the_first_look)
+    with pytest.raises(ChangedFileError, match="has changed: its entity tag was .* and is .* to "):
+        storage.read_bytes(str(path), found.etag)
+    monkeypatch.undo()
     with pytest.raises(ChangedFileError, match="has changed: its entity tag was"):
         storage.read_bytes(str(path), found.etag)
 

@@ -132,7 +132,7 @@ def test_a_manifest_brings_masks_and_what_it_knows(
         column: ["/d/2.png", "/d/10.png", "/d/3.png"],
         "mask_uri": ["/m/2.png", "/m/10.png", None],
         "size_bytes": [20, 100, 30],
-        "etag": ["22", "1010", "33"],
+        "etag": ['"22"', "1010", '"33"'],  # as HTTP writes them, or bare
         "split": ["val", "train", "val"],
         "comment": ["x", "y", "z"],
     }

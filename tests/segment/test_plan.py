@@ -66,10 +66,13 @@ def test_a_saved_plan_gives_each_fragment_back(tmp_path: Path) -> None:
     output = tmp_path / "run"
     (output / "plan").mkdir(parents=True)
     (output / "plan" / "plan-0123456789abcdef-00000.parquet").write_bytes(b"of another listing")
+    in_flight = output / "plan" / ".plan-0123456789abcdef-00000.parquet.x.tmp"  # of another driver at this moment
+    in_flight.touch()
     save_plan(str(output), plan, tmp_path / "spool")
     remove_other_plans(str(output), plan)
     assert sorted(path.name for path in (output / "plan").iterdir()) == [
-        f"plan-{plan.cut_sha256[:16]}-{number:05d}.parquet" for number in range(2)
+        in_flight.name,
+        *(f"plan-{plan.cut_sha256[:16]}-{number:05d}.parquet" for number in range(2)),
     ]
     assert (plan.num_images, plan.num_fragments) == (8, 3)
     assert count_images(str(output), plan).tolist() == [3, 3, 2]
