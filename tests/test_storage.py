@@ -123,7 +123,7 @@ def test_a_file_that_is_written_while_it_is_read_has_no_known_content(
         return status
 
     monkeypatch.setattr("os.fstat", write_after_the_first_look)
-    with pytest.raises(ChangedFileError, match="has changed: its entity tag was .* and is .* to "):
+    with pytest.raises(ChangedFileError, match=r"has changed: its entity tag was .* and is .* to "):
         storage.read_bytes(str(path), found.etag)
     monkeypatch.undo()
     with pytest.raises(ChangedFileError, match="has changed: its entity tag was"):

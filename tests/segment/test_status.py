@@ -45,6 +45,7 @@ def test_a_finished_run(run: Path) -> None:
 
 def test_a_run_under_way(run: Path) -> None:
     (run / "images" / "part-00000000.parquet").unlink()
+    (run / "images" / "part-99999999.parquet").write_bytes(b"of nobody")
     path = run / "images" / "part-00000001.parquet"
     rows = pq.read_table(path).to_pylist()
     for row, kind in zip(rows, ("truncated", "truncated", "missing"), strict=False):
