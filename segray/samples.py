@@ -33,7 +33,8 @@ def read_image_with_note(uri: str, max_px: int, etag: str | None = None) -> tupl
     try:
         return decode_image_with_note(read_bytes(uri, etag), max_px)
     except MissingFileError as error:
-        _require_folder(uri)
+        if etag is not None:  # a listing has seen it
+            _require_folder(uri)
         raise ImageFault(FaultKind.MISSING, "no such file: removed since it was listed, or listed wrongly") from error
     except ChangedFileError as error:
         raise ImageFault(FaultKind.CHANGED, f"not the file any more that was listed: {error}") from error
@@ -58,7 +59,8 @@ def read_truth(
     try:
         truth = classes.encode(decode_mask(read_bytes(uri, etag), max_px))
     except MissingFileError as error:
-        _require_folder(uri)
+        if etag is not None:  # a listing has seen it
+            _require_folder(uri)
         raise ImageFault(FaultKind.MASK_MISSING, f"no mask at {uri}; add it, or take its image out") from error
     except ChangedFileError as error:
         raise ImageFault(FaultKind.CHANGED, f"not the mask any more that was listed: {error}") from error
@@ -74,9 +76,9 @@ def read_truth(
 
 
 def _require_folder(uri: str) -> None:
-    """Tell a disk that is not mounted here, or not any more, from a file that was removed."""
+    """Tell a disk that is not mounted here, or not any more, from a file that was removed since it was listed."""
     if is_local(uri) and not os.path.isdir(os.path.dirname(uri)):
         raise StorageError(
-            f"cannot read {uri}: this node sees no folder {os.path.dirname(uri)}; mount it on every node, or take its "
-            "files out of the listing"
+            f"cannot read {uri}: this node sees no folder {os.path.dirname(uri)}; mount it on every node. If the "
+            "folder was removed, make an empty one of this name: its images become error rows"
         )

@@ -39,6 +39,9 @@ def test_a_name_that_cannot_be_opened_is_the_images_fault(tmp_path: Path, name: 
 
 
 def test_a_folder_that_this_node_does_not_see_is_the_worlds(tmp_path: Path) -> None:
-    for act in (lambda uri: read_image(uri), lambda uri: read_truth(uri, None, PET_CLASSES)):
+    uri = f"{tmp_path}/disk/sub/a.png"
+    for act in (lambda etag: read_image(uri, etag=etag), lambda etag: read_truth(uri, None, PET_CLASSES, etag=etag)):
         with pytest.raises(StorageError, match=r"this node sees no folder .*/disk/sub; mount it on every node"):
-            act(f"{tmp_path}/disk/sub/a.png")
+            act("seen by a listing")
+    assert get_kind(read_image, uri) == FaultKind.MISSING  # only named, in a list
+    assert get_kind(read_truth, uri, None, PET_CLASSES) == FaultKind.MASK_MISSING

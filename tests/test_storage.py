@@ -138,8 +138,23 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     (tmp_path / "in" / "sub" / "loop").symlink_to(tmp_path / "in")
     (tmp_path / "in" / "sub" / "out").symlink_to(tmp_path / "out")
     (tmp_path / "in" / "nowhere.png").symlink_to(tmp_path / "gone")
+    (tmp_path / "in" / "itself.png").symlink_to(tmp_path / "in" / "itself.png")
     names = [file.uri.removeprefix(f"{tmp_path}/in/") for file in storage.list_files(str(tmp_path / "in"))]
     assert names == ["a.png", "sub/out/b.png"]
+    assert storage.list_names(str(tmp_path / "in"), folders=True) == {"sub"}
+
+
+@pytest.mark.parametrize("in_the_way", ["file", "link", "folder"])
+def test_what_is_in_the_way_is_not_taken_for_the_file(tmp_path: Path, in_the_way: str) -> None:
+    uri = str(tmp_path / "out" / "part")
+    if in_the_way == "file":
+        (tmp_path / "out").touch()
+    elif in_the_way == "link":
+        (tmp_path / "out").symlink_to(tmp_path / "unmounted")
+    else:
+        (tmp_path / "out" / "part").mkdir(parents=True)
+    with pytest.raises(StorageError, match="cannot write"):
+        storage.create_bytes(uri, b"")
 
 
 def test_leftovers_of_killed_writers_are_swept_when_they_are_old(tmp_path: Path) -> None:

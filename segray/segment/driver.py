@@ -13,7 +13,7 @@ from segray.segment.inputs import open_sources
 from segray.segment.job import SegmentJob, SegmentOutcome
 from segray.segment.plan import count_images, remove_other_plans
 from segray.segment.report import build_report
-from segray.segment.run import format_run, get_run_uri, write_if_changed
+from segray.segment.run import format_run, get_run_uri, require_same_plan, write_if_changed
 from segray.segment.summary import build_summary, format_cell, format_summary_parquet, tally_fragments
 from segray.storage import join_uri, list_names, sweep_folder
 
@@ -50,6 +50,7 @@ def run_segmentation(job: SegmentJob, console: Console) -> SegmentOutcome:
         summary = build_summary(tally, manifest.classes)
         outcome = SegmentOutcome(output, tally.num_ok, dict(sorted(tally.errors.items())), summary)
         if run.pending or not run.is_complete or not list_names(output) >= _RESULTS:
+            require_same_plan(output, run.plan)
             write_if_changed(join_uri(output, "summary.parquet"), format_summary_parquet(summary))
             num_images = job.settings.num_report_images
             report = build_report(output, run.plan, summary, tally, manifest.classes, num_images)

@@ -133,17 +133,18 @@ def _read_manifest(uri: str, split: str | None) -> pa.Table:
     name = next((name for name in ("image_uri", "uri") if name in table.column_names), None)
     if name is None:
         raise DataError(f"{uri}: expected a column image_uri; it has {', '.join(table.column_names)}")
-    if split is not None:
-        if "split" not in table.column_names:
-            raise DataError(f"{uri}: segment.split is {split!r}, but there is no column split")
-        table = table.filter(pc.equal(table["split"].cast(pa.string()), split))
-    columns = {other: table[other] for other in _MANIFEST_COLUMNS if other in table.column_names}
-    if "etag" in columns:
-        columns["etag"] = pc.utf8_trim(columns["etag"].cast(pa.string()), '"')  # as HTTP writes them
     try:
+        if split is not None:
+            if "split" not in table.column_names:
+                raise DataError(f"{uri}: segment.split is {split!r}, but there is no column split")
+            table = table.filter(pc.equal(table["split"].cast(pa.string()), split))
+        columns = {other: table[other] for other in _MANIFEST_COLUMNS if other in table.column_names}
+        if "etag" in columns:
+            etag = pc.utf8_trim(columns["etag"].cast(pa.string()), '"')  # as HTTP writes them
+            columns["etag"] = pc.if_else(pc.equal(etag, ""), pa.scalar(None, pa.string()), etag)
         return _build_table(uri, table[name].cast(pa.string()).to_pylist(), columns)
-    except pa.ArrowException as error:
-        raise DataError(f"{uri}: expected URIs in column {name}: {flatten_message(error)}") from error
+    except (pa.ArrowException, KeyError) as error:  # a KeyError: a column that is there twice
+        raise DataError(f"{uri}: not a table of images: {flatten_message(error)}") from error
 
 
 def _build_table(where: str, uris: list[str | None], columns: Mapping[str, pa.ChunkedArray]) -> pa.Table:

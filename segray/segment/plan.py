@@ -6,7 +6,6 @@ spooled to the driver's disk, and only once it is whole, and belongs to the run,
 """
 
 import hashlib
-import io
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -24,7 +23,7 @@ from pyarrow import parquet as pq
 from segray.config import SegmentSettings
 from segray.schema import PLAN_SCHEMA
 from segray.segment.inputs import ListedImage
-from segray.storage import join_uri, list_names, read_bytes, read_columns, remove_file, write_bytes
+from segray.storage import join_uri, list_names, read_columns, remove_file, write_bytes
 
 _PLAN_NAME = re.compile(r"plan-[0-9a-f]{16}-\d{5,}\.parquet")
 FRAGMENT_NAME = re.compile(r"part-(\d{8,})\.parquet")
@@ -119,7 +118,7 @@ def iterate_spooled(folder: Path, plan: Plan) -> Iterator[tuple[ListedImage, int
 def iterate_plan(output_uri: str, plan: Plan) -> Iterator[tuple[ListedImage, int]]:
     """Yield the images of a saved plan with their fragments."""
     uris = (_get_plan_uri(output_uri, plan.cut_sha256, number) for number in range(plan.num_files))
-    return _iterate(pq.read_table(io.BytesIO(read_bytes(uri))) for uri in uris)
+    return _iterate(read_columns(uri, PLAN_SCHEMA.names) for uri in uris)
 
 
 def _iterate(tables: Iterable[pa.Table]) -> Iterator[tuple[ListedImage, int]]:
@@ -146,7 +145,7 @@ def load_fragment(output_uri: str, cut_sha256: str, fragment: int) -> pa.Table:
 
 @lru_cache(maxsize=2)  # a decode task's next fragment is nearly always in the same file
 def _load_plan_file(uri: str) -> pa.Table:
-    return pq.read_table(io.BytesIO(read_bytes(uri)))
+    return read_columns(uri, PLAN_SCHEMA.names)
 
 
 def list_finished_fragments(output_uri: str) -> set[int]:

@@ -11,7 +11,7 @@ import pyarrow as pa
 from PIL import Image
 
 from segray.classes import ClassMap
-from segray.errors import ImageFault
+from segray.errors import ImageFault, StorageError
 from segray.pictures import Panel, draw_class_bars, draw_comparison
 from segray.samples import read_image, read_truth
 from segray.segment.plan import Plan, load_fragment
@@ -83,7 +83,7 @@ def _load_panel(row: dict[str, Any], planned: dict[str, Any], classes: ClassMap)
     try:
         image = read_image(row["uri"], row["height"] * row["width"], planned["etag"])
         truth = read_truth(mask_uri, image.shape[:2], classes, etag=planned["mask_etag"]) if mask_uri else None
-    except ImageFault:  # changed since: the rows stand, there is only no picture
+    except (ImageFault, StorageError):  # changed since, or not to be seen from here: the rows stand without a picture
         return None
     step = -(-max(image.shape[:2]) // _MAX_PICTURE_SIDE_PX)
     mask = load_mask(row, classes)

@@ -69,6 +69,17 @@ def require_same_model(run: dict[str, Any], bundle_sha256: str, config: dict[str
         raise refuse(output_uri, "; ".join(differences))
 
 
+def require_same_plan(output_uri: str, plan: Plan) -> None:
+    """Refuse to finish a run whose plan another call has brought up to date meanwhile (``segment.retry_errors``).
+
+    Raises:
+        RunMismatchError: It has.
+    """
+    run = read_run(output_uri)
+    if run is None or get_plan(run) != plan:
+        raise RunMismatchError(f"{output_uri}: another call has taken up mended images meanwhile; call again")
+
+
 def refuse(output_uri: str, difference: str, way_on: str = "") -> RunMismatchError:
     """Return the error for a folder that belongs to another run."""
     return RunMismatchError(

@@ -15,6 +15,7 @@ from segray.storage.store import Content, StoredFile
 ResultT = TypeVar("ResultT")
 
 _OF_THE_FILE = (errno.EISDIR, errno.ENAMETOOLONG, errno.ELOOP)  # the disk is well
+_NO_SECOND_NAMES = (errno.EPERM, errno.EOPNOTSUPP, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EMLINK)
 _LEFTOVER_AGE_S = 3600  # no write takes that long: whoever began it is gone
 
 
@@ -44,17 +45,15 @@ class LocalStore:
                 if is_on_the_way or (recursive and name.startswith(start)):
                     yield from self._walk(path[:-1], recursive, start[len(name) :], above | {identity})
             elif name.startswith(start):
-                with suppress(MissingFileError):  # removed in this moment, or a link to nowhere
+                with suppress(MissingFileError, UnusableFileError):  # removed in this moment, or a link to nowhere
                     yield self._describe(path)
 
     def list_names(self, folder: str, folders: bool) -> set[str]:
         """See ``Store.list_names``."""
         with suppress(MissingFileError):
-            return {
-                entry.name
-                for entry in _translated("list", folder, lambda: list(os.scandir(folder)))
-                if entry.is_dir() == folders
-            }
+            return _translated(
+                "list", folder, lambda: {entry.name for entry in os.scandir(folder) if _is_folder(entry) == folders}
+            )
         return set()
 
     def find(self, key: str) -> StoredFile | None:
@@ -99,7 +98,7 @@ class LocalStore:
         try:
             _translated("write", key, lambda: _write_beside(Path(key), content, _take_free_name))
         except _TakenError:
-            if os.path.isdir(key):
+            if not os.path.isfile(key):  # something else is in the way: of it, or of its folder
                 raise
             return False
         return True
@@ -143,7 +142,7 @@ def _take_free_name(partial: Path, path: Path) -> None:
     try:
         os.link(partial, path)
     except OSError as error:
-        if error.errno not in (errno.EPERM, errno.EOPNOTSUPP, errno.ENOSYS):
+        if error.errno not in _NO_SECOND_NAMES:
             raise
         if path.exists():  # a disk without second names: a gap between this and the next line
             raise FileExistsError(errno.EEXIST, "there already", str(path)) from error
@@ -152,7 +151,16 @@ def _take_free_name(partial: Path, path: Path) -> None:
 
 def _get_listed_name(entry: "os.DirEntry[str]") -> str:
     """Return the name by which an entry is sorted: a folder's ends in a slash, as in the paths below it."""
-    return entry.name + "/" if entry.is_dir() else entry.name
+    return entry.name + "/" if _is_folder(entry) else entry.name
+
+
+def _is_folder(entry: "os.DirEntry[str]") -> bool:
+    try:
+        return entry.is_dir()
+    except OSError as error:
+        if error.errno == errno.ELOOP:  # a link to itself
+            return False
+        raise
 
 
 def _translated(verb: str, path: str, act: Callable[[], ResultT]) -> ResultT:

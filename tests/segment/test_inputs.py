@@ -147,6 +147,12 @@ def test_a_manifest_brings_masks_and_what_it_knows(
     assert open_sources([str(path)], [], SegmentSettings())[0].has_truth
 
 
+def test_a_blank_tag_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.csv"
+    path.write_text("image_uri,etag\n/a.png,\n/b.png,1\n")
+    assert [image.etag for image in list_images(path)] == [None, "1"]
+
+
 def test_masks_are_paired_below_each_root(root: Path, tmp_path: Path) -> None:
     for name in ("one/a b.png", "one/deep/x.png", "two/a b.png"):
         (tmp_path / "masks" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -174,6 +180,7 @@ def test_masks_are_paired_below_each_root(root: Path, tmp_path: Path) -> None:
         (["{root}/binary.txt"], [], DataError, "expected UTF-8 text, one image URI a line"),
         (["{root}/hole.csv"], [], DataError, "row 2 names no image"),
         (["{root}/size.csv"], [], DataError, "column size_bytes"),
+        (["{root}/double.csv"], [], DataError, r"double\.csv: not a table of images"),
         (["{root}/two.csv"], [], DataError, "/i.png is named twice, with /m1.png and /m2.png"),
         (["{root}/sub"], ["{root}/other/none"], MissingFileError, "cannot list"),
     ],
@@ -187,6 +194,7 @@ def test_a_mistake_is_named(
     (root / "binary.txt").write_bytes(b"\xff\xfe\x00")
     (root / "hole.csv").write_text("image_uri,y\n/a.png,1\n,2\n")
     (root / "size.csv").write_text("image_uri,size_bytes\n/a.png,big\n")
+    (root / "double.csv").write_text("image_uri,image_uri\n/a.png,/b.png\n")
     (root / "two.csv").write_text("image_uri,mask_uri\n/i.png,/m1.png\n/i.png,/m2.png\n")
     with pytest.raises(error, match=message):
         list_images(*(uri.format(root=root) for uri in uris), masks=tuple(uri.format(root=root) for uri in masks))
