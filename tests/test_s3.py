@@ -1,5 +1,6 @@
 """S3 for real: odd keys, whole listings, atomic and conditional writes, checksums, and one line for every refusal."""
 
+import io
 import os
 import re
 import subprocess
@@ -8,13 +9,15 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
+import pyarrow as pa
 import pytest
+from pyarrow import parquet as pq
 
 from segray import storage
 from segray.errors import ChangedFileError, MissingFileError, StorageError
 from segray.storage import files, s3
 from tests.faults.object_store import ObjectStore
-from tests.faults.proxy import Action, FaultProxy, Rule
+from tests.faults.proxy import REFUSALS, Action, FaultProxy, Rule
 
 BUCKET = "storage"
 KEYS = [
@@ -93,6 +96,28 @@ def test_creating_never_replaces(bucket: str) -> None:
     assert storage.read_bytes(uri) == b"1"
 
 
+def test_a_store_without_conditional_writes_is_asked_first(bucket: str, proxy: FaultProxy) -> None:
+    uri = f"{bucket}/asked"
+    for content, is_created in ((b"1", True), (b"2", False)):
+        proxy.forget()
+        proxy.set_rules(Rule(Action.NOT_IMPLEMENTED, "PUT", times=1))  # the one with the condition
+        assert storage.create_bytes(uri, content) is is_created
+        operations = [request.operation for request in proxy.requests]
+        assert operations == ["PUT", "HEAD", "PUT"][: 3 if is_created else 2]
+    assert storage.read_bytes(uri) == b"1"
+
+
+def test_a_parquet_file_is_read_whole_by_one_request(bucket: str, proxy: FaultProxy) -> None:
+    buffer = io.BytesIO()
+    table = pa.table({name: range(100) for name in "abc"})
+    pq.write_table(table, buffer, write_page_checksum=True)
+    storage.write_bytes(f"{bucket}/table.parquet", buffer.getvalue())
+    proxy.forget()
+    assert storage.read_columns(f"{bucket}/table.parquet") == table
+    assert [request.operation for request in proxy.requests] == ["GET"]
+    assert storage.read_columns(f"{bucket}/table.parquet", ["b"]) == table.select(["b"])
+
+
 def test_parts_are_read_without_the_whole(bucket: str, proxy: FaultProxy) -> None:
     uri = f"{bucket}/parts"
     content = os.urandom(1_000_000)
@@ -116,7 +141,7 @@ def test_another_content_under_a_listed_name_is_refused(bucket: str) -> None:
         storage.read_bytes(uri, found.etag)
 
 
-@pytest.mark.parametrize("action", [a for a in Action if a not in (Action.FORBIDDEN, Action.EXPIRED)])
+@pytest.mark.parametrize("action", [a for a in Action if a is Action.UNAVAILABLE or a not in REFUSALS])
 def test_troubles_that_pass_are_retried(bucket: str, proxy: FaultProxy, action: Action) -> None:
     proxy.set_rules(Rule(action, "PUT", times=2), Rule(action, "GET", times=2))
     content = os.urandom(5000)

@@ -118,7 +118,7 @@ def iterate_spooled(folder: Path, plan: Plan) -> Iterator[tuple[ListedImage, int
 def iterate_plan(output_uri: str, plan: Plan) -> Iterator[tuple[ListedImage, int]]:
     """Yield the images of a saved plan with their fragments."""
     uris = (_get_plan_uri(output_uri, plan.cut_sha256, number) for number in range(plan.num_files))
-    return _iterate(read_columns(uri, PLAN_SCHEMA.names) for uri in uris)
+    return _iterate(read_columns(uri) for uri in uris)
 
 
 def _iterate(tables: Iterable[pa.Table]) -> Iterator[tuple[ListedImage, int]]:
@@ -145,7 +145,7 @@ def load_fragment(output_uri: str, cut_sha256: str, fragment: int) -> pa.Table:
 
 @lru_cache(maxsize=2)  # a decode task's next fragment is nearly always in the same file
 def _load_plan_file(uri: str) -> pa.Table:
-    return read_columns(uri, PLAN_SCHEMA.names)
+    return read_columns(uri)
 
 
 def list_finished_fragments(output_uri: str) -> set[int]:

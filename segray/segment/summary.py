@@ -24,7 +24,7 @@ from segray.metrics import (
     compute_recall,
     to_nullable,
 )
-from segray.schema import IMAGES_SCHEMA, SUMMARY_SCHEMA
+from segray.schema import SUMMARY_SCHEMA
 from segray.segment.plan import get_fragment_uri
 from segray.storage import read_columns
 
@@ -143,7 +143,7 @@ def format_summary_parquet(summary: pa.Table) -> bytes:
 
 def read_rows(output_uri: str, fragment: int) -> pa.Table:
     """Return all columns of one fragment's rows."""
-    return next(_read_fragments(output_uri, [fragment], IMAGES_SCHEMA.names))
+    return read_columns(get_fragment_uri(output_uri, fragment))
 
 
 def format_cell(value: object) -> str:

@@ -17,6 +17,8 @@ from segray.storage.uris import split_uri
 
 ResultT = TypeVar("ResultT")
 
+CLIENT_RETRY_FOR_S = 10
+
 # Stores whose PUT is atomic: a reader sees the whole object or none. Elsewhere a rename is the atomic act.
 _ATOMIC_PUT_STORES = {"gcs", "abfs"}
 
@@ -122,14 +124,18 @@ class ArrowStore:
                 raise TransientError(flatten_message(error)) from error
             except (pa.ArrowInvalid, UnicodeError) as error:
                 raise UnusableFileError(f"cannot {verb} {uri}: {flatten_message(error)}; rename the file") from error
+            except pa.ArrowException as error:  # such as no credentials for Azure
+                raise StorageError(f"cannot {verb} {uri}: {flatten_message(error)}") from error
 
         return retrying(verb, uri, act_or_explain)
 
 
 @lru_cache(maxsize=32)
 def _open(base: str) -> tuple[fs.FileSystem, str]:
+    # Google's client tries again by itself, for a quarter of an hour unless told otherwise
+    limit = f"?retry_limit_seconds={CLIENT_RETRY_FOR_S}" if base.startswith(("gs://", "gcs://")) else ""
     try:
-        filesystem, root = fs.FileSystem.from_uri(base)
+        filesystem, root = fs.FileSystem.from_uri(base + limit)
     except (OSError, ValueError) as error:
         raise StorageError(f"cannot open {base}: {flatten_message(error)}") from error
     return filesystem, root

@@ -73,17 +73,12 @@ class S3Store:
         """See ``Store.list``. Keys that end in ``/`` are the markers of folders, not files."""
         prefix = f"{folder}/" if folder else ""
         is_empty = True
-        for file in self._sort_if_needed(self._iterate(prefix + start, "" if recursive else "/")):
+        for file in self._iterate(prefix + start, "" if recursive else "/"):
             is_empty = False
             if not file.uri.endswith("/"):
                 yield file
         if is_empty and next(self._iterate_pages(prefix, "/", max_keys=1), None) is None:
             raise MissingFileError(f"cannot list {self._get_uri(folder)}: nothing is there; check the spelling")
-
-    def _sort_if_needed(self, files: Iterator[StoredFile]) -> Iterator[StoredFile]:
-        if self._bucket.endswith("--x-s3"):  # directory buckets alone list in no order
-            return iter(sorted(files, key=lambda file: file.uri))
-        return files
 
     def _iterate(self, prefix: str, delimiter: str) -> Iterator[StoredFile]:
         for page in self._iterate_pages(prefix, delimiter):
@@ -160,7 +155,7 @@ class S3Store:
             self._put(key, content, IfNoneMatch="*")
         except _PreconditionError:
             return False
-        except _NotImplementedError:
+        except _UnknownRequestError:
             if self.find(key) is not None:
                 return False
             self._put(key, content)
@@ -213,7 +208,7 @@ class _PreconditionError(StorageError):
     """There is a file already."""
 
 
-class _NotImplementedError(StorageError):
+class _UnknownRequestError(StorageError):
     """The store does not know this kind of request."""
 
 
@@ -250,7 +245,7 @@ def _explain(error: ClientError, verb: str, uri: str, bucket: str) -> Exception:
     text = answer.get("Error", {}).get("Message") or code
     what = f"cannot {verb} {uri}: "
     if status == 501 or code == "NotImplemented":
-        return _NotImplementedError(f"{what}the store does not know this request ({text})")
+        return _UnknownRequestError(f"{what}the store does not know this request ({text})")
     if status == 412 or code == "PreconditionFailed":
         return _PreconditionError(f"{what}there is one already")
     if code == "NoSuchBucket":

@@ -31,6 +31,7 @@ class Action(Enum):
     UNAVAILABLE = auto()  # 503 SlowDown, nothing forwarded
     FORBIDDEN = auto()  # 403 AccessDenied, nothing forwarded
     EXPIRED = auto()  # 400 ExpiredToken, nothing forwarded
+    NOT_IMPLEMENTED = auto()  # 501 NotImplemented, nothing forwarded
     RESET = auto()  # the connection reset, nothing forwarded
     CUT_BODY = auto()  # the true headers and half of the answer's body, then the end; a reset where there is no body
     FLIP_BYTE = auto()  # one bit of the middle byte is wrong: of what PUT sends, else of what is answered
@@ -41,6 +42,11 @@ REFUSALS = {
     Action.UNAVAILABLE: (503, "SlowDown", "Please reduce your request rate."),
     Action.FORBIDDEN: (403, "AccessDenied", "Access Denied"),
     Action.EXPIRED: (400, "ExpiredToken", "The provided token has expired."),
+    Action.NOT_IMPLEMENTED: (
+        501,
+        "NotImplemented",
+        "A header you provided implies functionality that is not implemented.",
+    ),
 }
 
 
