@@ -1,27 +1,178 @@
-"""Losses, each returned as a sum and a pixel count, so that the mean is over the global batch and not over a rank's."""
+"""Losses. Each is a sum over what it scores, beside the count that the sum is divided by.
 
-from typing import NamedTuple
+A count is made of the truth alone. So it can be added up over ranks, and over the parts of an accumulated batch, before
+anything is differentiated, and a pixel, or an image, weighs the same wherever it was dealt to: one worker, four workers
+and an accumulated batch have one loss.
 
+Cross-entropy and focal loss are means over the scored pixels of the global batch, weighed by their classes. The others
+look at whole images: they are computed of each image, and averaged over the images of the global batch. Ignored pixels
+count nowhere, and a batch that is all ignored adds 0.
+
+Sources: Lin et al., "Focal Loss for Dense Object Detection", 2017; Milletari et al., "V-Net", 2016 (Dice); Salehi et
+al., "Tversky loss function for image segmentation", 2017; Rahman and Wang, "Optimizing Intersection-Over-Union", 2016
+(Jaccard); Berman et al., "The Lovász-Softmax loss", 2018; Shrivastava et al., "Training Region-based Object Detectors
+with Online Hard Example Mining", 2016.
+"""
+
+import math
+from collections.abc import Callable
+from functools import partial
+
+import numpy as np
+import numpy.typing as npt
+import segmentation_models_pytorch as smp
 import torch
+from segmentation_models_pytorch.losses._functional import soft_tversky_score
 from torch.nn import functional
 
+from segray.config import LossSettings
 
-class LossSum(NamedTuple):
-    """Sum of a loss over scored pixels (float32 scalar, carries the gradient), and their number (int64 scalar)."""
-
-    total: torch.Tensor
-    num_scored_px: torch.Tensor
+_PIXEL_TERMS = ("ce", "focal")
 
 
-def compute_cross_entropy(logits_nchw: torch.Tensor, truth_nhw: torch.Tensor, ignore_index: int) -> LossSum:
-    """Sum the cross-entropy over all pixels that are not ignored.
-
-    A batch whose pixels are all ignored gives 0 and not NaN, as torch's own mean would.
+class SegmentationLoss:
+    """A weighted sum of losses.
 
     Args:
-        logits_nchw: (N, C, H, W), any float dtype; the sum is taken in float32.
-        truth_nhw: (N, H, W) int64 class indices, ``ignore_index`` where not scored.
+        settings: Which losses there are, and their own settings.
         ignore_index: Class index that is not learned from.
+        class_weights: (C,) weights of the classes in ``ce``, ``focal`` and ``ohem``; None weighs them alike.
     """
-    total = functional.cross_entropy(logits_nchw.float(), truth_nhw, ignore_index=ignore_index, reduction="sum")
-    return LossSum(total, (truth_nhw != ignore_index).sum())
+
+    def __init__(
+        self, settings: LossSettings, ignore_index: int, class_weights: npt.NDArray[np.float64] | None = None
+    ) -> None:
+        self._settings = settings
+        self._ignore_index = ignore_index
+        self._class_weights = None if class_weights is None else torch.from_numpy(class_weights).float()
+        tversky = self._sum_tversky
+        sums: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+            "ce": self._sum_cross_entropy,
+            "focal": self._sum_focal,
+            "ohem": self._sum_hard_examples,
+            "lovasz": self._sum_lovasz,
+            "dice": partial(tversky, alpha=0.5, beta=0.5),
+            "jaccard": partial(tversky, alpha=1.0, beta=1.0),
+            "tversky": partial(tversky, alpha=settings.tversky_alpha, beta=settings.tversky_beta),
+        }
+        self._sums = {name: sums[name] for name in settings.terms}
+        self.term_weights = torch.tensor(list(settings.terms.values()), dtype=torch.float64)
+
+    def count(self, truth_nhw: torch.Tensor) -> torch.Tensor:
+        """Return what the sum of each term is to be divided by, (T,) float64.
+
+        Args:
+            truth_nhw: (N, H, W) int64 class indices, ``ignore_index`` where not scored.
+        """
+        scored = truth_nhw != self._ignore_index
+        if self._class_weights is None:
+            num_px = scored.sum().double()
+        else:
+            num_px = self._class_weights.to(truth_nhw.device)[truth_nhw[scored]].double().sum()
+        num_images = scored.flatten(1).any(1).sum().double()
+        return torch.stack([num_px if name in _PIXEL_TERMS else num_images for name in self._sums])
+
+    def sum(self, logits_nchw: torch.Tensor, truth_nhw: torch.Tensor) -> torch.Tensor:
+        """Return the sum of each term, (T,) float32, which carries the gradient.
+
+        Args:
+            logits_nchw: (N, C, H, W), any float dtype; computed in float32.
+            truth_nhw: (N, H, W) int64 class indices, ``ignore_index`` where not scored.
+        """
+        logits_nchw = logits_nchw.float()
+        return torch.stack([compute(logits_nchw, truth_nhw) for compute in self._sums.values()])
+
+    def combine(self, sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
+        """Return the loss, a scalar: the weighted sum of ``sums / counts``. A term that scored nothing adds 0."""
+        weights = self.term_weights.to(sums.device) / counts.clamp(min=torch.finfo(torch.float32).tiny)
+        return (sums * weights.where(counts > 0, 0).to(sums.dtype)).sum()
+
+    def _compute_cross_entropies(self, logits_nchw: torch.Tensor, truth_nhw: torch.Tensor) -> torch.Tensor:
+        """Return the cross-entropy of each pixel (N, H, W), 0 where it is ignored."""
+        weight = None if self._class_weights is None else self._class_weights.to(logits_nchw.device)
+        return functional.cross_entropy(
+            logits_nchw, truth_nhw, weight=weight, ignore_index=self._ignore_index, reduction="none"
+        )
+
+    def _sum_cross_entropy(self, logits_nchw: torch.Tensor, truth_nhw: torch.Tensor) -> torch.Tensor:
+        weight = None if self._class_weights is None else self._class_weights.to(logits_nchw.device)
+        return functional.cross_entropy(
+            logits_nchw,
+            truth_nhw,
+            weight=weight,
+            ignore_index=self._ignore_index,
+            label_smoothing=self._settings.label_smoothing,
+            reduction="sum",
+        )
+
+    def _sum_focal(self, logits_nchw: torch.Tensor, truth_nhw: torch.Tensor) -> torch.Tensor:
+        """Sum the softmax form. smp's is of one class against the rest each, and NaN where all pixels are ignored."""
+        entropies = functional.cross_entropy(logits_nchw, truth_nhw, ignore_index=self._ignore_index, reduction="none")
+        # expm1 and not 1 - exp: a gradient of 0 and not of infinity at a probability of 1
+        focal = (-torch.expm1(-entropies)).clamp(min=0) ** self._settings.focal_gamma * entropies
+        if self._class_weights is not None:
+            focal = focal * self._class_weights.to(focal.device)[truth_nhw.where(truth_nhw != self._ignore_index, 0)]
+        return focal.sum()
+
+    def _sum_hard_examples(self, logits_nchw: torch.Tensor, truth_nhw: torch.Tensor) -> torch.Tensor:
+        """Sum over images the mean cross-entropy of their hard pixels.
+
+        Hard is a pixel whose true class has less than ``ohem_threshold``, and in any case the hardest share
+        ``ohem_min_kept`` of an image's scored pixels.
+        """
+        with torch.no_grad():
+            entropies = functional.cross_entropy(
+                logits_nchw, truth_nhw, ignore_index=self._ignore_index, reduction="none"
+            ).flatten(1)
+            scored = (truth_nhw != self._ignore_index).flatten(1)
+            num_scored = scored.sum(1)
+            num_kept = (num_scored * self._settings.ohem_min_kept).ceil().long().clamp(min=1)
+            ranked = entropies.where(scored, -1.0).sort(1, descending=True).values
+            last_kept = ranked.gather(1, num_kept[:, None] - 1)
+            hard = scored & (entropies >= last_kept.clamp(max=-math.log(self._settings.ohem_threshold)))
+        weighted = self._compute_cross_entropies(logits_nchw, truth_nhw).flatten(1)
+        return ((weighted * hard).sum(1) / hard.sum(1).clamp(min=1)).sum()
+
+    def _sum_tversky(
+        self, logits_nchw: torch.Tensor, truth_nhw: torch.Tensor, alpha: float, beta: float
+    ) -> torch.Tensor:
+        """Sum over images 1 minus the mean index of the classes in their truth.
+
+        alpha weighs false positives, beta false negatives: (0.5, 0.5) is Dice, (1, 1) Jaccard. smp's own loss classes
+        pool the images of a batch, which makes the loss of an image depend on its neighbours, and average over classes
+        that are not there.
+        """
+        scored = (truth_nhw != self._ignore_index).flatten(1)[:, None]
+        probability = logits_nchw.softmax(1).flatten(2) * scored
+        truth = functional.one_hot(truth_nhw.where(truth_nhw != self._ignore_index, 0), logits_nchw.shape[1])
+        truth = truth.flatten(1, 2).movedim(2, 1).to(probability.dtype) * scored
+        score_nc = soft_tversky_score(probability, truth, alpha, beta, eps=1e-7, dims=(2,))
+        present = truth.any(2)
+        return (((1 - score_nc) * present).sum(1) / present.sum(1).clamp(min=1)).sum()
+
+    def _sum_lovasz(self, logits_nchw: torch.Tensor, truth_nhw: torch.Tensor) -> torch.Tensor:
+        """Sum over images the Lovász-Softmax loss of the classes in their truth."""
+        compute = smp.losses.LovaszLoss("multiclass", ignore_index=self._ignore_index)
+        total = logits_nchw.sum() * 0
+        for logits_chw, truth_hw in zip(logits_nchw, truth_nhw, strict=True):
+            if (truth_hw != self._ignore_index).any():  # smp returns no number for an image that is all ignored
+                total = total + compute(logits_chw[None], truth_hw[None])
+        return total
+
+
+def compute_median_frequency_weights(
+    pixel_count: npt.NDArray[np.int64], image_px: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """Return class weights (C,): the median frequency over that of the class; 1 for a class that never appears.
+
+    Source: Eigen and Fergus, "Predicting Depth, Surface Normals and Semantic Labels", 2015.
+
+    Args:
+        pixel_count: (C,) labelled pixels of each class.
+        image_px: (C,) labelled pixels of all images that the class appears in.
+    """
+    frequency = pixel_count / np.maximum(image_px, 1)
+    there = pixel_count > 0
+    weights = np.ones(len(pixel_count))
+    weights[there] = np.median(frequency[there]) / frequency[there]
+    return weights

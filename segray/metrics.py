@@ -31,22 +31,32 @@ def count_from_confusion(confusion: IntArray) -> PixelCounts:
 
 def compute_iou(counts: PixelCounts) -> FloatArray:
     """Return tp / (tp + fp + fn) of each class, (..., C) in 0..1; NaN where the class is in neither truth nor mask."""
-    return _divide(counts.tp_px, counts.tp_px + counts.fp_px + counts.fn_px)
+    return divide(counts.tp_px, counts.tp_px + counts.fp_px + counts.fn_px)
 
 
 def compute_dice(counts: PixelCounts) -> FloatArray:
     """Return 2 tp / (2 tp + fp + fn) of each class, (..., C) in 0..1; NaN where the class is in neither."""
-    return _divide(2 * counts.tp_px, 2 * counts.tp_px + counts.fp_px + counts.fn_px)
+    return divide(2 * counts.tp_px, 2 * counts.tp_px + counts.fp_px + counts.fn_px)
 
 
 def compute_precision(counts: PixelCounts) -> FloatArray:
     """Return tp / (tp + fp) of each class, (..., C) in 0..1; NaN where the class was never predicted."""
-    return _divide(counts.tp_px, counts.tp_px + counts.fp_px)
+    return divide(counts.tp_px, counts.tp_px + counts.fp_px)
 
 
 def compute_recall(counts: PixelCounts) -> FloatArray:
     """Return tp / (tp + fn) of each class, (..., C) in 0..1; NaN where the class is not in the truth."""
-    return _divide(counts.tp_px, counts.tp_px + counts.fn_px)
+    return divide(counts.tp_px, counts.tp_px + counts.fn_px)
+
+
+def compute_accuracy(confusion: IntArray) -> FloatArray:
+    """Return (tp + tn) / all of each class against the rest, (C,) in 0..1, of a (C, C) confusion matrix.
+
+    What MMSegmentation calls the accuracy of a class is its recall.
+    """
+    counts = count_from_confusion(confusion)
+    num_px = np.broadcast_to(confusion.sum(), counts.tp_px.shape)
+    return divide(num_px - counts.fp_px - counts.fn_px, num_px)
 
 
 def compute_defined_mean(scores: FloatArray) -> float:
@@ -60,7 +70,8 @@ def to_nullable(scores: FloatArray) -> list[float | None]:
     return [None if np.isnan(score) else float(score) for score in scores]
 
 
-def _divide(numerator: IntArray, denominator: IntArray) -> FloatArray:
+def divide(numerator: npt.NDArray[np.integer | np.floating], denominator: IntArray) -> FloatArray:
+    """Return the quotient, NaN where the denominator is 0."""
     result = np.full(numerator.shape, np.nan)
     np.divide(numerator, denominator, out=result, where=denominator > 0)
     return result

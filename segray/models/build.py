@@ -11,12 +11,16 @@ from torch.nn import functional
 
 from segray.config import ModelConfig
 from segray.errors import ConfigError, flatten_message
-from segray.models.fcn import FCN, FCN_ENCODERS, FCN_STRIDES
+from segray.models.classic_unet import ClassicUNet
+from segray.models.fcn import FCN, FCN_STRIDES
+from segray.models.segnet import SegNet
 
-# Every network here halves its input five times; other sizes are padded to a multiple and cropped back.
+# Every network here halves its input five times at most; other sizes are padded to a multiple and cropped back.
 STRIDE = 32
 SMP_ARCHITECTURES = tuple(smp.MODEL_ARCHITECTURES_MAPPING)
-ARCHITECTURES = (*FCN_STRIDES, *SMP_ARCHITECTURES)
+_CLASSIC_UNET, _SEGNET = "classic_unet", "segnet"
+ARCHITECTURES = (_CLASSIC_UNET, *FCN_STRIDES, _SEGNET, *SMP_ARCHITECTURES)
+_VGG_ENCODERS = tuple(f"vgg{depth}{norm}" for depth in (11, 13, 16, 19) for norm in ("", "_bn"))
 _OPTIONS = {"dpt": {"dynamic_img_size": True}}  # else a vision transformer takes one size only
 PROBE_SIZE = 128  # the smallest that every architecture takes (PAN pools its stride-16 features three times)
 
@@ -33,7 +37,12 @@ class SegmentationModel(nn.Module):
         self.network = network
         self._encoder_is_frozen = freeze_encoder
         if freeze_encoder:
-            network.get_submodule("encoder").requires_grad_(False)
+            self.encoder.requires_grad_(False)
+
+    @property
+    def encoder(self) -> nn.Module:
+        """The part that may be pretrained."""
+        return self.network.get_submodule("encoder")
 
     def forward(self, image_nchw: torch.Tensor) -> torch.Tensor:
         """Map normalised images (N, 3, H, W) to logits (N, C, H, W)."""
@@ -48,7 +57,7 @@ class SegmentationModel(nn.Module):
         """Set training mode; a frozen encoder stays in evaluation mode, so that BatchNorm keeps its statistics."""
         super().train(mode)
         if self._encoder_is_frozen:
-            self.network.get_submodule("encoder").eval()
+            self.encoder.eval()
         return self
 
 
@@ -82,10 +91,17 @@ def _check_names(config: ModelConfig) -> None:
     arch, encoder = config.arch.lower(), config.encoder_name
     if arch not in ARCHITECTURES:
         raise ConfigError(f"model.arch: unknown architecture {config.arch!r}; choose from {', '.join(ARCHITECTURES)}")
-    if arch in FCN_STRIDES and encoder not in FCN_ENCODERS:
+    if arch in (*FCN_STRIDES, _SEGNET) and encoder not in _VGG_ENCODERS:
         raise ConfigError(
-            f"model.encoder_name: {arch} needs a VGG encoder, got {encoder!r}; choose from {', '.join(FCN_ENCODERS)}"
+            f"model.encoder_name: {arch} needs a VGG encoder, got {encoder!r}; choose from {', '.join(_VGG_ENCODERS)}"
         )
+    if arch == _CLASSIC_UNET:
+        if config.encoder_weights is not None or config.freeze_encoder:
+            raise ConfigError(
+                f"model: {arch} learns its own encoder; set encoder_weights: null and freeze_encoder: false, "
+                "or arch: unet for an encoder by name"
+            )
+        return
     if encoder.startswith("tu-"):
         if not timm.is_model(encoder.removeprefix("tu-")):
             raise ConfigError(f"model.encoder_name: timm has no model {encoder.removeprefix('tu-')!r}")
@@ -115,8 +131,12 @@ def build_model(config: ModelConfig, num_classes: int) -> SegmentationModel:
     _check_names(config)
     arch = config.arch.lower()
     try:
-        if arch in FCN_STRIDES:
-            network: nn.Module = FCN(arch, config.encoder_name, config.encoder_weights, num_classes)
+        if arch == _CLASSIC_UNET:
+            network: nn.Module = ClassicUNet(config.widths, num_classes)
+        elif arch == _SEGNET:
+            network = SegNet(config.encoder_name, config.encoder_weights, num_classes)
+        elif arch in FCN_STRIDES:
+            network = FCN(arch, config.encoder_name, config.encoder_weights, num_classes)
         else:
             network = smp.create_model(
                 arch,

@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 FCN_STRIDES = {"fcn32s": 32, "fcn16s": 16, "fcn8s": 8}
-FCN_ENCODERS = tuple(f"vgg{depth}{norm}" for depth in (11, 13, 16, 19) for norm in ("", "_bn"))
 _POOL3_CHANNELS, _POOL4_CHANNELS, _POOL5_CHANNELS = 256, 512, 512
 _CLASSIFIER_CHANNELS = 4096
 

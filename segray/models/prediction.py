@@ -58,24 +58,6 @@ def predict_image(logits_chw: torch.Tensor, size: tuple[int, int]) -> Prediction
     )
 
 
-def compute_confusion(truth: torch.Tensor, mask: torch.Tensor, num_classes: int, ignore_index: int) -> torch.Tensor:
-    """Count pixels by true class (rows) and predicted class (columns).
-
-    Args:
-        truth: Class indices of any shape and integer dtype; ``ignore_index`` where not scored.
-        mask: Predicted class indices, the same shape.
-        num_classes: C.
-        ignore_index: Truth that is counted nowhere.
-
-    Returns:
-        (C, C) int64.
-    """
-    truth = truth.to(torch.int64)  # uint16, above 255 classes, can do little on a GPU
-    scored = truth != ignore_index
-    pairs = truth[scored] * num_classes + mask[scored].to(torch.int64)
-    return torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
-
-
 def iterate_bands(logits_chw: torch.Tensor, size: tuple[int, int]) -> Iterator[torch.Tensor]:
     """Yield float32 logits (C, rows, W), resized bilinearly to ``size``, from top to bottom."""
     num_classes, in_height, _ = logits_chw.shape

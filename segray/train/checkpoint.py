@@ -1,15 +1,13 @@
 """Checkpoints to resume from: ``state.safetensors`` and ``checkpoint.json``, which holds the sha256 of the former.
 
-Ray Train carries them to storage and prunes them. They are found again by looking at what is there, not by asking
-Ray's own list of them, which can be left empty by a driver that dies while writing it. A damaged one is passed over
-for the one before, and said so. Nothing is pickled.
+They are found again by looking at what is there, not by asking Ray Train's own list of them, which can be left empty by
+a driver that dies while writing it. A damaged one is passed over for the one before, and said so. Nothing is pickled.
 """
 
 import hashlib
 import json
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -17,11 +15,14 @@ from safetensors.torch import load as load_safetensors
 
 from segray.bundle import pack_tensors
 from segray.errors import MissingFileError, TrainingError
-from segray.storage import join_uri, list_names, read_bytes
+from segray.storage import join_uri, list_names, read_bytes, remove_folder, write_bytes
 
 _STATE, _INDEX = "state.safetensors", "checkpoint.json"
 RUN_NAME = "ray_train"  # the folder under the output that Ray Train keeps its checkpoints in
-_CHECKPOINT_PREFIX = "checkpoint_"  # Ray Train's name for the folders that it makes
+CHECKPOINT_PREFIX = "checkpoint_"
+_MODEL, _AVERAGE, _OPTIMIZER = "model", "average", "optimizer"
+
+Tensors = dict[str, torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -29,40 +30,64 @@ class TrainingState:
     """All that an unbroken run would have had at this point.
 
     Attributes:
-        num_epochs_done: Epochs behind this state. Random numbers are drawn by (seed, step, rank), so the epoch is
-            also the position in the sample order and the state of every generator.
-        model: State dict of the model.
-        optimizer: State dict of the optimizer.
+        num_steps_done: Steps behind this state. Random numbers are drawn by (seed, step, rank) and (seed, position), so
+            the step is also the place in the sample order and the state of every generator.
+        model: Whole state dict of the model, however many ranks hold it.
+        optimizer: State dict of the optimizer by parameter names, as ``get_optimizer_state_dict`` gives it.
         schedule: State dict of the learning-rate schedule.
-        history: Metrics of each epoch so far.
+        scaler: State dict of the gradient scaler; empty unless in fp16.
+        average: State dict of the model with averaged weights, or None.
+        epoch_losses: Losses of the steps of the epoch that was begun.
+        history: Metrics of each finished epoch.
     """
 
-    num_epochs_done: int
-    model: dict[str, torch.Tensor]
+    num_steps_done: int
+    model: Tensors
     optimizer: dict[str, Any]
     schedule: dict[str, Any]
-    history: list[dict[str, Any]]
+    scaler: dict[str, Any] = field(default_factory=dict)
+    average: Tensors | None = None
+    epoch_losses: list[float] = field(default_factory=list)
+    history: list[dict[str, Any]] = field(default_factory=list)
+
+    @property
+    def weights(self) -> Tensors:
+        """The weights that are scored and kept: the averaged ones where there are."""
+        return self.model if self.average is None else self.average
+
+    @property
+    def score(self) -> float | None:
+        """Validation mean IoU of these weights; None in the middle of an epoch, or if it was not evaluated."""
+        return _get_score({"epoch_losses": self.epoch_losses, "history": self.history})
 
 
-def save_state(folder: Path, state: TrainingState) -> None:
-    """Write a checkpoint into an empty local folder."""
-    tensors = {f"model.{name}": tensor for name, tensor in state.model.items()}
+def save_state(uri: str, state: TrainingState) -> None:
+    """Write a checkpoint into an empty folder; what describes it is written last.
+
+    Raises:
+        StorageError: The store refused or failed.
+    """
+    tensors = {f"{_MODEL}.{name}": tensor for name, tensor in state.model.items()}
+    tensors |= {f"{_AVERAGE}.{name}": tensor for name, tensor in (state.average or {}).items()}
     scalars: dict[str, Any] = {}
     for parameter, values in state.optimizer["state"].items():
         for name, value in values.items():
-            key = f"optimizer.{parameter}.{name}"
+            key = f"{_OPTIMIZER}.{parameter}.{name}"
             (tensors if isinstance(value, torch.Tensor) else scalars)[key] = value
     content = pack_tensors(tensors)
     index = {
-        "sha256": hashlib.sha256(content).hexdigest(),
-        "num_epochs_done": state.num_epochs_done,
+        "state_sha256": hashlib.sha256(content).hexdigest(),
+        "num_steps_done": state.num_steps_done,
         "optimizer_scalars": scalars,
         "optimizer_groups": state.optimizer["param_groups"],
         "schedule": state.schedule,
+        "scaler": state.scaler,
+        "epoch_losses": state.epoch_losses,
         "history": state.history,
     }
-    (folder / _STATE).write_bytes(content)
-    (folder / _INDEX).write_text(json.dumps(index))
+    write_bytes(join_uri(uri, _STATE), content)
+    text = json.dumps(index)
+    write_bytes(join_uri(uri, _INDEX), json.dumps({"index_sha256": _hash(text), "index": text}).encode())
 
 
 def load_state(uri: str) -> TrainingState:
@@ -78,31 +103,42 @@ def load_state(uri: str) -> TrainingState:
     except MissingFileError as error:
         raise ValueError(f"incomplete: {error}") from error
     found = hashlib.sha256(content).hexdigest()
-    if found != index["sha256"]:
-        raise ValueError(f"{_STATE} has sha256 {found[:12]}… instead of {index['sha256'][:12]}…")
-    model: dict[str, torch.Tensor] = {}
-    parameters: dict[int, dict[str, Any]] = {}
+    if found != index["state_sha256"]:
+        raise ValueError(f"{_STATE} has sha256 {found[:12]}… instead of {index['state_sha256'][:12]}…")
+    parts: dict[str, Tensors] = {_MODEL: {}, _AVERAGE: {}}
+    parameters: dict[str, dict[str, Any]] = {}
     for key, value in {**load_safetensors(content), **index["optimizer_scalars"]}.items():
         owner, _, name = key.partition(".")
-        if owner == "model":
-            model[name] = value
+        if owner == _OPTIMIZER:
+            parameter, _, name = name.rpartition(".")
+            parameters.setdefault(parameter, {})[name] = value
         else:
-            parameter, _, name = name.partition(".")
-            parameters.setdefault(int(parameter), {})[name] = value
-    groups = [{**group, "betas": tuple(group["betas"])} for group in index["optimizer_groups"]]  # JSON has lists
-    optimizer = {"state": parameters, "param_groups": groups}
-    return TrainingState(index["num_epochs_done"], model, optimizer, index["schedule"], index["history"])
+            parts[owner][name] = value
+    return TrainingState(
+        num_steps_done=index["num_steps_done"],
+        model=parts[_MODEL],
+        optimizer={"state": parameters, "param_groups": [_tuple_betas(group) for group in index["optimizer_groups"]]},
+        schedule=index["schedule"],
+        scaler=index["scaler"],
+        average=parts[_AVERAGE] or None,
+        epoch_losses=index["epoch_losses"],
+        history=index["history"],
+    )
+
+
+def _tuple_betas(group: dict[str, Any]) -> dict[str, Any]:
+    return {name: tuple(value) if name == "betas" else value for name, value in group.items()}  # JSON has lists
 
 
 def list_checkpoints(run_uri: str) -> list[str]:
     """Return the URIs of the checkpoints of a run, damaged ones included."""
-    names = sorted(name for name in list_names(run_uri, folders=True) if name.startswith(_CHECKPOINT_PREFIX))
+    names = sorted(name for name in list_names(run_uri, folders=True) if name.startswith(CHECKPOINT_PREFIX))
     return [join_uri(run_uri, name) for name in names]
 
 
 def find_newest_state(run_uri: str, warn: Callable[[str], None]) -> tuple[str, TrainingState] | None:
-    """Return the whole checkpoint with most epochs behind it and its URI, or None; ``warn`` hears of damaged ones."""
-    return _find_first_whole(run_uri, lambda index: int(index["num_epochs_done"]), warn)
+    """Return the whole checkpoint with most steps behind it and its URI, or None; ``warn`` hears of damaged ones."""
+    return _find_first_whole(run_uri, lambda index: int(index["num_steps_done"]), warn)
 
 
 def find_newest_history(run_uri: str) -> list[dict[str, Any]]:
@@ -117,14 +153,37 @@ def find_best_state(run_uri: str, warn: Callable[[str], None]) -> TrainingState:
     Ray Train keeps the latest of equals too: the earliest may be gone, or not, by how often the run was started.
 
     Raises:
-        TrainingError: No checkpoint of the run is whole.
+        TrainingError: No scored checkpoint of the run is whole.
     """
-    found = _find_first_whole(
-        run_uri, lambda index: (index["history"][-1]["val_mean_iou"], index["num_epochs_done"]), warn
-    )
-    if found is None:
+    found = _find_first_whole(run_uri, _rank_by_score, warn)
+    if found is None or found[1].score is None:
         raise TrainingError(f"no whole checkpoint under {run_uri}; train again with another output")
     return found[1]
+
+
+def remove_surplus(run_uri: str, num_best: int) -> None:
+    """Remove the checkpoints that are neither the newest two nor among the best.
+
+    Ray Train removes those of its own start; those of starts before it are left to us. The newest may be damaged, so
+    the one before stays too.
+    """
+    found = list(_read_indices(run_uri, lambda _: None))
+    newest = sorted(found, key=lambda pair: int(pair[1]["num_steps_done"]), reverse=True)[:2]
+    best = sorted(found, key=lambda pair: _rank_by_score(pair[1]), reverse=True)[:num_best]
+    kept = {uri for uri, _ in (*newest, *best)}
+    for uri, _ in found:
+        if uri not in kept:
+            remove_folder(uri)
+
+
+def _get_score(index: dict[str, Any]) -> float | None:
+    history = index["history"]
+    return history[-1].get("val_mean_iou") if history and not index["epoch_losses"] else None
+
+
+def _rank_by_score(index: dict[str, Any]) -> tuple[float, int]:
+    score = _get_score(index)
+    return (-1.0 if score is None or score != score else score, int(index["num_steps_done"]))
 
 
 def _find_first_whole(
@@ -149,10 +208,20 @@ def _read_indices(run_uri: str, warn: Callable[[str], None]) -> Iterator[tuple[s
 
 def _read_index(uri: str) -> dict[str, Any]:
     try:
-        index: dict[str, Any] = json.loads(read_bytes(join_uri(uri, _INDEX)))
+        content = json.loads(read_bytes(join_uri(uri, _INDEX)))
+        text, expected = content["index"], content["index_sha256"]
     except MissingFileError as error:
         raise ValueError(f"incomplete: {error}") from error
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"{_INDEX} is not one") from error
+    if _hash(text) != expected:
+        raise ValueError(f"{_INDEX} is damaged")
+    index: dict[str, Any] = json.loads(text)
     return index
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _warn_of_damage(uri: str, error: ValueError, warn: Callable[[str], None]) -> None:

@@ -4,6 +4,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 from rich.console import Console
 from rich.table import Table
 
@@ -16,7 +18,8 @@ from segray.manifest import Sample, Splits, Unpaired, load_splits
 from segray.models.build import check_model
 from segray.progress import build_bar
 from segray.storage import exists, join_uri, normalize_uri, read_bytes, write_bytes
-from segray.train.checkpoint import RUN_NAME, list_checkpoints
+from segray.train.checkpoint import RUN_NAME, list_checkpoints, remove_surplus
+from segray.train.job import TrainJob
 from segray.train.labels import LabelReport, check_dataset, require_learnable
 from segray.transforms import Preprocessing
 
@@ -44,15 +47,36 @@ def run_training(config: TrainConfig, console: Console) -> str:
     preprocessing = Preprocessing.of_encoder(config.model)
     num_workers = config.train.num_train_workers
     with connect_ray(num_workers, num_workers if config.train.use_gpu else 0):
-        for name, samples in splits._asdict().items():
-            require_learnable(check_labels(samples, classes, name, console), name)
+        reports = {name: check_labels(samples, classes, name, console) for name, samples in splits._asdict().items()}
+        for name, report in reports.items():
+            require_learnable(report, name)
         write_bytes(join_uri(output, _BINDING_FILE), json.dumps(binding, indent=2).encode())
-        from segray.train.fit import fit, write_bundle  # 8 s of imports: not before the labels have been looked at
+        # 8 s of imports: not before the labels have been looked at
+        from segray.train.bundling import write_bundle
+        from segray.train.fit import fit
+        from segray.train.tracking import Tracking
 
-        fit(config, classes, splits, preprocessing, output, console)
+        class_weights = _get_class_weights(config, reports["train"])
+        job = TrainJob(config, classes, splits, preprocessing, class_weights, join_uri(output, RUN_NAME))
+        tracking = Tracking(config, classes, output, console)
+        try:
+            fit(job, output, console, tracking.log)
+        finally:
+            tracking.close()
         with console.status("writing the bundle"):
-            write_bundle(config, classes, splits, preprocessing, output, bundle_uri, console)
+            write_bundle(job, bundle_uri, console)
+        remove_surplus(job.run_uri, config.train.num_best_checkpoints)
     return bundle_uri
+
+
+def _get_class_weights(config: TrainConfig, report: LabelReport) -> npt.NDArray[np.float64] | None:
+    """Return the weights of the classes in the loss, (C,), or None for equal ones."""
+    given = config.loss.class_weights
+    if given != "auto":
+        return None if given is None else np.array(given, np.float64)
+    from segray.losses import compute_median_frequency_weights
+
+    return compute_median_frequency_weights(report.pixel_count, report.image_px)
 
 
 def get_classes(config: TrainConfig) -> ClassMap:

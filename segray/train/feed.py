@@ -14,25 +14,28 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from threading import Lock
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
+from segray.augmentation import Augmentation
 from segray.classes import ClassMap
 from segray.errors import DataError, ImageFault
-from segray.images import resize_image, resize_mask
+from segray.images import resize_image
 from segray.manifest import Sample
 from segray.samples import read_image, read_truth
 from segray.transforms import pad_batch
 
 _READ_AHEAD_BATCHES = 3
-_LabelledImage = tuple[npt.NDArray[np.uint8], npt.NDArray[np.integer]]
-_Loader = Callable[[Sample], _LabelledImage]
+LabelledImage = tuple[npt.NDArray[np.uint8], npt.NDArray[np.integer]]
+ItemT = TypeVar("ItemT")
 
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """One rank's share of a training step, at the model's input size.
+    """A rank's share of a training step, or a part of it.
 
     Attributes:
         images: (N, H, W, 3) uint8.
@@ -52,10 +55,12 @@ class EvalBatch:
     Attributes:
         images: (eval_batch_size, H, W, 3) uint8; those past ``len(truths)`` are padding.
         truths: Class-index maps (H_i, W_i).
+        numbers: Place of each image in its split.
     """
 
     images: npt.NDArray[np.uint8]
     truths: list[npt.NDArray[np.integer]]
+    numbers: list[int]
 
 
 def compute_num_steps(num_samples: int, global_batch_size: int) -> int:
@@ -79,7 +84,12 @@ def _draw_order(num_samples: int, seed: int, sample_pass: int) -> npt.NDArray[np
     return np.random.Generator(np.random.PCG64([seed, sample_pass])).permutation(num_samples)
 
 
-def load_labelled_image(sample: Sample, classes: ClassMap) -> _LabelledImage:
+def _build_generator(seed: int, position: int) -> np.random.Generator:
+    """Return the generator of a sample's changes; the key keeps it apart from those of orders."""
+    return np.random.default_rng(np.random.SeedSequence([seed, position], spawn_key=(1,)))
+
+
+def load_labelled_image(sample: Sample, classes: ClassMap) -> LabelledImage:
     """Read an image (H, W, 3) uint8 and its class-index map (H, W), both at their own size.
 
     Raises:
@@ -95,38 +105,78 @@ def load_labelled_image(sample: Sample, classes: ClassMap) -> _LabelledImage:
         raise DataError(f"{uri}: {fault.kind}: {fault}; run segray check for all such files") from fault
 
 
+class SampleStore:
+    """Decoded samples, kept in memory as far as it reaches.
+
+    What is kept stays: an epoch looks at every sample once, so that throwing out the oldest would throw out each sample
+    just before it is wanted again.
+
+    Args:
+        classes: What the values in masks mean.
+        max_bytes: Memory for decoded samples.
+    """
+
+    def __init__(self, classes: ClassMap, max_bytes: int) -> None:
+        self._classes = classes
+        self._free_bytes = max_bytes
+        self._kept: dict[Sample, LabelledImage] = {}
+        self._lock = Lock()
+
+    def load(self, sample: Sample) -> LabelledImage:
+        """Return an image and its class-index map; see ``load_labelled_image``. Not to be written to."""
+        found = self._kept.get(sample)
+        if found is None:
+            found = load_labelled_image(sample, self._classes)
+            num_bytes = sum(part.nbytes for part in found)
+            with self._lock:
+                if num_bytes <= self._free_bytes and sample not in self._kept:
+                    self._free_bytes -= num_bytes
+                    self._kept[sample] = found
+        return found
+
+
 def iterate_training(
     samples: Sequence[Sample],
-    classes: ClassMap,
-    image_size: tuple[int, int],
+    store: SampleStore,
+    augmentation: Augmentation,
     *,
     steps: range,
     global_batch_size: int,
+    num_parts: int,
     seed: int,
     world_rank: int,
     world_size: int,
     num_threads: int,
-) -> Iterator[TrainBatch]:
-    """Yield this rank's batch of each global step in ``steps``."""
+) -> Iterator[list[TrainBatch]]:
+    """Yield this rank's share of each global step in ``steps``, in ``num_parts`` batches.
 
-    def load(sample: Sample) -> _LabelledImage:
-        image, truth = load_labelled_image(sample, classes)
-        return resize_image(image, image_size), resize_mask(truth, image_size)
+    A sample is changed by a generator of its own, made from the seed and its position in the stream.
+    """
 
-    share = global_batch_size // world_size
-    mine = slice(world_rank * share, (world_rank + 1) * share)
-    batches = (
-        [samples[index] for index in compute_step_order(step, len(samples), global_batch_size, seed)[mine]]
-        for step in steps
-    )
-    for batch, pairs in _load_ahead(load, batches, num_threads):
-        images, truths = zip(*pairs, strict=True)
-        yield TrainBatch(np.stack(images), np.stack(truths), [sample.image_uri for sample in batch])
+    def load(item: tuple[int, Sample]) -> LabelledImage:
+        position, sample = item
+        return augmentation.apply(*store.load(sample), _build_generator(seed, position))
+
+    def list_share(step: int) -> list[tuple[int, Sample]]:
+        order = compute_step_order(step, len(samples), global_batch_size, seed)
+        share = np.array_split(np.arange(global_batch_size), world_size)[world_rank]
+        return [(step * global_batch_size + int(place), samples[order[place]]) for place in share]
+
+    for share, pairs in _load_ahead(load, map(list_share, steps), num_threads):
+        parts = np.array_split(np.arange(len(share)), num_parts)
+        yield [
+            TrainBatch(
+                np.stack([pairs[number][0] for number in part]),
+                np.stack([pairs[number][1] for number in part]),
+                [share[number][1].image_uri for number in part],
+            )
+            for part in parts
+        ]
 
 
 def iterate_evaluation(
     samples: Sequence[Sample],
-    classes: ClassMap,
+    store: SampleStore,
     image_size: tuple[int, int],
     *,
     batch_size: int,
@@ -136,26 +186,27 @@ def iterate_evaluation(
 ) -> Iterator[EvalBatch]:
     """Yield this rank's share of the samples, each sample on exactly one rank and nothing dropped."""
 
-    def load(sample: Sample) -> _LabelledImage:
-        image, truth = load_labelled_image(sample, classes)
+    def load(number: int) -> LabelledImage:
+        image, truth = store.load(samples[number])
         return resize_image(image, image_size), truth
 
-    mine = samples[world_rank::world_size]
-    batches = (mine[start : start + batch_size] for start in range(0, len(mine), batch_size))
-    for _, pairs in _load_ahead(load, batches, num_threads):
-        images, truths = zip(*pairs, strict=True)
-        yield EvalBatch(pad_batch(np.stack(images), batch_size), list(truths))
+    mine = range(world_rank, len(samples), world_size)
+    num_longest = -(-len(samples) // world_size)  # ranks that share weights take as many forward passes each
+    batches = (mine[start : start + batch_size] for start in range(0, num_longest, batch_size))
+    for numbers, pairs in _load_ahead(load, batches, num_threads):
+        images = np.array([image for image, _ in pairs], np.uint8).reshape(-1, *image_size, 3)
+        yield EvalBatch(pad_batch(images, batch_size), [truth for _, truth in pairs], list(numbers))
 
 
 def _load_ahead(
-    load: _Loader, batches: Iterable[Sequence[Sample]], num_threads: int
-) -> Iterator[tuple[Sequence[Sample], list[_LabelledImage]]]:
+    load: Callable[[ItemT], LabelledImage], batches: Iterable[Sequence[ItemT]], num_threads: int
+) -> Iterator[tuple[Sequence[ItemT], list[LabelledImage]]]:
     """Yield each batch with its loaded samples, in order, the next batches being loaded meanwhile."""
     with ThreadPoolExecutor(num_threads) as pool:
-        waiting: deque[tuple[Sequence[Sample], list[Future[_LabelledImage]]]] = deque()
+        waiting: deque[tuple[Sequence[ItemT], list[Future[LabelledImage]]]] = deque()
         try:
             for batch in batches:
-                waiting.append((batch, [pool.submit(load, sample) for sample in batch]))
+                waiting.append((batch, [pool.submit(load, item) for item in batch]))
                 if len(waiting) > _READ_AHEAD_BATCHES:
                     yield _wait(*waiting.popleft())
             while waiting:
@@ -165,6 +216,6 @@ def _load_ahead(
 
 
 def _wait(
-    batch: Sequence[Sample], futures: list[Future[_LabelledImage]]
-) -> tuple[Sequence[Sample], list[_LabelledImage]]:
+    batch: Sequence[ItemT], futures: list[Future[LabelledImage]]
+) -> tuple[Sequence[ItemT], list[LabelledImage]]:
     return batch, [future.result() for future in futures]

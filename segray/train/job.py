@@ -3,6 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from segray.classes import ClassMap
 from segray.config import TrainConfig
 from segray.manifest import Splits
@@ -15,16 +18,18 @@ class TrainJob:
 
     Attributes:
         preprocessing: What the encoder expects; asked for once, by the driver.
-        run_uri: Where Ray Train keeps the checkpoints.
-        progress_board: Actor that rank 0 posts to.
+        class_weights: (C,) weights of the classes in the loss, or None.
+        run_uri: Where the checkpoints are.
+        board: Actor that the ranks post to.
     """
 
     config: TrainConfig
     classes: ClassMap
     splits: Splits
     preprocessing: Preprocessing
+    class_weights: npt.NDArray[np.float64] | None
     run_uri: str
-    progress_board: Any
+    board: Any = None
 
 
 def train_loop_per_worker(loop_config: dict[str, Any]) -> dict[str, Any]:

@@ -1,22 +1,49 @@
-"""One training step and one evaluation pass: no Ray, no reading or writing, any device and number of ranks."""
+"""One training step: no Ray, no reading or writing, any device and number of ranks."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
 
 import torch
 from torch import distributed, nn
+from torch.distributed.fsdp import FSDPModule
+from torch.nn.parallel import DistributedDataParallel
 
-from segray.classes import ClassMap
 from segray.errors import TrainingError
-from segray.losses import compute_cross_entropy
+from segray.losses import SegmentationLoss
 from segray.models.build import PROBE_SIZE
 from segray.models.precision import autocast
-from segray.models.prediction import compute_confusion, compute_mask
-from segray.train.feed import EvalBatch, TrainBatch
+from segray.train.feed import TrainBatch
 from segray.transforms import Preprocessing
 
 
 class NonFiniteLossError(TrainingError):
     """The loss of a step is NaN or infinite on some rank; raised on every rank, before any weight has moved."""
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What a training step works with.
+
+    Attributes:
+        replica: The model, wrapped where there are several ranks.
+        loss: What is minimised.
+        optimizer: What moves the weights.
+        scaler: Scales fp16 gradients; does nothing in other precisions.
+        preprocessing: From pixels to the model's input.
+        device: Where the model is.
+        precision: What it computes in.
+        max_gradient_norm: Longer gradients are shortened to it.
+    """
+
+    replica: nn.Module
+    loss: SegmentationLoss
+    optimizer: torch.optim.Optimizer
+    scaler: torch.amp.GradScaler
+    preprocessing: Preprocessing
+    device: torch.device
+    precision: str
+    max_gradient_norm: float | None = None
 
 
 def settle_gradient_buckets(replica: nn.Module, device: torch.device) -> None:
@@ -25,7 +52,7 @@ def settle_gradient_buckets(replica: nn.Module, device: torch.device) -> None:
     It does so after its first backward pass. From then on the ranks' gradients are added in another order, which with
     three or more ranks changes last bits; done here, a resumed run adds in the order of the unbroken one.
     """
-    if not isinstance(replica, nn.parallel.DistributedDataParallel):
+    if not isinstance(replica, DistributedDataParallel):
         return
     replica.eval()  # BatchNorm statistics stay as they are
     for _ in range(2):  # the second forward pass puts the new order into force
@@ -33,62 +60,62 @@ def settle_gradient_buckets(replica: nn.Module, device: torch.device) -> None:
     replica.zero_grad(set_to_none=True)
 
 
-def train_step(
-    model: nn.Module,
-    optimizer: torch.optim.Optimizer,
-    batch: TrainBatch,
-    *,
-    preprocessing: Preprocessing,
-    ignore_index: int,
-    device: torch.device,
-    precision: str,
-) -> float:
-    """Move the weights by one step and return the loss: the mean over the scored pixels of the global batch.
+def train_step(learner: Learner, parts: Sequence[TrainBatch], announce: Callable[[str], None]) -> float:
+    """Move the weights by one step and return the loss of the global batch.
 
-    The mean is over the pixels of all ranks together, so that a pixel weighs the same wherever it was dealt to.
+    Sums are divided by counts of all ranks and parts together, so that a pixel, or an image, weighs the same wherever
+    it was dealt to.
+
+    Args:
+        learner: The model and what moves it.
+        parts: This rank's share of the global batch, computed one after the other; as many on every rank.
+        announce: Told each stage that is entered, for those who watch over stalls.
 
     Raises:
         NonFiniteLossError: On every rank, before the optimizer moves.
     """
+    truths = [torch.from_numpy(part.truth).to(learner.device, non_blocking=True).long() for part in parts]
+    counts = _sum_over_ranks(torch.stack([learner.loss.count(truth) for truth in truths]).sum(0))
+    # data parallelism averages gradients over ranks; the factor makes that the sum over the global batch
     world_size = distributed.get_world_size() if distributed.is_initialized() else 1
-    image_nchw = preprocessing.apply(torch.from_numpy(batch.images).to(device, non_blocking=True))
-    truth_nhw = torch.from_numpy(batch.truth).to(device, non_blocking=True).long()
-    with autocast(device, precision):
-        logits_nchw = model(image_nchw)
-    loss = compute_cross_entropy(logits_nchw, truth_nhw, ignore_index)
-    totals = torch.stack([loss.total.detach().double(), loss.num_scored_px.double()])
-    if world_size > 1:
-        distributed.all_reduce(totals)
-    num_scored_px = max(totals[1].item(), 1.0)
-    mean_loss = totals[0].item() / num_scored_px
-    if not torch.isfinite(totals[0]):
-        raise NonFiniteLossError(f"loss is {mean_loss}")
-    optimizer.zero_grad(set_to_none=True)
-    # DistributedDataParallel averages gradients over ranks; the factor makes that the sum over the global batch
-    (loss.total * (world_size / num_scored_px)).backward()  # type: ignore[no-untyped-call]
-    optimizer.step()
-    return mean_loss
+    learner.optimizer.zero_grad(set_to_none=True)
+    sums = torch.zeros_like(counts)
+    for number, (part, truth) in enumerate(zip(parts, truths, strict=True)):
+        image_nchw = learner.preprocessing.apply(torch.from_numpy(part.images).to(learner.device, non_blocking=True))
+        with _synchronised(learner.replica, is_last=number == len(parts) - 1):
+            announce("forward")
+            with autocast(learner.device, learner.precision):
+                logits_nchw = learner.replica(image_nchw)
+            part_sums = learner.loss.sum(logits_nchw, truth)
+            announce("backward")
+            learner.scaler.scale(learner.loss.combine(part_sums, counts) * world_size).backward()
+        sums += part_sums.detach()
+    announce("update")
+    loss = learner.loss.combine(_sum_over_ranks(sums), counts).item()
+    if not torch.isfinite(torch.tensor(loss)):
+        raise NonFiniteLossError(f"loss is {loss}")
+    if learner.max_gradient_norm is not None:
+        learner.scaler.unscale_(learner.optimizer)
+        nn.utils.clip_grad_norm_(_list_parameters(learner.optimizer), learner.max_gradient_norm)
+    learner.scaler.step(learner.optimizer)
+    learner.scaler.update()
+    return loss
 
 
-@torch.no_grad()
-def evaluate(
-    model: nn.Module,
-    batches: Iterable[EvalBatch],
-    *,
-    classes: ClassMap,
-    preprocessing: Preprocessing,
-    device: torch.device,
-    precision: str,
-) -> torch.Tensor:
-    """Return the confusion matrix (C, C) int64 of these batches, each mask scored at its image's own size."""
-    model.eval()
-    num_classes = classes.num_classes
-    confusion = torch.zeros((num_classes, num_classes), dtype=torch.int64, device=device)
-    for batch in batches:
-        image_nchw = preprocessing.apply(torch.from_numpy(batch.images).to(device, non_blocking=True))
-        with autocast(device, precision):
-            logits_nchw = model(image_nchw)
-        for logits_chw, truth in zip(logits_nchw, batch.truths, strict=False):  # the rest of the batch is padding
-            mask = compute_mask(logits_chw, (truth.shape[0], truth.shape[1]))
-            confusion += compute_confusion(torch.from_numpy(truth).to(device), mask, num_classes, classes.ignore_index)
-    return confusion
+def _sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    if distributed.is_initialized():
+        distributed.all_reduce(values)
+    return values
+
+
+def _synchronised(replica: nn.Module, is_last: bool) -> AbstractContextManager[None]:
+    """Return the context of a part's forward and backward pass: ranks add up gradients in the last one only."""
+    if isinstance(replica, FSDPModule):
+        replica.set_requires_gradient_sync(is_last)
+    elif isinstance(replica, DistributedDataParallel) and not is_last:
+        return replica.no_sync()
+    return nullcontext()
+
+
+def _list_parameters(optimizer: torch.optim.Optimizer) -> Iterable[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]

@@ -1,0 +1,107 @@
+"""What a careful evening with segmentation-models-pytorch gives: the yardstick beside jobs/camvid.yaml.
+
+U-Net on resnet18 from scratch, 192x256, random crops and flips, AdamW, one-cycle, bf16. No Ray, one process.
+
+    python benchmarks/camvid_plain_smp.py data/camvid --epochs 130
+"""
+
+import argparse
+import time
+from pathlib import Path
+
+import numpy as np
+import segmentation_models_pytorch as smp
+import torch
+from PIL import Image
+from torch.nn import functional
+from torch.utils.data import DataLoader, Dataset
+from torchvision.transforms.v2 import RandomResizedCrop
+from torchvision.transforms.v2 import functional as transforms
+
+NUM_CLASSES, VOID, IGNORED = 11, 11, 255
+HEIGHT, WIDTH, BATCH_SIZE = 192, 256, 8
+MEAN = torch.tensor([0.485, 0.456, 0.406])[:, None, None] * 255
+STD = torch.tensor([0.229, 0.224, 0.225])[:, None, None] * 255
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+class CamVid(Dataset[Pair]):
+    """Images (3, H, W) float32, normalised, with truth (H, W) int64; those of ``train`` at 192x256."""
+
+    def __init__(self, root: Path, split: str) -> None:
+        self.is_train = split == "train"
+        self.paths = [(path, root / "masks" / split / path.name) for path in sorted((root / "images" / split).iterdir())]
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> Pair:
+        image_path, mask_path = self.paths[index]
+        image = torch.from_numpy(np.array(Image.open(image_path).convert("RGB"))).permute(2, 0, 1)
+        truth = torch.from_numpy(np.array(Image.open(mask_path)))[None]
+        if self.is_train:
+            box = RandomResizedCrop.get_params(image, scale=[0.3, 1.0], ratio=[3 / 4, 4 / 3])
+            nearest = transforms.InterpolationMode.NEAREST
+            image = transforms.resized_crop(image, *box, [HEIGHT, WIDTH], antialias=True)
+            truth = transforms.resized_crop(truth, *box, [HEIGHT, WIDTH], nearest)
+            if torch.rand(()) < 0.5:
+                image, truth = image.flip(-1), truth.flip(-1)
+        else:
+            image = transforms.resize(image, [HEIGHT, WIDTH], antialias=True)
+        truth = truth[0].long()
+        return (image.float() - MEAN) / STD, truth.where(truth != VOID, IGNORED)
+
+
+@torch.no_grad()
+def evaluate(model: torch.nn.Module, batches: "DataLoader[Pair]") -> torch.Tensor:
+    """Return the IoU of each class over the split, masks at the images' own size."""
+    model.eval()
+    confusion = torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.int64)
+    for image, truth in batches:
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(image)
+        mask = functional.interpolate(logits.float(), size=truth.shape[1:], mode="bilinear").argmax(1)
+        scored = truth != IGNORED
+        pairs = truth[scored] * NUM_CLASSES + mask[scored]
+        confusion += torch.bincount(pairs, minlength=NUM_CLASSES**2).reshape(NUM_CLASSES, NUM_CLASSES)
+    diagonal = confusion.diagonal()
+    return diagonal / (confusion.sum(0) + confusion.sum(1) - diagonal)
+
+
+def main() -> None:
+    """Train for as many epochs as fit into the time, and print the validation IoU."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("root", type=Path)
+    parser.add_argument("--epochs", type=int, default=130)
+    parser.add_argument("--threads", type=int, default=2)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    torch.manual_seed(0)
+    train = DataLoader(
+        CamVid(arguments.root, "train"), BATCH_SIZE, shuffle=True, drop_last=True, num_workers=1, persistent_workers=True
+    )
+    val = DataLoader(CamVid(arguments.root, "val"), BATCH_SIZE)
+    model = smp.Unet("resnet18", encoder_weights=None, classes=NUM_CLASSES).to(memory_format=torch.channels_last)
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3, weight_decay=1e-2)
+    num_steps = arguments.epochs * len(train)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=num_steps + 1)
+    started_s = time.monotonic()
+    for epoch in range(1, arguments.epochs + 1):
+        model.train()
+        for image, truth in train:
+            with torch.autocast("cpu", torch.bfloat16):
+                logits = model(image.contiguous(memory_format=torch.channels_last))
+            loss = functional.cross_entropy(logits.float(), truth, ignore_index=IGNORED)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+        if epoch % 10 == 0 or epoch == arguments.epochs:
+            print(f"epoch {epoch}  loss {loss.item():.3f}  {time.monotonic() - started_s:.0f} s", flush=True)
+    iou = evaluate(model, val)
+    print("val mean IoU %.4f after %.0f s" % (iou.mean(), time.monotonic() - started_s), [f"{v:.3f}" for v in iou])
+
+
+if __name__ == "__main__":
+    main()

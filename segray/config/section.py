@@ -1,0 +1,9 @@
+"""What all sections of settings share."""
+
+from pydantic import BaseModel, ConfigDict
+
+
+class Section(BaseModel):
+    """A frozen group of settings that refuses unknown ones."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())

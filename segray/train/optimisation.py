@@ -1,0 +1,117 @@
+"""Optimizer, learning-rate schedule, and the moving average of the weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torch.optim import lr_scheduler
+from torch.optim.swa_utils import get_ema_multi_avg_fn
+
+from segray.config import TrainSettings
+from segray.models.build import SegmentationModel
+
+_ONE_CYCLE_WARM_UP = 0.2  # of all steps, in which the one-cycle schedule climbs to its peak
+_WARM_UP_START = 1e-2  # of the peak
+
+
+def build_optimizer(model: SegmentationModel, settings: TrainSettings) -> torch.optim.Optimizer:
+    """Build AdamW, or SGD with Nesterov momentum, over all parameters that are not frozen.
+
+    The encoder has a learning rate of its own. Biases and the factors of normalisations, which have one dimension, are
+    not decayed: that would pull outputs towards 0 without making the network any simpler.
+    """
+    encoder = {id(parameter) for parameter in model.encoder.parameters()}
+    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            groups.setdefault((id(parameter) in encoder, parameter.ndim > 1), []).append(parameter)
+    options = [
+        {
+            "params": parameters,
+            "lr": settings.learning_rate * (settings.encoder_lr_factor if of_encoder else 1.0),
+            "weight_decay": settings.weight_decay if is_decayed else 0.0,
+        }
+        for (of_encoder, is_decayed), parameters in groups.items()
+    ]
+    if settings.optimizer == "adamw":
+        return torch.optim.AdamW(options, lr=settings.learning_rate)
+    return torch.optim.SGD(options, lr=settings.learning_rate, momentum=settings.momentum, nesterov=settings.momentum > 0)
+
+
+def build_schedule(
+    optimizer: torch.optim.Optimizer, settings: TrainSettings, num_steps: int
+) -> lr_scheduler.LRScheduler:
+    """Build the schedule over ``num_steps`` steps; each parameter group keeps its learning rate as the highest.
+
+    one_cycle is Smith and Topin, "Super-Convergence", 2018; poly is (1 - step/steps) ** power, as in DeepLab.
+    """
+    peaks = [group["lr"] for group in optimizer.param_groups]
+    share = settings.warm_up_fraction
+    if settings.schedule == "one_cycle":
+        # torch divides by the length of the climb less one step, so a run of a few steps needs a longer climb
+        climb = max(_ONE_CYCLE_WARM_UP if share is None else share, 1.5 / (num_steps + 1))
+        return lr_scheduler.OneCycleLR(
+            optimizer, peaks, total_steps=num_steps + 1, pct_start=climb, cycle_momentum=False
+        )
+    num_warm_up = round((share or 0.0) * num_steps)
+    num_left = max(1, num_steps - num_warm_up)
+    after: lr_scheduler.LRScheduler
+    if settings.schedule == "poly":
+        after = lr_scheduler.PolynomialLR(optimizer, num_left, settings.poly_power)
+    elif settings.schedule == "cosine":
+        after = lr_scheduler.CosineAnnealingLR(optimizer, num_left)
+    else:
+        after = lr_scheduler.ConstantLR(optimizer, 1.0, num_left)
+    if not num_warm_up:
+        return after
+    warm_up = lr_scheduler.LinearLR(optimizer, _WARM_UP_START, total_iters=num_warm_up)
+    return lr_scheduler.SequentialLR(optimizer, [warm_up, after], [num_warm_up])
+
+
+class WeightAverage:
+    """An exponential moving average of a model's parameters and BatchNorm statistics.
+
+    Early on it looks back over fewer steps, so that the random first weights are forgotten: the decay is at most
+    (1 + n) / (10 + n) after n steps, as in TensorFlow's ``ExponentialMovingAverage``.
+
+    Args:
+        model: What is averaged; its tensors are where the average's are.
+        decay: Of the steps late in a run.
+    """
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self._decay = decay
+        tensors = [*model.parameters(), *model.buffers()]
+        self._current = [_get_local(tensor) for tensor in tensors if tensor.is_floating_point()]
+        self.restart(0)
+
+    def restart(self, num_steps: int) -> None:
+        """Take the model's weights of this moment for the average after ``num_steps`` steps."""
+        self._average = [tensor.detach().clone() for tensor in self._current]
+        self._num_steps = num_steps
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take up the weights of a step."""
+        decay = min(self._decay, (1 + self._num_steps) / (10 + self._num_steps))
+        get_ema_multi_avg_fn(decay)(self._average, self._current, self._num_steps)
+        self._num_steps += 1
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Let the model have the averaged weights while the block runs."""
+        own = [tensor.detach().clone() for tensor in self._current]
+        with torch.no_grad():
+            torch._foreach_copy_(self._current, self._average)
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                torch._foreach_copy_(self._current, own)
+
+
+def _get_local(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the part of a tensor that this rank holds: all of it, unless the model is sharded."""
+    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
