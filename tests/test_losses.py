@@ -154,6 +154,14 @@ def test_hard_examples_are_those_of_a_plain_loop(
     assert compute(build(settings, class_weights), logits, truth).item() == pytest.approx(np.mean(of_images), rel=1e-5)
 
 
+def test_kept_pixels_that_are_certain_count_but_ignored_ones_do_not() -> None:
+    logits, truth = (tensor[2:] for tensor in draw())
+    right = torch.where(torch.arange(NUM_CLASSES)[:, None, None] == truth[:, None], 1e3, -1e3)
+    half_right = torch.where(torch.arange(11) < 6, right, logits)
+    expected = functional.cross_entropy(half_right, truth, ignore_index=IGNORE)
+    torch.testing.assert_close(compute(build({"ohem": 1.0, "ohem_min_kept": 1.0}), half_right, truth), expected)
+
+
 def test_easy_examples_have_no_gradient() -> None:
     logits, truth = draw()
     loss = compute(build({"ohem": 1.0, "ohem_threshold": 0.01, "ohem_min_kept": 0.1}), logits, truth)
