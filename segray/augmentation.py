@@ -135,7 +135,7 @@ def _cut(
 
 
 def _to_chw(image: _Image) -> torch.Tensor:
-    return torch.from_numpy(np.ascontiguousarray(image)).permute(2, 0, 1)
+    return torch.from_numpy(image.copy()).permute(2, 0, 1)  # of a decoded image that is kept, not to be written to
 
 
 def _to_hwc(image_chw: torch.Tensor) -> _Image:
