@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
-from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from segray.errors import ConfigError
 
@@ -19,60 +19,77 @@ class _SumOverRanks(torch.autograd.Function):
         return total
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
         total = gradient.clone()
         distributed.all_reduce(total)
         return total
 
 
-class GlobalBatchNorm2d(nn.SyncBatchNorm):
-    """``torch.nn.SyncBatchNorm``, which is for GPUs alone, on CPUs too."""
+class GlobalBatchNorm2d(nn.BatchNorm2d):
+    """What ``torch.nn.SyncBatchNorm`` is for GPUs.
+
+    It is not derived from that, for DistributedDataParallel refuses any such module on CPUs.
+    """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Normalise (N, C, H, W) by mean and variance over all ranks' N, H and W."""
-        if input.device.type != "cpu":
-            normalised: torch.Tensor = super().forward(input)
-            return normalised
-        momentum, running_mean, running_var = self.momentum, self.running_mean, self.running_var
-        assert momentum is not None  # no network of smp averages over all batches
-        if not self.training or running_mean is None or running_var is None or not distributed.is_initialized():
-            return functional.batch_norm(
-                input, running_mean, running_var, self.weight, self.bias, self.training, momentum, self.eps
-            )
+        """Normalise (N, C, H, W); in training by mean and variance over all ranks' N, H and W."""
+        if not self.training:
+            return super().forward(input)
         values = input.double()
-        sums = torch.cat([values.sum((0, 2, 3)), values.square().sum((0, 2, 3)), values.new_tensor([values[:, 0].numel()])])
-        totals = _SumOverRanks.apply(sums)  # type: ignore[no-untyped-call]
+        num_values = values.new_tensor([values[:, 0].numel()])
+        sums = torch.cat([values.sum((0, 2, 3)), values.square().sum((0, 2, 3)), num_values])
+        # one process computes as many do: another way of rounding would lead it elsewhere within a few steps
+        totals = _SumOverRanks.apply(sums) if distributed.is_initialized() else sums
         count = totals[-1].detach()
+        if count <= 1:
+            raise ValueError("expected more than 1 value per channel over all ranks when training")
         mean, mean_square = (totals[:-1] / count).chunk(2)
         variance = mean_square - mean.square()
         if self.track_running_stats:
-            with torch.no_grad():
-                running_mean.lerp_(mean.to(running_mean), momentum)
-                running_var.lerp_((variance * count / (count - 1)).to(running_var), momentum)
-                if self.num_batches_tracked is not None:
-                    self.num_batches_tracked.add_(1)
+            self._count_batch(mean.detach(), variance.detach() * count / (count - 1))
         factor = self.weight.double() / (variance + self.eps).sqrt()
         shift = self.bias.double() - mean * factor
-        return (values * factor[:, None, None] + shift[:, None, None]).to(input.dtype)
+        normalised: torch.Tensor = values * factor[:, None, None] + shift[:, None, None]
+        return normalised.to(input.dtype)
+
+    def _count_batch(self, mean: torch.Tensor, unbiased_variance: torch.Tensor) -> None:
+        assert self.running_mean is not None
+        assert self.running_var is not None
+        assert self.momentum is not None
+        self.running_mean.lerp_(mean.to(self.running_mean), self.momentum)
+        self.running_var.lerp_(unbiased_variance.to(self.running_var), self.momentum)
+        if self.num_batches_tracked is not None:
+            self.num_batches_tracked.add_(1)
 
 
-def synchronise_norms(model: nn.Module) -> None:
+def synchronise_norms(model: nn.Module, device: torch.device) -> None:
     """Replace each BatchNorm of a model by one over the batch of all ranks, in place; weights keep their names.
+
+    Args:
+        model: Before it is wrapped.
+        device: What it will be trained on.
 
     Raises:
         ConfigError: The model has a kind of BatchNorm that cannot be replaced.
     """
     for module in list(model.modules()):
         for name, norm in module.named_children():
-            if type(norm) is nn.BatchNorm2d:
-                other = GlobalBatchNorm2d(norm.num_features, norm.eps, norm.momentum or 0.1)
-                other.load_state_dict(norm.state_dict())
-                other.train(norm.training)
-                for parameter, own in zip(other.parameters(), norm.parameters(), strict=True):
-                    parameter.requires_grad_(own.requires_grad)
-                setattr(module, name, other)
-            elif isinstance(norm, nn.modules.batchnorm._BatchNorm) and not isinstance(norm, nn.SyncBatchNorm):
+            if not isinstance(norm, _BatchNorm) or isinstance(norm, nn.SyncBatchNorm | GlobalBatchNorm2d):
+                continue
+            if not _can_be_replaced(norm):
                 raise ConfigError(
-                    f"train.sync_batchnorm: this encoder normalises with {type(norm).__name__}, which cannot be "
-                    "synchronised; set false, or choose another encoder"
+                    f"train.sync_batchnorm: this network normalises with {type(norm).__name__} of a kind that cannot "
+                    "be synchronised; set false, or choose another encoder"
                 )
+            kind = GlobalBatchNorm2d if device.type == "cpu" else nn.SyncBatchNorm
+            other = kind(norm.num_features, norm.eps, norm.momentum)
+            other.load_state_dict(norm.state_dict())
+            other.train(norm.training)
+            for parameter, own in zip(other.parameters(), norm.parameters(), strict=True):
+                parameter.requires_grad_(own.requires_grad)
+            setattr(module, name, other)
+
+
+def _can_be_replaced(norm: nn.Module) -> bool:
+    # a kind of its own may do more than normalise: timm's BatchNormAct2d has an activation in it
+    return type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats and norm.momentum is not None

@@ -61,6 +61,10 @@ class LabelReport:
             self.ignored_px + other.ignored_px,
         )
 
+    @property
+    def image_px(self) -> IntArray:
+        return self.pixel_count  # TEMPORARY
+
     @classmethod
     def empty(cls, num_classes: int) -> "LabelReport":
         """Return the report of no samples."""

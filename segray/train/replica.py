@@ -23,7 +23,7 @@ def build_replica(model: SegmentationModel, settings: TrainSettings, device: tor
         model.to(memory_format=torch.channels_last)
     freeze_unused_parameters(model)
     if settings.sync_batchnorm:
-        synchronise_norms(model)
+        synchronise_norms(model, device)
     if settings.gradient_checkpointing:
         recompute_encoder(model)
     if settings.compile:
