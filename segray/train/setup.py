@@ -71,8 +71,8 @@ class Trainer:
         optimizer = get_optimizer_state_dict(self.model, self.learner.optimizer, options=_WHOLE)
         average = None
         if self.average:
-            with self.average.in_place():
-                average = get_model_state_dict(self.model, options=_WHOLE)
+            with self.average.in_place():  # copied in here: on a CPU it is the model's own memory
+                average = _copy(get_model_state_dict(self.model, options=_WHOLE))
         if self.world_rank != 0:
             return None
         return TrainingState(
@@ -81,7 +81,7 @@ class Trainer:
             optimizer=_copy(optimizer),
             schedule=self.schedule.state_dict(),
             scaler=self.learner.scaler.state_dict(),
-            average=_copy(average),
+            average=average,
             epoch_losses=list(self.epoch_losses),
             history=list(self.history),
         )
