@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -16,6 +17,8 @@ from segray.config import TrainConfig, find_differences
 from segray.errors import RunMismatchError
 from segray.manifest import Sample, Splits, Unpaired, load_splits
 from segray.models.build import check_model
+from segray.models.norms import synchronise_norms
+from segray.models.recompute import recompute_encoder
 from segray.progress import build_bar
 from segray.storage import exists, join_uri, normalize_uri, read_bytes, write_bytes
 from segray.train.checkpoint import RUN_NAME, list_checkpoints, remove_surplus
@@ -34,7 +37,7 @@ def run_training(config: TrainConfig, console: Console) -> str:
             lost more often than allowed.
     """
     classes = get_classes(config)
-    check_model(config.model, classes.num_classes)
+    _check_network(config, classes)
     splits = load_splits(config.data)
     output = normalize_uri(config.output)
     bundle_uri = join_uri(output, "bundle")
@@ -67,6 +70,15 @@ def run_training(config: TrainConfig, console: Console) -> str:
             write_bundle(job, bundle_uri, console)
         remove_surplus(job.run_uri, config.train.num_best_checkpoints)
     return bundle_uri
+
+
+def _check_network(config: TrainConfig, classes: ClassMap) -> None:
+    """Refuse a network that cannot be had, or cannot do what a setting asks, before anything is read or started."""
+    outline = check_model(config.model, classes.num_classes)
+    if config.train.sync_batchnorm:
+        synchronise_norms(outline, torch.device("cpu"))
+    if config.train.gradient_checkpointing:
+        recompute_encoder(outline)
 
 
 def _get_class_weights(config: TrainConfig, report: LabelReport) -> npt.NDArray[np.float64] | None:

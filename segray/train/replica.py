@@ -19,7 +19,7 @@ def build_replica(model: SegmentationModel, settings: TrainSettings, device: tor
     Raises:
         ConfigError: The network cannot do what a setting asks.
     """
-    if settings.channels_last:
+    if settings.channels_last and settings.sharding == "none":  # FSDP takes no weights laid out so
         model.to(memory_format=torch.channels_last)
     freeze_unused_parameters(model)
     if settings.sync_batchnorm:
