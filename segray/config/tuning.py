@@ -28,6 +28,12 @@ class SearchRange(Section):
         return self
 
 
+    @property
+    def extremes(self) -> tuple[Any, ...]:
+        """All values of a choice, or both ends of a range."""
+        return self.choice or self.uniform or self.log_uniform or self.int_uniform or ()
+
+
 class TuneSettings(Section):
     """A search with ``segray tune``: random draws, of which ASHA stops the worse ones early."""
 
