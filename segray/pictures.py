@@ -115,9 +115,12 @@ def _draw_grid(
     axes = figure.subplots(len(rows), len(rows[0]), squeeze=False)
     for row, cells in zip(axes, rows, strict=True):
         for axis, cell in zip(row, cells, strict=True):
-            axis.set_axis_off()
+            axis.set(xticks=[], yticks=[])
+            axis.spines[:].set_linewidth(0.5)  # a frame: ignored pixels are as white as the page
             axis.set_title(_shorten(cell.title), fontsize=8)
-            if cell.picture is not None:
+            if cell.picture is None:
+                axis.set_axis_off()
+            else:
                 axis.imshow(cell.picture, interpolation="nearest" if cell.is_mask else "antialiased")
     figure.legend(handles=legend, loc="outside lower center", ncols=num_columns, fontsize=8)
     return _save(figure)
