@@ -80,7 +80,7 @@ def test_check_lists_every_fault_with_its_remedy(config: Path, capsys: pytest.Ca
     assert f"{root}/annotations/trimaps/disc_0.png: mask_mismatch" in printed  # its image is bad as well
     assert "25 images and masks checked, 26 faults" in printed
     assert all(";" in line for line in printed.splitlines() if line.startswith(str(root)))
-    remedy = "expected 1, 2, 9: add 3 to data.class_values or data.ignore_values"
+    remedy = "as many values as classes: set data.class_values: [1, 2, 3]"
     assert f"24 x mask_mismatch: {remedy}\n1 x unreadable: replace the file, or remove it\n" in printed
 
 
