@@ -12,7 +12,7 @@ import typer
 
 from segray.cluster import find_segray_error, is_submitted_job, keep_on_loopback
 from segray.config import SegmentFile, TrainConfig, load_config, require_absolute
-from segray.errors import SegrayError, flatten_message
+from segray.errors import ConfigError, SegrayError, flatten_message
 from segray.progress import build_console
 
 app = typer.Typer(
@@ -84,13 +84,26 @@ def status(output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Run fol
 
 
 @app.command()
-def check(config: ConfigArgument, overrides: SetOption = None) -> None:
+def check(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    list_all: Annotated[bool, typer.Option("--all", help="List every fault, also beyond 100 of a kind.")] = False,
+    draw: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, max=32, help="Draw the first N training samples, augmented as training will."),
+    ] = None,
+    draw_to: Annotated[
+        str | None, typer.Option(metavar="URI", help="PNG to draw to; default: augmented.png under the output.")
+    ] = None,
+) -> None:
     """Open every image and mask, and list every fault with what mends it. Exit code 1 if there is any."""
     settings = load_config(TrainConfig, config, overrides or [])
+    if draw_to and not draw:
+        raise ConfigError("--draw-to: nothing is drawn; say how many samples with --draw N")
     console = build_console()
     from segray.train.driver import run_check
 
-    if not run_check(settings, console):
+    if not run_check(settings, console, list_all=list_all, num_drawn=draw, draw_to=draw_to):
         raise typer.Exit(1)
 
 

@@ -14,6 +14,8 @@ WALLS = {
     "images",
     "image_files",
     "samples",
+    "augmentation",
+    "label_faults",
     "manifest",
     "metrics",
     "losses",

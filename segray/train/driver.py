@@ -8,7 +8,6 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from rich.console import Console
-from rich.table import Table
 
 from segray.bundle import has_bundle
 from segray.classes import ClassMap
@@ -22,8 +21,9 @@ from segray.models.recompute import recompute_encoder
 from segray.progress import build_bar
 from segray.storage import exists, join_uri, normalize_uri, read_bytes, write_bytes
 from segray.train.checkpoint import RUN_NAME, list_checkpoints, remove_surplus
+from segray.train.findings import Finding, print_findings, print_warnings
 from segray.train.job import TrainJob
-from segray.train.labels import LabelReport, check_dataset, require_learnable
+from segray.train.labels import LabelReport, check_dataset, conclude, require_labelled, require_learnable
 from segray.transforms import Preprocessing
 
 _BINDING_FILE = "train.json"  # under the output: the settings and the listing that its checkpoints come from
@@ -50,9 +50,10 @@ def run_training(config: TrainConfig, console: Console) -> str:
     preprocessing = Preprocessing.of_encoder(config.model)
     num_workers = config.train.num_train_workers
     with connect_ray(num_workers, num_workers if config.train.use_gpu else 0):
-        reports = {name: check_labels(samples, classes, name, console) for name, samples in splits._asdict().items()}
+        reports = _check_splits(splits, classes, console)
         for name, report in reports.items():
             require_learnable(report, name)
+        print_warnings(reports, console)
         write_bytes(join_uri(output, _BINDING_FILE), json.dumps(binding, indent=2).encode())
         # 8 s of imports: not before the labels have been looked at
         from segray.train.bundling import write_bundle
@@ -136,36 +137,47 @@ def check_labels(samples: Sequence[Sample], classes: ClassMap, split: str, conso
     return report
 
 
-def run_check(config: TrainConfig, console: Console) -> bool:
-    """Check all labels, print each fault and what is labelled; return whether there is none.
+def _check_splits(splits: Splits, classes: ClassMap, console: Console) -> dict[str, LabelReport]:
+    reports = {name: check_labels(samples, classes, name, console) for name, samples in splits._asdict().items()}
+    return conclude(reports, splits, classes)
+
+
+def run_check(
+    config: TrainConfig,
+    console: Console,
+    *,
+    list_all: bool = False,
+    num_drawn: int | None = None,
+    draw_to: str | None = None,
+) -> bool:
+    """Check all labels, print what is found and what is labelled; return whether there is no fault.
+
+    Args:
+        config: Where the labels are, and what their values mean.
+        console: What is printed to.
+        list_all: Also list what is found beyond the first hundred of a kind.
+        num_drawn: Samples to draw as training is fed with them, if there is no fault.
+        draw_to: URI of that picture; None: ``augmented.png`` under the output.
 
     Raises:
-        SegrayError: The images and masks cannot be listed or paired, or the store failed.
+        SegrayError: The images and masks cannot be listed or paired, no pixel of a split is labelled, or the store
+            failed.
     """
     unpaired: list[Unpaired] = []
     splits = load_splits(config.data, unpaired)
     classes = get_classes(config)
     with connect_ray():
-        reports = {name: check_labels(samples, classes, name, console) for name, samples in splits._asdict().items()}
-    faults = [*unpaired, *(fault for report in reports.values() for fault in report.faults)]
-    for fault in faults:
-        console.print(str(fault), highlight=False)
-    table = Table("class", "raw value")
-    for name in reports:
-        for what in ("pixels", "share", "images"):
-            table.add_column(f"{name} {what}", justify="right")
-    for index, (class_name, value) in enumerate(zip(classes.names, classes.values, strict=True)):
-        cells = [cell for report in reports.values() for cell in _describe_class(report, index)]
-        table.add_row(class_name, str(value), *cells)
-    ignored = [cell for report in reports.values() for cell in (f"{report.ignored_px:,}", "", "")]
-    table.add_row("(ignored)", ", ".join(map(str, classes.ignore_values)), *ignored)
-    console.print(table)
-    num_samples = sum(report.num_samples for report in reports.values())
-    console.print(f"{num_samples} images and masks checked, {len(faults)} faults", highlight=False)
-    return not faults
+        reports = _check_splits(splits, classes, console)
+    faults: list[Finding] = [*unpaired, *(fault for report in reports.values() for fault in report.faults)]
+    print_findings(reports, faults, classes, console, list_all)
+    if faults:
+        return False
+    for name, report in reports.items():
+        require_labelled(report, name)
+    if num_drawn:
+        from segray.train.preview import draw_training  # matplotlib and torchvision, which nothing else here needs
 
-
-def _describe_class(report: LabelReport, index: int) -> tuple[str, str, str]:
-    num_px = int(report.pixel_count[index])
-    share = num_px / max(1, int(report.pixel_count.sum()))
-    return f"{num_px:,}", f"{share:.2%}", str(report.image_count[index])
+        uri = normalize_uri(draw_to) if draw_to else join_uri(normalize_uri(config.output), "augmented.png")
+        write_bytes(uri, draw_training(config, splits.train, classes, num_drawn))
+        console.print(f"augmented samples: {uri}", highlight=False)
+    return True
