@@ -40,6 +40,19 @@ def train(config: ConfigArgument, overrides: SetOption = None) -> None:
 
 
 @app.command()
+def tune(config: ConfigArgument, overrides: SetOption = None) -> None:
+    """Search settings (section tune), and leave the best configuration. The same call goes on with a search."""
+    settings = load_config(TrainConfig, config, overrides or [])
+    if is_submitted_job():
+        require_absolute(settings.uris)
+    console = build_console()
+    from segray.train.tuning import run_search
+
+    best = run_search(settings, console)
+    console.print(f"best configuration: {best} (segray train with it leaves its bundle)", highlight=False)
+
+
+@app.command()
 def segment(
     bundle: Annotated[str, typer.Option(metavar="URI", help="Bundle that segray train made.")],
     images: Annotated[
@@ -101,7 +114,7 @@ def check(
     if draw_to and not draw:
         raise ConfigError("--draw-to: nothing is drawn; say how many samples with --draw N")
     console = build_console()
-    from segray.train.driver import run_check
+    from segray.train.checking import run_check
 
     if not run_check(settings, console, list_all=list_all, num_drawn=draw, draw_to=draw_to):
         raise typer.Exit(1)

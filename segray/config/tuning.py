@@ -27,7 +27,6 @@ class SearchRange(Section):
                 raise ValueError(f"{name}: expected [low, high], got {list(ends)}")
         return self
 
-
     @property
     def extremes(self) -> tuple[Any, ...]:
         """All values of a choice, or both ends of a range."""

@@ -22,7 +22,7 @@ from segray.storage import join_uri
 from segray.train.checkpoint import CHECKPOINT_PREFIX, TrainingState, save_state
 from segray.train.evaluation import add_over_ranks, compute_scores, evaluate
 from segray.train.feed import EvalBatch, compute_step_order, iterate_evaluation, iterate_training
-from segray.train.job import TrainJob
+from segray.train.job import TrainJob, is_finished
 from segray.train.setup import Trainer, set_up
 from segray.train.stalls import Heartbeat
 from segray.train.steps import NonFiniteLossError, train_step
@@ -48,25 +48,13 @@ def run_loop(job: TrainJob) -> dict[str, Any]:
     heartbeat.start()
     try:
         trainer = set_up(job, heartbeat)
-        while not is_finished(trainer.history, job):
+        while not is_finished(trainer.history, job.config.train):
             _run_epoch(trainer)
     except (NonFiniteLossError, ConfigError) as error:  # on every rank alike
         return {"error": error}
     finally:
         heartbeat.stop()
     return {"error": None}
-
-
-def is_finished(history: list[dict[str, Any]], job: TrainJob) -> bool:
-    """Say whether the last epoch is done, or the score has not risen for so long that the run stops early."""
-    settings = job.config.train
-    if len(history) >= settings.num_epochs:
-        return True
-    if settings.early_stopping_epochs is None:
-        return False
-    scores = [metrics.get("val_mean_iou") for metrics in history]
-    best = max((score for score in scores if score is not None), default=None)
-    return best is not None and len(history) - 1 - scores.index(best) >= settings.early_stopping_epochs
 
 
 def _run_epoch(trainer: Trainer) -> None:

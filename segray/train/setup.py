@@ -198,9 +198,9 @@ def _take_up(
 ) -> None:
     """Put a checkpoint's state into a rank's objects."""
     if average and state.average:
-        set_model_state_dict(model, state.average, options=_WHOLE)
+        set_model_state_dict(model, dict(state.average), options=_WHOLE)
         average.restart(state.num_steps_done)
-    set_model_state_dict(model, state.model, options=_WHOLE)
+    set_model_state_dict(model, dict(state.model), options=_WHOLE)
     set_optimizer_state_dict(model, learner.optimizer, state.optimizer, options=_WHOLE)
     schedule.load_state_dict(state.schedule)
     learner.scaler.load_state_dict(state.scaler)

@@ -1,8 +1,8 @@
 """``segray tune``: settings are drawn, Ray Tune trains with each, and ASHA stops those that lag behind.
 
-A trial is an ordinary run in a folder of its own. What is drawn for it is a matter of the seed and its number alone, and
-what it has learned is in its checkpoints. So a search that was interrupted is simply begun again: every trial tells what
-it has behind it and goes on. Ray Tune's own state, which is pickled, is never read back.
+A trial is an ordinary run in a folder of its own. What is drawn for it is a matter of the seed and its number alone,
+and what it has learned is in its checkpoints. So a search that was interrupted is simply begun again: every trial tells
+what it has behind it and goes on. Ray Tune's own state, which is pickled, is never read back.
 
 Source of the schedule: Li et al., "A System for Massively Parallel Hyperparameter Tuning", MLSys 2020 (ASHA).
 """
@@ -28,11 +28,12 @@ from rich.table import Table
 from segray.cluster import connect_ray, get_last_line, translated_ray_errors
 from segray.config import SearchRange, TrainConfig
 from segray.errors import ConfigError, TrainingError
+from segray.manifest import load_splits
 from segray.progress import build_bar
 from segray.storage import join_uri, normalize_uri, write_bytes
 from segray.train.binding import Binding
 from segray.train.checkpoint import RUN_NAME, find_newest_history
-from segray.train.driver import check_network, describe_run, get_classes, list_samples, prepare_job
+from segray.train.driver import check_network, describe_run, prepare_job
 from segray.train.job import TrainJob, is_finished
 
 _BINDING_NAME = "tune.json"
@@ -49,7 +50,7 @@ def run_search(config: TrainConfig, console: Console) -> str:
     """
     check_space(config)
     check_network(config)
-    splits = list_samples(config)
+    splits = load_splits(config.data)
     output = normalize_uri(config.output)
     space = {name: drawn_from.model_dump(mode="json") for name, drawn_from in config.tune.space.items()}
     settings = {**config.of_weights, "tune": {"space": space, "seed": config.tune.seed}}
@@ -58,7 +59,7 @@ def run_search(config: TrainConfig, console: Console) -> str:
     console.print(describe_run(config, splits), highlight=False)
     num_workers = config.train.num_train_workers * config.tune.max_concurrent_trials
     with connect_ray(num_workers, num_workers if config.train.use_gpu else 0):
-        job = prepare_job(config, get_classes(config), splits, output, console)
+        job = prepare_job(config, splits, output, console)
         binding.write()
         board = _run_trials(Search(job, output), console)
     return _write_best(board, config, output, console)
@@ -174,7 +175,7 @@ class TrialRecord:
         return max(self.scores.values(), default=-1.0)
 
 
-class ScoreBoard(tune.Callback):
+class ScoreBoard(tune.Callback):  # type: ignore[misc]
     """Keeps the records of all trials, by number, and shows them."""
 
     def __init__(self, config: TrainConfig, bar: Progress) -> None:
@@ -182,6 +183,9 @@ class ScoreBoard(tune.Callback):
         self._num_epochs = config.train.num_epochs
         self._bar = bar
         self._task = bar.add_task("tune", total=config.tune.num_trials, note="starting")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune writes its callbacks down, and a display cannot be
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **_: Any
@@ -220,7 +224,7 @@ class ScoreBoard(tune.Callback):
 def _run_trials(search: Search, console: Console) -> ScoreBoard:
     config = search.job.config
     # on the driver's own node: Tune wants a folder that all its trials see, and theirs are elsewhere
-    here = {name: 0.001 for name in _list_node_resources()}
+    here = dict.fromkeys(_list_node_resources(), 0.001)
     trainable = tune.with_resources(tune.with_parameters(run_trial, search=search), here)
     with build_bar(console, "trials") as bar, tempfile.TemporaryDirectory(prefix="segray-tune-") as folder:
         board = ScoreBoard(config, bar)

@@ -28,9 +28,10 @@ from segray.config import TrainConfig
 from segray.errors import DataError, RunMismatchError, TrainingError
 from segray.manifest import load_splits
 from segray.train.checkpoint import find_newest_state, list_checkpoints, load_state
-from segray.train.driver import get_classes, run_training
+from segray.train.driver import run_training
 from segray.train.evaluation import compute_scores, evaluate
 from segray.train.feed import SampleStore, iterate_evaluation
+from segray.train.job import get_classes
 from tests.conftest import NUM_TEST, NUM_TRAIN, PET_CLASSES, SHAPE_SIZE
 
 pytestmark = pytest.mark.usefixtures("ray_session")
