@@ -102,6 +102,8 @@ def set_up(job: TrainJob, heartbeat: Heartbeat) -> Trainer:
     context = ray.train.get_context()
     world_rank = context.get_world_rank()
     poster = ProgressPoster(job.board) if world_rank == 0 else None
+    if poster and context.get_world_size() < settings.num_train_workers:
+        poster.post_line(f"training on {context.get_world_size()} of {settings.num_train_workers} workers")
     device = ray.train.torch.get_device()
     _prepare_arithmetic(settings.deterministic, device, context.get_local_world_size())
     torch.manual_seed(settings.seed)  # the same first weights on every rank
