@@ -13,6 +13,7 @@ import typer
 from segray.cluster import find_segray_error, is_submitted_job, keep_on_loopback
 from segray.config import SegmentFile, TrainConfig, load_config, require_absolute
 from segray.errors import ConfigError, SegrayError, flatten_message
+from segray.export import ExportFormat, export_bundle
 from segray.progress import build_console
 
 app = typer.Typer(
@@ -118,6 +119,21 @@ def check(
 
     if not run_check(settings, console, list_all=list_all, num_drawn=draw, draw_to=draw_to):
         raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="Bundle that segray train made.")],
+    export_format: Annotated[
+        ExportFormat, typer.Option("--format", help="onnx for ONNX Runtime and others; torch_export for torch alone.")
+    ],
+    output: Annotated[
+        str | None, typer.Option(metavar="URI", help="File to write; default: model.onnx or model.pt2 in the bundle.")
+    ] = None,
+) -> None:
+    """Write a bundle's model as one file that needs no segray, once it was found equal to the bundle."""
+    console = build_console()
+    console.print(f"exported: {export_bundle(bundle, export_format, output)}", highlight=False)
 
 
 @app.command()

@@ -24,7 +24,7 @@ WALLS = {
     "pictures",
     "shapes",
 }
-HALL = {"bundle", "cluster"}
+HALL = {"bundle", "cluster", "export"}
 ROOMS = {"train", "segment"}
 ROOF = {"cli", "demo"}
 FLOORS = [GROUND, WALLS, HALL, ROOMS, ROOF]

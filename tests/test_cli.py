@@ -244,3 +244,20 @@ def test_only_data_makes_a_set_that_can_be_trained_on(tmp_path: Path) -> None:
     names = (tmp_path / "shapes/annotations/trainval.txt").read_text().split()[::4]
     assert len(names) == 96
     assert all((tmp_path / "shapes/images" / f"{name}.jpg").exists() for name in names)
+
+
+def test_a_mistake_in_exporting_is_one_line(
+    bundle_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run("export", str(bundle_dir), "--format", "tflite") == 2
+    assert "'tflite'" in capfd.readouterr().err
+    assert run("export", str(bundle_dir)) == 2
+    assert "--format" in capfd.readouterr().err
+    assert run("export", str(tmp_path), "--format", "onnx") == 1
+    assert capfd.readouterr().err == (
+        f"error: no bundle at {tmp_path}: no bundle.json; give the folder that segray train made\n"
+    )
+    assert run("export", str(bundle_dir), "--format", "torch_export", "--output", str(tmp_path)) == 4
+    error = capfd.readouterr().err
+    assert error.startswith(f"error: cannot write {tmp_path}")
+    assert error.count("\n") == 1
