@@ -158,7 +158,7 @@ def test_check_draws_augmented_samples_unless_labels_are_bad(
     assert Image.open(other).height > Image.open(default).height
     shutil.rmtree(default.parent)
     other.unlink()
-    (labelled_folders[1] / "0.png").write_bytes(b"")
+    shutil.copy(labelled_folders[1] / "0.png", labelled_folders[1] / "of_no_image.png")  # what is drawn is well
     assert run("check", str(folders), "--draw", "3") == 1
     assert run("check", str(folders), "--draw", "3", "--draw-to", str(other)) == 1
     assert "augmented samples" not in capsys.readouterr().out

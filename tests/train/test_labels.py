@@ -244,12 +244,15 @@ def test_one_picture_in_both_splits_is_a_warning_however_it_is_encoded(tmp_path:
     Image.open(val[0].image_uri).save(again.image_uri, lossless=True)
     Path(train[0].image_uri).write_bytes(b"")  # files that cannot be read are not alike
     Path(val[2].image_uri).write_bytes(b"")
-    reports = check_all(train, CLASSES, [again, *val[1:]])
+    wide, high = save(tmp_path, "wide", mask[:50]), save(tmp_path, "high", mask[:, :50])
+    for sample in (wide, high):  # of the same bytes, in other rows
+        Image.new("RGB", Image.open(sample.image_uri).size).save(sample.image_uri)
+    reports = check_all([*train, wide], CLASSES, [again, *val[1:], high])
     assert reports["train"].warnings == []
     (warning,) = reports["val"].warnings
     assert (warning.uri, warning.kind) == (again.image_uri, WarningKind.DUPLICATE)
     assert train[2].image_uri in warning.message
-    assert len(reports["train"].digests) == 3 * 16
+    assert len(reports["train"].digests) == 4 * 16
 
 
 @pytest.mark.skipif(not CAMVID.exists(), reason="needs CamVid at data/camvid")
@@ -261,6 +264,7 @@ def test_real_masks_are_clean_and_found_once_they_are_spoilt(tmp_path: Path) -> 
     assert (report.faults, report.warnings) == ([], [])
     for path in masks[::40]:
         raw = np.asarray(Image.open(path))
+        assert check_samples([save(tmp_path, "0", raw[2::4, 2::4])], classes).warnings == []
         for number, spoilt in enumerate([blur(raw, 0.5), blur(raw, 0.9), blur(raw, 1.3), compress(raw)]):
             report = check_samples([save(tmp_path, "1", spoilt.clip(0, 11))], classes)
             kinds = [warning.kind for warning in report.warnings]
