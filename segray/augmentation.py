@@ -1,27 +1,29 @@
 """Random changes of training samples, image and mask together.
 
-Every change is drawn from the generator that is given, never from torch's own, which all threads of a process share:
-a sample of a step comes out the same on any worker, in any thread, and again after a restart.
+Every change is drawn from the generator that is given, never from one that all threads of a process share, and made by
+Pillow and numpy, not by torch, whose sums depend on its number of threads: a sample of a step comes out the same on any
+worker, in any thread, and again after a restart.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as transforms
+from PIL import Image, ImageEnhance, ImageFilter
 
 from segray.config import AugmentationSettings
 from segray.images import resize_image, resize_mask
 
 FILL_RGB = (124, 116, 104)  # the mean of ImageNet: about 0 once normalised
-_BLUR_KERNEL_PX = 5
+_ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 _BLUR_SIGMA_PX = (0.3, 1.5)
 _CUTOUT_SIDE = (0.1, 0.4)  # of the sample's sides
 
 _Image = npt.NDArray[np.uint8]
 _Truth = npt.NDArray[np.integer]
+_PixelT = TypeVar("_PixelT", bound=np.integer)
 
 
 @dataclass(frozen=True)
@@ -72,27 +74,27 @@ class Augmentation:
             length = max(1, round(side * of_window / full / (scale * aspect**stretch)))
             start = int(generator.integers(min(0, side - length), max(0, side - length), endpoint=True))
             spans.append((start, length))
-        return _cut(image, spans, size, FILL_RGB), _cut(truth, spans, size, self.ignore_index)
+        return (
+            _cut(image, spans, size, resize_image, FILL_RGB),
+            _cut(truth, spans, size, resize_mask, self.ignore_index),
+        )
 
     def _rotate(self, image: _Image, truth: _Truth, generator: np.random.Generator) -> tuple[_Image, _Truth]:
         angle = float(generator.uniform(-self.settings.rotation_deg, self.settings.rotation_deg))
-        turned = transforms.rotate(_to_chw(image), angle, InterpolationMode.BILINEAR, fill=list(map(float, FILL_RGB)))
-        truth_chw = torch.from_numpy(truth.astype(np.int32))[None]
-        turned_truth = transforms.rotate(truth_chw, angle, InterpolationMode.NEAREST, fill=[float(self.ignore_index)])
-        return _to_hwc(turned), turned_truth[0].numpy().astype(truth.dtype)
+        turned = Image.fromarray(image).rotate(angle, Image.Resampling.BILINEAR, fillcolor=FILL_RGB)
+        turned_truth = Image.fromarray(truth).rotate(angle, Image.Resampling.NEAREST, fillcolor=self.ignore_index)
+        return np.asarray(turned), np.asarray(turned_truth)
 
     def _change_colours(self, image: _Image, generator: np.random.Generator) -> _Image:
-        image_chw = _to_chw(image)
+        picture = Image.fromarray(image)
         strength = self.settings.colour_jitter
         if strength:
-            changes = [transforms.adjust_brightness, transforms.adjust_contrast, transforms.adjust_saturation]
-            factors = generator.uniform(1 - strength, 1 + strength, len(changes))
-            for number in generator.permutation(len(changes)):
-                image_chw = changes[number](image_chw, float(factors[number]))
+            for number in generator.permutation(len(_ENHANCERS)):
+                factor = float(generator.uniform(1 - strength, 1 + strength))
+                picture = _ENHANCERS[number](picture).enhance(factor)
         if generator.random() < self.settings.blur:
-            sigma = float(generator.uniform(*_BLUR_SIGMA_PX))
-            image_chw = transforms.gaussian_blur(image_chw, [_BLUR_KERNEL_PX] * 2, [sigma] * 2)
-        return _to_hwc(image_chw)
+            picture = picture.filter(ImageFilter.GaussianBlur(float(generator.uniform(*_BLUR_SIGMA_PX))))
+        return np.asarray(picture)
 
     def _blank(self, image: _Image, truth: _Truth, generator: np.random.Generator) -> tuple[_Image, _Truth]:
         """Blank a rectangle; what cannot be seen is not learned from."""
@@ -114,8 +116,12 @@ def _draw_log_uniform(generator: np.random.Generator, ends: tuple[float, float])
 
 
 def _cut(
-    pixels: npt.NDArray[np.integer], spans: list[tuple[int, int]], size: tuple[int, int], fill: int | tuple[int, ...]
-) -> npt.NDArray[np.integer]:
+    pixels: npt.NDArray[_PixelT],
+    spans: list[tuple[int, int]],
+    size: tuple[int, int],
+    resize: Callable[[npt.NDArray[_PixelT], tuple[int, int]], npt.NDArray[_PixelT]],
+    fill: int | tuple[int, ...],
+) -> npt.NDArray[_PixelT]:
     """Resize a window, given as (start, length) in rows and columns, to ``size``; ``fill`` is past the edges."""
     inside, places = [], []
     for side, (start, length), target in zip(pixels.shape, spans, size, strict=False):
@@ -123,21 +129,10 @@ def _cut(
         inside.append(slice(first, last))
         begin = min(round((first - start) * target / length), target - 1)
         places.append(slice(begin, max(begin + 1, round((last - start) * target / length))))
-    part = pixels[tuple(inside)]
-    part_size = (places[0].stop - places[0].start, places[1].stop - places[1].start)
-    resized = resize_image(part, part_size) if pixels.ndim == 3 else resize_mask(part, part_size)
-    if part_size == size:
+    resized = resize(pixels[tuple(inside)], (places[0].stop - places[0].start, places[1].stop - places[1].start))
+    if resized.shape[:2] == size:
         return resized
     canvas = np.empty((*size, *pixels.shape[2:]), pixels.dtype)
     canvas[:] = fill
     canvas[tuple(places)] = resized
     return canvas
-
-
-def _to_chw(image: _Image) -> torch.Tensor:
-    return torch.from_numpy(image.copy()).permute(2, 0, 1)  # of a decoded image that is kept, not to be written to
-
-
-def _to_hwc(image_chw: torch.Tensor) -> _Image:
-    pixels: _Image = image_chw.permute(1, 2, 0).numpy()
-    return pixels

@@ -22,7 +22,6 @@ import numpy as np
 import numpy.typing as npt
 import segmentation_models_pytorch as smp
 import torch
-from segmentation_models_pytorch.losses._functional import soft_tversky_score
 from torch.nn import functional
 
 from segray.config import LossSettings
@@ -65,10 +64,7 @@ class SegmentationLoss:
             truth_nhw: (N, H, W) int64 class indices, ``ignore_index`` where not scored.
         """
         scored = truth_nhw != self._ignore_index
-        if self._class_weights is None:
-            num_px = scored.sum().double()
-        else:
-            num_px = self._class_weights.to(truth_nhw.device)[truth_nhw[scored]].double().sum()
+        num_px = self._weigh(scored.double(), truth_nhw).sum()
         num_images = scored.flatten(1).any(1).sum().double()
         return torch.stack([num_px if name in _PIXEL_TERMS else num_images for name in self._sums])
 
@@ -87,12 +83,16 @@ class SegmentationLoss:
         weights = self.term_weights.to(sums.device) / counts.clamp(min=torch.finfo(torch.float32).tiny)
         return (sums * weights.where(counts > 0, 0).to(sums.dtype)).sum()
 
-    def _compute_cross_entropies(self, logits_nchw: torch.Tensor, truth_nhw: torch.Tensor) -> torch.Tensor:
+    def _weigh(self, values_nhw: torch.Tensor, truth_nhw: torch.Tensor) -> torch.Tensor:
+        """Multiply pixels (N, H, W), 0 where they are ignored, by the weights of their classes."""
+        if self._class_weights is None:
+            return values_nhw
+        some_class = truth_nhw.where(truth_nhw != self._ignore_index, 0)
+        return values_nhw * self._class_weights.to(truth_nhw.device)[some_class]
+
+    def _compute_entropies(self, logits_nchw: torch.Tensor, truth_nhw: torch.Tensor) -> torch.Tensor:
         """Return the cross-entropy of each pixel (N, H, W), 0 where it is ignored."""
-        weight = None if self._class_weights is None else self._class_weights.to(logits_nchw.device)
-        return functional.cross_entropy(
-            logits_nchw, truth_nhw, weight=weight, ignore_index=self._ignore_index, reduction="none"
-        )
+        return functional.cross_entropy(logits_nchw, truth_nhw, ignore_index=self._ignore_index, reduction="none")
 
     def _sum_cross_entropy(self, logits_nchw: torch.Tensor, truth_nhw: torch.Tensor) -> torch.Tensor:
         weight = None if self._class_weights is None else self._class_weights.to(logits_nchw.device)
@@ -107,12 +107,8 @@ class SegmentationLoss:
 
     def _sum_focal(self, logits_nchw: torch.Tensor, truth_nhw: torch.Tensor) -> torch.Tensor:
         """Sum the softmax form. smp's is of one class against the rest each, and NaN where all pixels are ignored."""
-        entropies = functional.cross_entropy(logits_nchw, truth_nhw, ignore_index=self._ignore_index, reduction="none")
-        # expm1 and not 1 - exp: a gradient of 0 and not of infinity at a probability of 1
-        focal = (-torch.expm1(-entropies)).clamp(min=0) ** self._settings.focal_gamma * entropies
-        if self._class_weights is not None:
-            focal = focal * self._class_weights.to(focal.device)[truth_nhw.where(truth_nhw != self._ignore_index, 0)]
-        return focal.sum()
+        entropies = self._compute_entropies(logits_nchw, truth_nhw)
+        return self._weigh((1 - torch.exp(-entropies)) ** self._settings.focal_gamma * entropies, truth_nhw).sum()
 
     def _sum_hard_examples(self, logits_nchw: torch.Tensor, truth_nhw: torch.Tensor) -> torch.Tensor:
         """Sum over images the mean cross-entropy of their hard pixels.
@@ -120,17 +116,14 @@ class SegmentationLoss:
         Hard is a pixel whose true class has less than ``ohem_threshold``, and in any case the hardest share
         ``ohem_min_kept`` of an image's scored pixels.
         """
+        entropies_nhw = self._compute_entropies(logits_nchw, truth_nhw)
+        scored = (truth_nhw != self._ignore_index).flatten(1)
         with torch.no_grad():
-            entropies = functional.cross_entropy(
-                logits_nchw, truth_nhw, ignore_index=self._ignore_index, reduction="none"
-            ).flatten(1)
-            scored = (truth_nhw != self._ignore_index).flatten(1)
-            num_scored = scored.sum(1)
-            num_kept = (num_scored * self._settings.ohem_min_kept).ceil().long().clamp(min=1)
-            ranked = entropies.where(scored, -1.0).sort(1, descending=True).values
-            last_kept = ranked.gather(1, num_kept[:, None] - 1)
+            entropies = entropies_nhw.flatten(1)
+            num_kept = (scored.sum(1) * self._settings.ohem_min_kept).ceil().long().clamp(min=1)
+            last_kept = entropies.sort(1, descending=True).values.gather(1, num_kept[:, None] - 1)
             hard = scored & (entropies >= last_kept.clamp(max=-math.log(self._settings.ohem_threshold)))
-        weighted = self._compute_cross_entropies(logits_nchw, truth_nhw).flatten(1)
+        weighted = self._weigh(entropies_nhw, truth_nhw).flatten(1)
         return ((weighted * hard).sum(1) / hard.sum(1).clamp(min=1)).sum()
 
     def _sum_tversky(
@@ -143,12 +136,14 @@ class SegmentationLoss:
         that are not there.
         """
         scored = (truth_nhw != self._ignore_index).flatten(1)[:, None]
+        classes = torch.arange(logits_nchw.shape[1], device=truth_nhw.device)[:, None]
+        is_class = (truth_nhw.flatten(1)[:, None] == classes) & scored  # (N, C, pixels)
         probability = logits_nchw.softmax(1).flatten(2) * scored
-        truth = functional.one_hot(truth_nhw.where(truth_nhw != self._ignore_index, 0), logits_nchw.shape[1])
-        truth = truth.flatten(1, 2).movedim(2, 1).to(probability.dtype) * scored
-        score_nc = soft_tversky_score(probability, truth, alpha, beta, eps=1e-7, dims=(2,))
-        present = truth.any(2)
-        return (((1 - score_nc) * present).sum(1) / present.sum(1).clamp(min=1)).sum()
+        tp, truth_px = (probability * is_class).sum(2), is_class.sum(2)
+        fp, fn = probability.sum(2) - tp, truth_px - tp
+        index = tp / (tp + alpha * fp + beta * fn).clamp(min=1e-7)
+        present = truth_px > 0
+        return (((1 - index) * present).sum(1) / present.sum(1).clamp(min=1)).sum()
 
     def _sum_lovasz(self, logits_nchw: torch.Tensor, truth_nhw: torch.Tensor) -> torch.Tensor:
         """Sum over images the Lovász-Softmax loss of the classes in their truth."""
