@@ -1,5 +1,6 @@
 """Checkpoints: what is read is what was written, and what is damaged is passed over and said."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -23,7 +24,7 @@ from segray.train.optimisation import build_optimizer, build_schedule
 
 
 def make_state(
-    num_steps_done: int, scores: list[float | None], epoch_losses: list[float] | None = None
+    num_steps_done: int, scores: Sequence[float | None], epoch_losses: list[float] | None = None
 ) -> TrainingState:
     torch.manual_seed(num_steps_done)
     model = build_model(ModelConfig(arch="classic_unet", widths=(4, 8)), 2)
@@ -54,7 +55,7 @@ def name_folder(run: Path, step: int) -> Path:
 def run(tmp_path: Path) -> Path:
     """Three epochs, of which the second was best, with Ray Train's own file beside."""
     for step, scores in ((1, [0.1]), (2, [0.1, 0.5]), (3, [0.1, 0.5, 0.3])):
-        save_state(str(name_folder(tmp_path, step)), make_state(step, list(scores)))
+        save_state(str(name_folder(tmp_path, step)), make_state(step, scores))
     (tmp_path / "checkpoint_manager_snapshot.json").touch()
     return tmp_path
 
@@ -161,7 +162,7 @@ def test_no_checkpoint_at_all(tmp_path: Path) -> None:
 def test_the_newest_two_and_the_best_are_kept(tmp_path: Path) -> None:
     scores = [0.5, 0.9, 0.3, 0.8, 0.1, 0.2]
     for step in range(1, 7):
-        save_state(str(name_folder(tmp_path, step)), make_state(step, list(scores[:step])))
+        save_state(str(name_folder(tmp_path, step)), make_state(step, scores[:step]))
     remove_surplus(str(tmp_path), num_best=2)
     kept = [load_state(uri).num_steps_done for uri in list_checkpoints(str(tmp_path))]
     assert kept == [2, 4, 5, 6]

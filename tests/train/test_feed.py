@@ -2,6 +2,7 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -63,7 +64,7 @@ def train(
     )
 
 
-def read(samples: list[Sample], steps: range, world_size: int, **options: int) -> list[list[tuple[str, bytes, bytes]]]:
+def read(samples: list[Sample], steps: range, world_size: int, **options: Any) -> list[list[tuple[str, bytes, bytes]]]:
     """Return URI, pixels and truth of each sample of each global step, ranks and parts in order."""
     ranks = [train(samples, steps, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
     return [

@@ -27,7 +27,7 @@ def list_rates(num_steps: int, **settings: Any) -> list[float]:
     schedule = build_schedule(optimizer, chosen, num_steps)
     rates = []
     for _ in range(num_steps):
-        rates.append(schedule.get_last_lr()[0])
+        rates.append(float(schedule.get_last_lr()[0]))
         optimizer.step()
         schedule.step()  # one-cycle raises past the planned number of steps
     return rates
@@ -100,7 +100,7 @@ def test_only_what_has_several_dimensions_decays_and_all_that_learns_is_there_on
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
 def test_three_steps_are_those_of_plain_torch(model: SegmentationModel, name: str) -> None:
     plain = copy.deepcopy(model)
-    settings = TrainSettings(optimizer=name, learning_rate=0.01, weight_decay=0, momentum=0.8)  # type: ignore[arg-type]
+    settings = TrainSettings(optimizer=name, learning_rate=0.01, weight_decay=0, momentum=0.8)
     optimizer = build_optimizer(model, settings)
     reference = (
         torch.optim.AdamW(plain.parameters(), 0.01, weight_decay=0)

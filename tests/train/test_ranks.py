@@ -36,11 +36,11 @@ def build_normalised_network() -> nn.Module:
 
 def train(network: nn.Module, steps: range, rank: int = 0, world_size: int = 1, num_parts: int = 1) -> list[float]:
     """Take steps with a rank's share of each global batch; shares are uneven where it cannot be shared evenly."""
-    replica = network
+    replica: nn.Module = network
     if world_size > 1:
         replica = DistributedDataParallel(network)
         settle_gradient_buckets(replica, CPU)
-        replica.train()
+        replica.train()  # type: ignore[no-untyped-call]
     learner = make_learner(replica, torch.optim.SGD(network.parameters(), 0.05), TERMS, max_gradient_norm=0.5)
     losses = []
     for step in steps:
