@@ -43,7 +43,7 @@ def config(tmp_path: Path, shapes_root: Path) -> Path:
             "cannot read /nowhere/annotations/trainval.txt: nothing is there",
         ),
         ("trian.num_epochs=3", 2, "trian: unknown setting; did you mean train?"),
-        ("model.arch=unett", 2, "model.arch: unknown architecture 'unett'; choose from fcn32s"),
+        ("model.arch=unett", 2, "model.arch: unknown architecture 'unett'; choose from classic_unet, fcn32s"),
         ("model.encoder_name=resnet19", 2, "model.encoder_name: unknown encoder 'resnet19'"),
         ("train.num_epochs=-1", 2, "train.num_epochs"),
         ("output=nostore://x/y", 4, "cannot open nostore://x"),
