@@ -31,7 +31,9 @@ class CamVid(Dataset[Pair]):
 
     def __init__(self, root: Path, split: str) -> None:
         self.is_train = split == "train"
-        self.paths = [(path, root / "masks" / split / path.name) for path in sorted((root / "images" / split).iterdir())]
+        self.paths = [
+            (path, root / "masks" / split / path.name) for path in sorted((root / "images" / split).iterdir())
+        ]
 
     def __len__(self) -> int:
         return len(self.paths)
@@ -79,7 +81,12 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     torch.manual_seed(0)
     train = DataLoader(
-        CamVid(arguments.root, "train"), BATCH_SIZE, shuffle=True, drop_last=True, num_workers=1, persistent_workers=True
+        CamVid(arguments.root, "train"),
+        BATCH_SIZE,
+        shuffle=True,
+        drop_last=True,
+        num_workers=1,
+        persistent_workers=True,
     )
     val = DataLoader(CamVid(arguments.root, "val"), BATCH_SIZE)
     model = smp.Unet("resnet18", encoder_weights=None, classes=NUM_CLASSES).to(memory_format=torch.channels_last)
@@ -94,13 +101,13 @@ def main() -> None:
                 logits = model(image.contiguous(memory_format=torch.channels_last))
             loss = functional.cross_entropy(logits.float(), truth, ignore_index=IGNORED)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+            loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
         if epoch % 10 == 0 or epoch == arguments.epochs:
             print(f"epoch {epoch}  loss {loss.item():.3f}  {time.monotonic() - started_s:.0f} s", flush=True)
     iou = evaluate(model, val)
-    print("val mean IoU %.4f after %.0f s" % (iou.mean(), time.monotonic() - started_s), [f"{v:.3f}" for v in iou])
+    print(f"val mean IoU {iou.mean():.4f} after {time.monotonic() - started_s:.0f} s:", [f"{v:.3f}" for v in iou])
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """Random changes of training samples, image and mask together.
 
-Every change is drawn from the generator that is given, never from one that all threads of a process share, and made by
-Pillow and numpy, not by torch, whose sums depend on its number of threads: a sample of a step comes out the same on any
-worker, in any thread, and again after a restart.
+Every change is drawn from the generator that is given, never from one that all threads of a process share, and made of
+Pillow's images, not of tensors, for torch's sums depend on its number of threads: a sample of a step comes out the same
+on any worker, in any thread, and again after a restart.
 """
 
 from collections.abc import Callable
@@ -11,13 +11,15 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageEnhance, ImageFilter
+from PIL import Image, ImageFilter
+from torchvision.transforms.v2 import InterpolationMode
+from torchvision.transforms.v2 import functional as transforms
 
 from segray.config import AugmentationSettings
 from segray.images import resize_image, resize_mask
 
 FILL_RGB = (124, 116, 104)  # the mean of ImageNet: about 0 once normalised
-_ENHANCERS = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
+_COLOUR_CHANGES = (transforms.adjust_brightness, transforms.adjust_contrast, transforms.adjust_saturation)
 _BLUR_SIGMA_PX = (0.3, 1.5)
 _CUTOUT_SIDE = (0.1, 0.4)  # of the sample's sides
 
@@ -81,18 +83,19 @@ class Augmentation:
 
     def _rotate(self, image: _Image, truth: _Truth, generator: np.random.Generator) -> tuple[_Image, _Truth]:
         angle = float(generator.uniform(-self.settings.rotation_deg, self.settings.rotation_deg))
-        turned = Image.fromarray(image).rotate(angle, Image.Resampling.BILINEAR, fillcolor=FILL_RGB)
-        turned_truth = Image.fromarray(truth).rotate(angle, Image.Resampling.NEAREST, fillcolor=self.ignore_index)
+        turned = transforms.rotate(Image.fromarray(image), angle, InterpolationMode.BILINEAR, fill=FILL_RGB)
+        turned_truth = transforms.rotate(
+            Image.fromarray(truth), angle, InterpolationMode.NEAREST, fill=self.ignore_index
+        )
         return np.asarray(turned), np.asarray(turned_truth)
 
     def _change_colours(self, image: _Image, generator: np.random.Generator) -> _Image:
         picture = Image.fromarray(image)
         strength = self.settings.colour_jitter
         if strength:
-            for number in generator.permutation(len(_ENHANCERS)):
-                factor = float(generator.uniform(1 - strength, 1 + strength))
-                picture = _ENHANCERS[number](picture).enhance(factor)
-        if generator.random() < self.settings.blur:
+            for number in generator.permutation(len(_COLOUR_CHANGES)):
+                picture = _COLOUR_CHANGES[number](picture, float(generator.uniform(1 - strength, 1 + strength)))
+        if generator.random() < self.settings.blur:  # Pillow's own: torchvision makes a tensor of it
             picture = picture.filter(ImageFilter.GaussianBlur(float(generator.uniform(*_BLUR_SIGMA_PX))))
         return np.asarray(picture)
 

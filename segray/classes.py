@@ -1,6 +1,6 @@
 """Classes: their names, the raw values that stand for them in mask files, and the colours that show them."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -9,6 +9,7 @@ import numpy.typing as npt
 from segray.errors import FaultKind, ImageFault
 
 _UNDECLARED = -1
+_VOID = 255  # by custom, as in PASCAL VOC and Cityscapes
 _MAX_LISTED_VALUES = 8
 
 
@@ -56,29 +57,57 @@ class ClassMap:
         indices = lookup[raw]
         undeclared = indices == _UNDECLARED
         if undeclared.any():
-            raise ImageFault(FaultKind.MASK_MISMATCH, self._describe_undeclared(raw, undeclared))
+            found = np.unique(raw[undeclared])
+            message = f"mask value{'s' if len(found) > 1 else ''} {_list_some(found.tolist())} not declared"
+            remedy = self.suggest_declaration(np.unique(raw).tolist())
+            raise ImageFault(FaultKind.MASK_MISMATCH, f"{message} ({int(undeclared.sum())} pixels)", remedy)
         encoded: npt.NDArray[np.integer] = indices.astype(self.index_dtype)
         return encoded
 
-    def _describe_undeclared(self, raw: npt.NDArray[np.integer], undeclared: npt.NDArray[np.bool_]) -> str:
-        found = np.unique(raw[undeclared])
-        present = set(np.unique(raw).tolist())
-        listed = ", ".join(str(v) for v in found[:_MAX_LISTED_VALUES]) + (
-            ", …" if len(found) > _MAX_LISTED_VALUES else ""
-        )
-        message = f"mask value{'s' if len(found) > 1 else ''} {listed} not declared ({int(undeclared.sum())} pixels)"
-        n = self.num_classes
-        if present == {0, 255} and n == 2:
-            return f"{message}; a 0/255 mask: set data.class_values: [0, 255]"
-        if self.values == tuple(range(n)) and present <= set(range(1, n + 1)):
-            return f"{message}; values start at 1: set data.class_values: {list(range(1, n + 1))}"
-        return f"{message}; expected {_list_some(self.values)}: add them to data.class_values or data.ignore_values"
+    def suggest_declaration(self, present: Collection[int]) -> str:
+        """Return how to declare the values that masks hold, at least one of which is not declared.
+
+        Args:
+            present: All values of the masks, of as many as there are: one mask may hold few of its data set's.
+        """
+        n, declared = self.num_classes, set(self.values)
+        labels = set(present) - set(self.ignore_values)
+        ignored = list(self.ignore_values)
+        if n == 2 and labels == {0, _VOID}:
+            return f"a 0/{_VOID} mask: set data.class_values: [0, {_VOID}]"
+        without_void = labels
+        if _VOID not in declared and _VOID in labels:
+            without_void = labels - {_VOID}
+            ignored.append(_VOID)
+        and_ignored = f" and data.ignore_values: {ignored}" if without_void != labels else ""
+        undeclared = without_void - declared
+        if not undeclared:
+            return f"{_VOID} is mostly void: set data.ignore_values: {ignored}"
+        if undeclared == {n} and declared == set(range(n)):
+            from_one = f"data.class_values: {_format_values(range(1, n + 1))}"
+            if 0 not in labels:
+                return f"values start at 1: set {from_one}{and_ignored}"
+            return (
+                f"one value more than classes: if {n} is void, set data.ignore_values: {[*ignored, n]}; "
+                f"if 0 is, set {from_one} and data.ignore_values: {[*ignored, 0]}"
+            )
+        for found, also in ((labels, ""), (without_void, and_ignored)):
+            if len(found) == n:
+                return f"as many values as classes: set data.class_values: {_format_values(sorted(found))}{also}"
+        listed = _list_some(sorted(labels - declared))
+        return f"expected {_list_some(self.values)}: add {listed} to data.class_values or data.ignore_values"
+
+
+def _format_values(values: Sequence[int]) -> str:
+    """Return values as a setting has them; the middle of a long run is left out."""
+    is_long_run = len(values) > _MAX_LISTED_VALUES and values[-1] - values[0] == len(values) - 1
+    return f"[{values[0]}, {values[1]}, …, {values[-1]}]" if is_long_run else str(list(values))
 
 
 def _list_some(values: Sequence[int]) -> str:
     if len(values) > 2 and tuple(values) == tuple(range(values[0], values[0] + len(values))):
         return f"{values[0]} to {values[-1]}"
-    return ", ".join(str(value) for value in values)
+    return ", ".join(map(str, values[:_MAX_LISTED_VALUES])) + (", …" if len(values) > _MAX_LISTED_VALUES else "")
 
 
 def build_palette(num_classes: int) -> npt.NDArray[np.uint8]:

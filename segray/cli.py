@@ -12,7 +12,8 @@ import typer
 
 from segray.cluster import find_segray_error, is_submitted_job, keep_on_loopback
 from segray.config import SegmentFile, TrainConfig, load_config, require_absolute
-from segray.errors import SegrayError, flatten_message
+from segray.errors import ConfigError, SegrayError, flatten_message
+from segray.export import ExportFormat, export_bundle
 from segray.progress import build_console
 
 app = typer.Typer(
@@ -37,6 +38,19 @@ def train(config: ConfigArgument, overrides: SetOption = None) -> None:
     from segray.train.driver import run_training
 
     console.print(f"bundle: {run_training(settings, console)}", highlight=False)
+
+
+@app.command()
+def tune(config: ConfigArgument, overrides: SetOption = None) -> None:
+    """Search settings (section tune), and leave the best configuration. The same call goes on with a search."""
+    settings = load_config(TrainConfig, config, overrides or [])
+    if is_submitted_job():
+        require_absolute(settings.uris)
+    console = build_console()
+    from segray.train.tuning import run_search
+
+    best = run_search(settings, console)
+    console.print(f"best configuration: {best} (segray train with it leaves its bundle)", highlight=False)
 
 
 @app.command()
@@ -84,14 +98,42 @@ def status(output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Run fol
 
 
 @app.command()
-def check(config: ConfigArgument, overrides: SetOption = None) -> None:
+def check(
+    config: ConfigArgument,
+    overrides: SetOption = None,
+    list_all: Annotated[bool, typer.Option("--all", help="List every fault, also beyond 100 of a kind.")] = False,
+    draw: Annotated[
+        int | None,
+        typer.Option(metavar="N", min=1, max=32, help="Draw the first N training samples, augmented as training will."),
+    ] = None,
+    draw_to: Annotated[
+        str | None, typer.Option(metavar="URI", help="PNG to draw to; default: augmented.png under the output.")
+    ] = None,
+) -> None:
     """Open every image and mask, and list every fault with what mends it. Exit code 1 if there is any."""
     settings = load_config(TrainConfig, config, overrides or [])
+    if draw_to and not draw:
+        raise ConfigError("--draw-to: nothing is drawn; say how many samples with --draw N")
     console = build_console()
-    from segray.train.driver import run_check
+    from segray.train.checking import run_check
 
-    if not run_check(settings, console):
+    if not run_check(settings, console, list_all=list_all, num_drawn=draw, draw_to=draw_to):
         raise typer.Exit(1)
+
+
+@app.command()
+def export(
+    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="Bundle that segray train made.")],
+    export_format: Annotated[
+        ExportFormat, typer.Option("--format", help="onnx for ONNX Runtime and others; torch_export for torch alone.")
+    ],
+    output: Annotated[
+        str | None, typer.Option(metavar="URI", help="File to write; default: model.onnx or model.pt2 in the bundle.")
+    ] = None,
+) -> None:
+    """Write a bundle's model as one file that needs no segray, once it was found equal to the bundle."""
+    console = build_console()
+    console.print(f"exported: {export_bundle(bundle, export_format, output)}", highlight=False)
 
 
 @app.command()

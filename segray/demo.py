@@ -39,7 +39,7 @@ def run_demo(folder: Path, console: Console) -> None:
         job = SegmentJob(bundle, (images,), str(folder / "segmented"), (masks,), config.segment)
         outcome = run_segmentation(job, console)
     print_outcome(outcome, console)
-    for name in ("bundle", "bundle/predictions.png", "bundle/curves.png"):
+    for name in ("bundle", "bundle/model_card.md", "bundle/worst.png", "bundle/curves.png"):
         console.print(f"{name:<24}{folder / 'train' / name}", highlight=False)
 
 

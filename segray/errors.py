@@ -59,14 +59,23 @@ class FaultKind(StrEnum):
 
 
 class ImageFault(DataError):
-    """One image, or its mask, cannot be used; all others can."""
+    """One image, or its mask, cannot be used; all others can.
 
-    def __init__(self, kind: FaultKind, message: str) -> None:
-        super().__init__(message)
+    Args:
+        kind: Why.
+        message: What was got, and what was expected.
+        remedy: What to do; empty where the message says it, or where there is nothing but another file.
+    """
+
+    def __init__(self, kind: FaultKind, message: str, remedy: str = "") -> None:
+        super().__init__(f"{message}; {remedy}" if remedy else message)
         self.kind = kind
+        self.message = message
+        self.remedy = remedy
 
-    def __reduce__(self) -> tuple[type["ImageFault"], tuple[FaultKind, str]]:
-        return type(self), (self.kind, str(self))  # exceptions with two arguments do not pickle by themselves
+    def __reduce__(self) -> tuple[type["ImageFault"], tuple[FaultKind, str, str]]:
+        # exceptions with several arguments do not pickle by themselves
+        return type(self), (self.kind, self.message, self.remedy)
 
 
 class BundleError(SegrayError):

@@ -21,6 +21,7 @@ from PIL.WebPImagePlugin import WebPImageFile
 
 from segray.errors import FaultKind, ImageFault, flatten_message
 
+_SWAPPING_ORIENTATIONS = (5, 6, 7, 8)
 _TIFF_PIECES = ((273, 279), (324, 325))  # tags of offsets and lengths: of strips, of tiles
 
 # Pillow's own bomb guard is a fixed number that warns first; `_load` refuses by the caller's limit, before any pixel.
@@ -130,6 +131,21 @@ def open_image(content: bytes, formats: tuple[str, ...], max_px: int) -> Iterato
         kind, meaning = _explain(name, content, error)
         told = "" if kind == FaultKind.TRUNCATED else f" ({flatten_message(error)})"  # the end of a file says nothing
         raise ImageFault(kind, f"{name}: {meaning}{told}") from error
+
+
+def is_shown_turned(content: bytes) -> bool:
+    """Say whether the EXIF orientation of an image file swaps its height and width.
+
+    Args:
+        content: A file that ``open_image`` opens.
+    """
+    reader = next(reader for _, start, reader in _KNOWN if reader and start.match(content))
+    try:
+        return reader(io.BytesIO(content)).getexif().get(ExifTags.Base.Orientation, 1) in _SWAPPING_ORIENTATIONS
+    except MemoryError:
+        raise
+    except Exception:  # EXIF that cannot be read turns nothing
+        return False
 
 
 def _explain(name: str, content: bytes, error: Exception) -> tuple[FaultKind, str]:

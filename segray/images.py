@@ -15,6 +15,7 @@ from segray.image_files import open_image
 
 _IMAGE_FORMATS = ("PNG", "JPEG", "WebP", "BMP", "GIF", "TIFF")
 _MASK_FORMATS = ("PNG", "BMP", "GIF", "TIFF")
+_JPEG_START = b"\xff\xd8\xff"
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
 _MAX_COUNTED_PAGES = 1000  # of a TIFF; a crafted one can have so many that counting takes minutes
 
@@ -52,16 +53,31 @@ def decode_mask(content: bytes, max_px: int = DEFAULT_MAX_IMAGE_PX) -> npt.NDArr
     Raises:
         ImageFault: As ``decode_image``, and ``mask_mismatch`` where the file has colour channels.
     """
+    if content.startswith(_JPEG_START):  # to convert it would not bring the values back
+        raise ImageFault(
+            FaultKind.UNSUPPORTED, "JPEG file, which blurs class values", "make the mask again from its source, as PNG"
+        )
     with open_image(content, _MASK_FORMATS, max_px) as image:
         if image.mode not in ("1", "L", "P", "I", *_SIXTEEN_BIT_MODES):
             raise ImageFault(
                 FaultKind.MASK_MISMATCH,
-                f"expected one channel of class values, got {image.mode}; save the mask as greyscale or palette PNG",
+                f"expected one channel of class values, got {image.mode}",
+                _get_colour_remedy(image),
             )
         raw = np.asarray(image)
         if image.mode == "I" and (raw.min() < 0 or raw.max() > 65_535):
             raise ImageFault(FaultKind.MASK_MISMATCH, f"expected values 0 to 65535, got {raw.min()} to {raw.max()}")
         return raw.astype(np.uint8) if image.mode == "1" else raw
+
+
+def _get_colour_remedy(image: Image.Image) -> str:
+    """Return how the class values get out of a mask with several channels."""
+    if image.mode == "F":
+        return "save the mask as greyscale PNG of 8 or 16 bits"
+    channels = [np.asarray(image.getchannel(band)) for band in image.getbands() if band not in ("A", "a", "X")]
+    if all(np.array_equal(channel, channels[0]) for channel in channels):
+        return "its channels are equal: save the first one alone as greyscale PNG"
+    return "write the class value of each colour to a greyscale or palette PNG"
 
 
 def _to_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:

@@ -41,8 +41,18 @@ class Unpaired(NamedTuple):
     uri: str
     missing: str
 
+    @property
+    def kind(self) -> str:
+        """What is wrong, in the fewest words."""
+        return f"no {self.missing} of this name"
+
+    @property
+    def remedy(self) -> str:
+        """What to do."""
+        return "add it, remove this file, or use a manifest"
+
     def __str__(self) -> str:
-        return f"{self.uri}: no {self.missing} of this name; add it, remove this file, or use a manifest"
+        return f"{self.uri}: {self.kind}; {self.remedy}"
 
 
 def load_splits(data: DataConfig, unpaired: list[Unpaired] | None = None) -> Splits:
@@ -112,9 +122,15 @@ def _pair_folders(images_root: str, masks_root: str, unpaired: list[Unpaired]) -
     masks = index_masks(masks_root)
     common = images.keys() & masks.keys()
     if not common:
+        num_jpegs = sum(1 for _ in list_files(masks_root, ("jpg", "jpeg")))
         raise DataError(
             f"no pairs: {len(images)} images under {images_root}, {len(masks)} masks under {masks_root}, and no path "
-            "without extension in common; name each mask as its image, or use a manifest"
+            "without extension in common; "
+            + (
+                f"{num_jpegs} JPEG files are there, which blur class values: make the masks again as PNG"
+                if num_jpegs and not masks
+                else "name each mask as its image, or use a manifest"
+            )
         )
     unpaired += [Unpaired(images[key].uri, "mask") for key in sorted(images.keys() - common)]
     unpaired += [Unpaired(masks[key].uri, "image") for key in sorted(masks.keys() - common)]

@@ -56,23 +56,40 @@ def read_truth(
             unreadable.
         StorageError: The store refused or failed.
     """
+    truth = classes.encode(read_mask(uri, max_px, etag))
+    if size is not None and truth.shape != size:
+        raise describe_size_fault(truth.shape, size)
+    return truth
+
+
+def read_mask(uri: str, max_px: int = DEFAULT_MAX_IMAGE_PX, etag: str | None = None) -> npt.NDArray[np.integer]:
+    """Read the raw values of a mask, (H, W) integers, 0..65535.
+
+    Raises:
+        ImageFault: ``mask_missing``, ``changed``, or ``mask_mismatch``: unreadable, or in colour.
+        StorageError: The store refused or failed.
+    """
     try:
-        truth = classes.encode(decode_mask(read_bytes(uri, etag), max_px))
+        return decode_mask(read_bytes(uri, etag), max_px)
     except MissingFileError as error:
         if etag is not None:  # a listing has seen it
             _require_folder(uri)
-        raise ImageFault(FaultKind.MASK_MISSING, f"no mask at {uri}; add it, or take its image out") from error
+        raise ImageFault(FaultKind.MASK_MISSING, f"no mask at {uri}", "add it, or take its image out") from error
     except ChangedFileError as error:
         raise ImageFault(FaultKind.CHANGED, f"not the mask any more that was listed: {error}") from error
-    except (ImageFault, UnusableFileError) as error:
+    except ImageFault as error:
+        raise ImageFault(FaultKind.MASK_MISMATCH, error.message, error.remedy) from error
+    except UnusableFileError as error:
         raise ImageFault(FaultKind.MASK_MISMATCH, str(error)) from error
-    if size is not None and truth.shape != size:
-        raise ImageFault(
-            FaultKind.MASK_MISMATCH,
-            f"mask of {truth.shape[1]}x{truth.shape[0]} pixels for an image of {size[1]}x{size[0]}; "
-            "save the mask at the image's size",
-        )
-    return truth
+
+
+def describe_size_fault(mask_size: tuple[int, ...], size: tuple[int, ...]) -> ImageFault:
+    """Return what to say of a mask that is not of its image's size; both are (height, width)."""
+    return ImageFault(
+        FaultKind.MASK_MISMATCH,
+        f"mask of {mask_size[1]}x{mask_size[0]} pixels for an image of {size[1]}x{size[0]}",
+        "save the mask at the image's size",
+    )
 
 
 def _require_folder(uri: str) -> None:

@@ -53,7 +53,12 @@ class Preprocessing(BaseModel):
 
         mean = torch.tensor(self.mean, device=image_nhwc.device)
         std = torch.tensor(self.std, device=image_nhwc.device)
-        return ((image_nhwc.float() - mean) / std).permute(0, 3, 1, 2)
+        return normalize(image_nhwc, mean, std)
+
+
+def normalize(image_nhwc: "torch.Tensor", mean: "torch.Tensor", std: "torch.Tensor") -> "torch.Tensor":
+    """Map (N, H, W, 3) uint8 to ``(value - mean) / std``, (N, 3, H, W) float32, channels last in memory."""
+    return ((image_nhwc.float() - mean) / std).permute(0, 3, 1, 2)
 
 
 def pad_batch(images: npt.NDArray[np.uint8], batch_size: int) -> npt.NDArray[np.uint8]:

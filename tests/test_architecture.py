@@ -14,6 +14,8 @@ WALLS = {
     "images",
     "image_files",
     "samples",
+    "augmentation",
+    "label_faults",
     "manifest",
     "metrics",
     "losses",
@@ -22,7 +24,7 @@ WALLS = {
     "pictures",
     "shapes",
 }
-HALL = {"bundle", "cluster"}
+HALL = {"bundle", "cluster", "export"}
 ROOMS = {"train", "segment"}
 ROOF = {"cli", "demo"}
 FLOORS = [GROUND, WALLS, HALL, ROOMS, ROOF]

@@ -28,6 +28,10 @@ def test_many_classes_need_two_bytes() -> None:
     [
         (ClassMap(("a", "b", "c"), (0, 1, 2)), [1, 2, 3], r"class_values: \[1, 2, 3\]"),
         (ClassMap(("a", "b"), (0, 1)), [0, 255], r"class_values: \[0, 255\]"),
+        (ClassMap(("a", "b"), (0, 1)), [0, 1, 255], r"255 is mostly void: set data.ignore_values: \[255\]"),
+        (ClassMap(("a", "b"), (0, 1), (9,)), [9, 1, 255], r"set data.ignore_values: \[9, 255\]"),
+        (ClassMap(tuple("abcdefghi"), tuple(range(9))), list(range(1, 10)), r"class_values: \[1, 2, …, 9\]"),
+        (ClassMap(("a", "b"), (0, 1)), list(range(0, 60, 3)), r"values 3, 6, 9, 12, 15, 18, 21, 24, … not declared"),
         (ClassMap(("a", "b"), (0, 1)), [0, 1, 9], r"mask value 9 not declared \(1 pixels\).*ignore_values"),
     ],
 )

@@ -43,7 +43,7 @@ def config(tmp_path: Path, shapes_root: Path) -> Path:
             "cannot read /nowhere/annotations/trainval.txt: nothing is there",
         ),
         ("trian.num_epochs=3", 2, "trian: unknown setting; did you mean train?"),
-        ("model.arch=unett", 2, "model.arch: unknown architecture 'unett'; choose from fcn32s"),
+        ("model.arch=unett", 2, "model.arch: unknown architecture 'unett'; choose from classic_unet, fcn32s"),
         ("model.encoder_name=resnet19", 2, "model.encoder_name: unknown encoder 'resnet19'"),
         ("train.num_epochs=-1", 2, "train.num_epochs"),
         ("output=nostore://x/y", 4, "cannot open nostore://x"),
@@ -79,7 +79,9 @@ def test_check_lists_every_fault_with_its_remedy(config: Path, capsys: pytest.Ca
     assert f"{root}/annotations/trimaps/square_1.png: mask_mismatch: mask value 3 not declared" in printed
     assert f"{root}/annotations/trimaps/disc_0.png: mask_mismatch" in printed  # its image is bad as well
     assert "25 images and masks checked, 26 faults" in printed
-    assert all(";" in line or "empty file" in line for line in printed.splitlines() if line.startswith(str(root)))
+    assert all(";" in line for line in printed.splitlines() if line.startswith(str(root)))
+    remedy = "as many values as classes: set data.class_values: [1, 2, 3]"
+    assert f"24 x mask_mismatch: {remedy}\n1 x unreadable: replace the file, or remove it\n" in printed
 
 
 @pytest.fixture
@@ -119,6 +121,55 @@ def test_faults_of_folders_are_listed_by_check_and_refused_by_train(
     assert run("train", str(folders), "--set", f"data.train.masks={images.parent}/empty") == 1
     assert "no pairs: 5 images under" in capsys.readouterr().err
     assert not (folders.parent / "output").exists()
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_warning_is_printed_and_is_no_fault(
+    folders: Path, labelled_folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    images, masks = labelled_folders
+    assert run("check", str(folders)) == 0
+    assert "5 images and masks checked, 0 faults, 0 warnings" in capsys.readouterr().out
+    Image.new("L", Image.open(images / "0.png").size, 255).save(masks / "0.png")
+    shutil.copytree(images, images.parent / "val")
+    split = f"data.val={{images: {images.parent}/val, masks: {masks}}}"
+    assert run("check", str(folders), "--set", split) == 0
+    printed = capsys.readouterr().out
+    assert f"warning: {masks}/0.png: all_ignored: every pixel is ignored" in printed
+    assert f"warning: {images.parent}/val/2.png: duplicate: the same pixels as {images}/2.png of train; keep" in printed
+    assert "5 x warning: duplicate: keep it in one split" in printed
+    assert "10 images and masks checked, 0 faults, 7 warnings" in printed
+    for path in masks.rglob("*.png"):
+        Image.new("L", Image.open(path).size, 255).save(path)
+    assert run("check", str(folders)) == 1
+    assert "error: train: every pixel of its 3 masks is ignored" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_check_draws_augmented_samples_unless_labels_are_bad(
+    folders: Path, labelled_folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run("check", str(folders), "--draw", "3") == 0
+    default, other = tmp_path / "output" / "augmented.png", tmp_path / "sub" / "other.png"
+    assert f"augmented samples: {default}\n" in capsys.readouterr().out
+    assert [path.name for path in default.parent.iterdir()] == ["augmented.png"]
+    assert run("check", str(folders), "--draw", "4", "--draw-to", str(other)) == 0
+    assert f"augmented samples: {other}\n" in capsys.readouterr().out
+    assert Image.open(other).height > Image.open(default).height
+    shutil.rmtree(default.parent)
+    other.unlink()
+    shutil.copy(labelled_folders[1] / "0.png", labelled_folders[1] / "of_no_image.png")  # what is drawn is well
+    assert run("check", str(folders), "--draw", "3") == 1
+    assert run("check", str(folders), "--draw", "3", "--draw-to", str(other)) == 1
+    assert "augmented samples" not in capsys.readouterr().out
+    assert not default.parent.exists()
+    assert not other.exists()
+
+
+def test_drawing_nowhere_or_too_much_is_a_wrong_setting(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("check", str(folders), "--draw-to", "x.png") == 2
+    assert "--draw-to: nothing is drawn; say how many samples with --draw N" in capsys.readouterr().err
+    assert run("check", str(folders), "--draw", "33") == 2
 
 
 def test_segmenting_with_masks_of_other_names_is_refused_before_it_starts(
@@ -193,3 +244,20 @@ def test_only_data_makes_a_set_that_can_be_trained_on(tmp_path: Path) -> None:
     names = (tmp_path / "shapes/annotations/trainval.txt").read_text().split()[::4]
     assert len(names) == 96
     assert all((tmp_path / "shapes/images" / f"{name}.jpg").exists() for name in names)
+
+
+def test_a_mistake_in_exporting_is_one_line(
+    bundle_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert run("export", str(bundle_dir), "--format", "tflite") == 2
+    assert "'tflite'" in capfd.readouterr().err
+    assert run("export", str(bundle_dir)) == 2
+    assert "--format" in capfd.readouterr().err
+    assert run("export", str(tmp_path), "--format", "onnx") == 1
+    assert capfd.readouterr().err == (
+        f"error: no bundle at {tmp_path}: no bundle.json; give the folder that segray train made\n"
+    )
+    assert run("export", str(bundle_dir), "--format", "torch_export", "--output", str(tmp_path)) == 4
+    error = capfd.readouterr().err
+    assert error.startswith(f"error: cannot write {tmp_path}")
+    assert error.count("\n") == 1

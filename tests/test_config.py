@@ -109,7 +109,9 @@ def test_settings_that_only_change_the_speed_do_not_bind_a_run(tmp_path: Path) -
     listing = {"extensions", "recursive", "split", "relist"}  # bound through the plan that they make
     outcome = {"max_error_fraction", "num_report_images", "retry_errors"}
     assert SegmentSettings.model_fields.keys() - slow.segment.of_rows.keys() == speed | listing | outcome
-    assert TrainSettings.model_fields.keys() - slow.of_weights["train"].keys() == {"num_decode_threads", "max_failures"}
+    speed = {"num_decode_threads", "cache_bytes"}
+    faults = {"max_failures", "min_train_workers", "stall_timeout_s", "checkpoint_every_steps", "num_best_checkpoints"}
+    assert TrainSettings.model_fields.keys() - slow.of_weights["train"].keys() == speed | faults
 
 
 def test_every_difference_of_two_runs_is_named() -> None:

@@ -11,6 +11,7 @@ from PIL import Image
 from torch.nn import functional
 
 from segray.errors import FaultKind, ImageFault
+from segray.image_files import is_shown_turned
 from segray.images import (
     decode_image,
     decode_image_with_note,
@@ -181,6 +182,8 @@ def test_every_orientation_of_every_format_that_has_one(file_format: str, orient
     ][orientation - 1]
     decoded = decode_image(encode(Image.fromarray(corners).convert("RGB"), file_format, exif=exif))
     np.testing.assert_allclose(decoded[..., 1], shown, atol=8)
+    turned = is_shown_turned(encode(Image.fromarray(corners).convert("RGB"), file_format, exif=exif))
+    assert turned == (decoded.shape[:2] != corners.shape)
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "P", "LA", "RGB", "RGBA", "I;16"])
@@ -225,9 +228,18 @@ def test_masks_keep_their_raw_values() -> None:
     np.testing.assert_array_equal(decode_mask(encode(Image.fromarray(wide))), wide)
 
 
-def test_a_coloured_mask_is_refused() -> None:
-    with pytest.raises(ImageFault, match="greyscale or palette") as caught:
-        decode_mask(encode(Image.fromarray(RGB)))
+@pytest.mark.parametrize(
+    ("image", "remedy"),
+    [
+        (Image.fromarray(RGB), "RGB; write the class value of each colour to a greyscale or palette PNG"),
+        (Image.fromarray(RGB[..., 0]).convert("RGB"), "RGB; its channels are equal: save the first one alone"),
+        (Image.fromarray(RGB[..., 0]).convert("LA"), "LA; its channels are equal: save the first one alone"),
+        (Image.fromarray(RGB[..., 0].astype(np.float32)), "F; save the mask as greyscale PNG of 8 or 16 bits"),
+    ],
+)
+def test_a_coloured_mask_is_refused(image: Image.Image, remedy: str) -> None:
+    with pytest.raises(ImageFault, match=f"expected one channel of class values, got {remedy}") as caught:
+        decode_mask(encode(image, "TIFF"))
     assert caught.value.kind == FaultKind.MASK_MISMATCH
 
 

@@ -5,6 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from PIL import Image
 from pyarrow import csv
 from pyarrow import parquet as pq
 
@@ -71,6 +72,9 @@ def test_bad_folders_are_named(tmp_path: Path, labelled_folders: FOLDERS) -> Non
         load(train={"images": f"{tmp_path}/nowhere", "masks": masks}, val=val)
     (tmp_path / "empty").mkdir()
     with pytest.raises(DataError, match=r"no pairs: 5 images .* 0 masks"):
+        load(train={"images": images, "masks": f"{tmp_path}/empty"}, val=val)
+    Image.new("L", (5, 4)).save(tmp_path / "empty" / "0.jpg")
+    with pytest.raises(DataError, match=r"0 masks .*; 1 JPEG files are there, which blur class values: make the masks"):
         load(train={"images": images, "masks": f"{tmp_path}/empty"}, val=val)
     Path(masks, "2.png").unlink()
     with pytest.raises(DataError, match=r"1 files without a partner .*images/2\.png: no mask of this name"):

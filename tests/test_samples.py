@@ -1,5 +1,6 @@
 """One image from where it is stored: what is its own fault, and what is the world's."""
 
+import copy
 from pathlib import Path
 
 import pytest
@@ -45,3 +46,13 @@ def test_a_folder_that_this_node_does_not_see_is_the_worlds(tmp_path: Path) -> N
             act("seen by a listing")
     assert get_kind(read_image, uri) == FaultKind.MISSING  # only named, in a list
     assert get_kind(read_truth, uri, None, PET_CLASSES) == FaultKind.MASK_MISSING
+
+
+def test_a_fault_travels_between_processes_with_its_remedy(tmp_path: Path) -> None:
+    path = tmp_path / "a.png"
+    Image.new("L", (5, 4), 1).save(path)
+    with pytest.raises(ImageFault) as caught:
+        read_truth(str(path), (4, 6), PET_CLASSES)
+    fault = copy.copy(caught.value)  # the way of pickle
+    assert (fault.kind, fault.message) == (FaultKind.MASK_MISMATCH, "mask of 5x4 pixels for an image of 6x4")
+    assert str(fault) == f"{fault.message}; {fault.remedy}" == str(caught.value)

@@ -22,6 +22,7 @@ _NOT_OF_WEIGHTS = {
     "num_decode_threads",
     "cache_bytes",
     "max_failures",
+    "min_train_workers",
     "stall_timeout_s",
     "checkpoint_every_steps",
     "num_best_checkpoints",

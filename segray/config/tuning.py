@@ -27,6 +27,11 @@ class SearchRange(Section):
                 raise ValueError(f"{name}: expected [low, high], got {list(ends)}")
         return self
 
+    @property
+    def extremes(self) -> tuple[Any, ...]:
+        """All values of a choice, or both ends of a range."""
+        return self.choice or self.uniform or self.log_uniform or self.int_uniform or ()
+
 
 class TuneSettings(Section):
     """A search with ``segray tune``: random draws, of which ASHA stops the worse ones early."""

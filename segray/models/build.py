@@ -76,15 +76,15 @@ def freeze_unused_parameters(model: SegmentationModel) -> None:
     model.train(was_training)
 
 
-def check_model(config: ModelConfig, num_classes: int) -> None:
-    """Refuse what ``build_model`` would refuse, weights that cannot be reached excepted, without computing anything.
+def check_model(config: ModelConfig, num_classes: int) -> SegmentationModel:
+    """Refuse what ``build_model`` would, weights that cannot be reached excepted; return a network without weights.
 
     Raises:
         ConfigError: Names the setting, and what can be had.
     """
     _check_names(config)
     with torch.device("meta"):
-        build_model(config.model_copy(update={"encoder_weights": None}), num_classes)
+        return build_model(config.model_copy(update={"encoder_weights": None}), num_classes)
 
 
 def _check_names(config: ModelConfig) -> None:

@@ -14,8 +14,8 @@ from segray.cluster import count_cores, get_last_line
 from segray.config import SegmentSettings
 from segray.errors import BundleError, ClusterError, FaultKind, SegrayError
 from segray.metrics import compute_dice, compute_iou, count_from_confusion, to_nullable
-from segray.models.precision import autocast
 from segray.models.counts import compute_confusion
+from segray.models.precision import autocast
 from segray.models.prediction import predict_image
 from segray.schema import IMAGES_SCHEMA
 from segray.segment.ledger import MAX_DEATHS_PER_IMAGE, LedgerClient, Orders

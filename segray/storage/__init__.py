@@ -9,6 +9,7 @@ from segray.storage.files import (
     open_for_reading,
     read_bytes,
     remove_file,
+    remove_folder,
     sweep_folder,
     write_bytes,
 )
@@ -32,6 +33,7 @@ __all__ = [
     "read_bytes",
     "read_columns",
     "remove_file",
+    "remove_folder",
     "split_uri",
     "sweep_folder",
     "write_bytes",

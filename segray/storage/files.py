@@ -7,11 +7,12 @@ Troubles that may pass have been retried by then, for half a minute.
 import io
 import os
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from functools import lru_cache
 
 from segray.errors import ChangedFileError, MissingFileError, StorageError, UnusableFileError
 from segray.storage.arrow import ArrowStore
-from segray.storage.local import LocalStore, remove_leftovers
+from segray.storage.local import LocalStore, remove_empty_folders, remove_leftovers
 from segray.storage.store import Store, StoredFile
 from segray.storage.uris import is_local, normalize_uri, split_uri
 
@@ -174,6 +175,19 @@ def remove_file(uri: str) -> None:
     """Remove a file; it is no error if it is not there."""
     store, key = _open(uri)
     store.remove(key)
+
+
+def remove_folder(uri: str) -> None:
+    """Remove a folder, or every file under a prefix; it is no error if it is not there.
+
+    Raises:
+        StorageError: The store refused or failed; a part may be left.
+    """
+    with suppress(MissingFileError):
+        for file in list(list_files(uri)):
+            remove_file(file.uri)
+        if is_local(uri):
+            remove_empty_folders(normalize_uri(uri))
 
 
 def sweep_folder(uri: str) -> None:

@@ -117,6 +117,13 @@ def remove_leftovers(folder: str) -> None:
                 path.unlink()
 
 
+def remove_empty_folders(folder: str) -> None:
+    """Remove a folder, and those in it, as far as no file is in them."""
+    for path, _, _ in os.walk(folder, topdown=False):
+        with suppress(OSError):  # written to again in this moment
+            os.rmdir(path)
+
+
 class _TakenError(StorageError):
     """There is a file of this name already."""
 

@@ -1,29 +1,27 @@
 """From a configuration to a bundle: check the labels, bind the output to the run, fit, keep the best epoch."""
 
-import json
-from collections.abc import Sequence
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
+import torch
 from rich.console import Console
-from rich.table import Table
 
 from segray.bundle import has_bundle
-from segray.classes import ClassMap
 from segray.cluster import connect_ray
-from segray.config import TrainConfig, find_differences
-from segray.errors import RunMismatchError
-from segray.manifest import Sample, Splits, Unpaired, load_splits
+from segray.config import TrainConfig
+from segray.manifest import Splits, load_splits
 from segray.models.build import check_model
-from segray.progress import build_bar
-from segray.storage import exists, join_uri, normalize_uri, read_bytes, write_bytes
+from segray.models.norms import synchronise_norms
+from segray.models.recompute import recompute_encoder
+from segray.storage import join_uri, normalize_uri
+from segray.train.binding import Binding
+from segray.train.checking import check_splits
 from segray.train.checkpoint import RUN_NAME, list_checkpoints, remove_surplus
-from segray.train.job import TrainJob
-from segray.train.labels import LabelReport, check_dataset, require_learnable
+from segray.train.findings import print_warnings
+from segray.train.job import TrainJob, get_classes
+from segray.train.labels import LabelReport, require_learnable
 from segray.transforms import Preprocessing
 
-_BINDING_FILE = "train.json"  # under the output: the settings and the listing that its checkpoints come from
+_BINDING_NAME = "train.json"
 
 
 def run_training(config: TrainConfig, console: Console) -> str:
@@ -33,40 +31,64 @@ def run_training(config: TrainConfig, console: Console) -> str:
         SegrayError: The input is unusable, the output belongs to another run, the loss is not finite, or workers were
             lost more often than allowed.
     """
-    classes = get_classes(config)
-    check_model(config.model, classes.num_classes)
+    check_network(config)
     splits = load_splits(config.data)
     output = normalize_uri(config.output)
-    bundle_uri = join_uri(output, "bundle")
-    binding = {"config": config.of_weights, "listing": splits.compute_sha256()}
-    _require_same_run(binding, output, bundle_uri)
+    bundle_uri, run_uri = join_uri(output, "bundle"), join_uri(output, RUN_NAME)
+    binding = Binding(join_uri(output, _BINDING_NAME), config.of_weights, splits.compute_sha256())
+    if has_bundle(bundle_uri) or list_checkpoints(run_uri):  # else there is nothing to be mixed up
+        binding.require_same()
     console.print(describe_run(config, splits), highlight=False)
     if has_bundle(bundle_uri):
         console.print("this run is complete; nothing to do", highlight=False)
         return bundle_uri
-    preprocessing = Preprocessing.of_encoder(config.model)
     num_workers = config.train.num_train_workers
     with connect_ray(num_workers, num_workers if config.train.use_gpu else 0):
-        reports = {name: check_labels(samples, classes, name, console) for name, samples in splits._asdict().items()}
-        for name, report in reports.items():
-            require_learnable(report, name)
-        write_bytes(join_uri(output, _BINDING_FILE), json.dumps(binding, indent=2).encode())
+        job = prepare_job(config, splits, run_uri, console)
         # 8 s of imports: not before the labels have been looked at
         from segray.train.bundling import write_bundle
         from segray.train.fit import fit
         from segray.train.tracking import Tracking
 
-        class_weights = _get_class_weights(config, reports["train"])
-        job = TrainJob(config, classes, splits, preprocessing, class_weights, join_uri(output, RUN_NAME))
-        tracking = Tracking(config, classes, output, console)
+        tracking = Tracking(config, job.classes, output, console)
+        binding.write()
         try:
             fit(job, output, console, tracking.log)
         finally:
             tracking.close()
         with console.status("writing the bundle"):
             write_bundle(job, bundle_uri, console)
-        remove_surplus(job.run_uri, config.train.num_best_checkpoints)
+        remove_surplus(run_uri, config.train.num_best_checkpoints)
     return bundle_uri
+
+
+def prepare_job(config: TrainConfig, splits: Splits, run_uri: str, console: Console) -> TrainJob:
+    """Check the labels on a connected Ray, and return what workers get.
+
+    Raises:
+        DataError: Labels cannot be learned from.
+        SegrayError: The store failed, or the encoder's weights cannot be reached.
+    """
+    preprocessing = Preprocessing.of_encoder(config.model)
+    classes = get_classes(config)
+    reports = check_splits(splits, classes, console)
+    for name, report in reports.items():
+        require_learnable(report, name)
+    print_warnings(reports, console)
+    return TrainJob(config, classes, splits, preprocessing, _get_class_weights(config, reports["train"]), run_uri)
+
+
+def check_network(config: TrainConfig) -> None:
+    """Refuse a network that cannot be had, or cannot do what a setting asks, before anything is read or started.
+
+    Raises:
+        ConfigError: Names the setting.
+    """
+    outline = check_model(config.model, len(config.data.class_names))
+    if config.train.sync_batchnorm:
+        synchronise_norms(outline, torch.device("cpu"))
+    if config.train.gradient_checkpointing:
+        recompute_encoder(outline)
 
 
 def _get_class_weights(config: TrainConfig, report: LabelReport) -> npt.NDArray[np.float64] | None:
@@ -77,27 +99,6 @@ def _get_class_weights(config: TrainConfig, report: LabelReport) -> npt.NDArray[
     from segray.losses import compute_median_frequency_weights
 
     return compute_median_frequency_weights(report.pixel_count, report.image_px)
-
-
-def get_classes(config: TrainConfig) -> ClassMap:
-    """Return the classes that a configuration declares."""
-    return ClassMap(config.data.class_names, config.data.class_values, config.data.ignore_values)
-
-
-def _require_same_run(binding: dict[str, Any], output: str, bundle_uri: str) -> None:
-    """Refuse an output folder whose finished epochs, or bundle, come from other settings or images.
-
-    Raises:
-        RunMismatchError: Names the first difference.
-    """
-    uri = join_uri(output, _BINDING_FILE)
-    if exists(uri) and (has_bundle(bundle_uri) or list_checkpoints(join_uri(output, RUN_NAME))):
-        theirs = json.loads(read_bytes(uri))
-        differences = find_differences(theirs["config"], binding["config"])
-        if theirs["listing"] != binding["listing"]:
-            differences.append("another listing: images or masks were added, removed or renamed")
-        if differences:
-            raise RunMismatchError(f"{output} holds another run ({'; '.join(differences)}); choose another output")
 
 
 def describe_run(config: TrainConfig, splits: Splits) -> str:
@@ -112,48 +113,3 @@ def describe_run(config: TrainConfig, splits: Splits) -> str:
         f"images {len(splits.train)} train + {len(splits.val)} val at {height}x{width}, "
         f"{len(names)} classes: {', '.join(names)}"
     )
-
-
-def check_labels(samples: Sequence[Sample], classes: ClassMap, split: str, console: Console) -> LabelReport:
-    """Check the labels of a split with a progress display."""
-    report = LabelReport.empty(classes.num_classes)
-    with build_bar(console, "images") as bar:
-        task = bar.add_task(f"check {split}", total=len(samples), note="")
-        for report in check_dataset(samples, classes):
-            bar.update(task, completed=report.num_samples, note=f"{len(report.faults)} faults")
-    return report
-
-
-def run_check(config: TrainConfig, console: Console) -> bool:
-    """Check all labels, print each fault and what is labelled; return whether there is none.
-
-    Raises:
-        SegrayError: The images and masks cannot be listed or paired, or the store failed.
-    """
-    unpaired: list[Unpaired] = []
-    splits = load_splits(config.data, unpaired)
-    classes = get_classes(config)
-    with connect_ray():
-        reports = {name: check_labels(samples, classes, name, console) for name, samples in splits._asdict().items()}
-    faults = [*unpaired, *(fault for report in reports.values() for fault in report.faults)]
-    for fault in faults:
-        console.print(str(fault), highlight=False)
-    table = Table("class", "raw value")
-    for name in reports:
-        for what in ("pixels", "share", "images"):
-            table.add_column(f"{name} {what}", justify="right")
-    for index, (class_name, value) in enumerate(zip(classes.names, classes.values, strict=True)):
-        cells = [cell for report in reports.values() for cell in _describe_class(report, index)]
-        table.add_row(class_name, str(value), *cells)
-    ignored = [cell for report in reports.values() for cell in (f"{report.ignored_px:,}", "", "")]
-    table.add_row("(ignored)", ", ".join(map(str, classes.ignore_values)), *ignored)
-    console.print(table)
-    num_samples = sum(report.num_samples for report in reports.values())
-    console.print(f"{num_samples} images and masks checked, {len(faults)} faults", highlight=False)
-    return not faults
-
-
-def _describe_class(report: LabelReport, index: int) -> tuple[str, str, str]:
-    num_px = int(report.pixel_count[index])
-    share = num_px / max(1, int(report.pixel_count.sum()))
-    return f"{num_px:,}", f"{share:.2%}", str(report.image_count[index])

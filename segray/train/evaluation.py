@@ -134,9 +134,7 @@ def add_over_ranks(counts: EvaluationCounts) -> EvaluationCounts:
     extremes: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(extremes, (counts.worst, counts.best))
     worst, best = ([score for pair in extremes for score in pair[side]] for side in (0, 1))
-    return replace(
-        counts, worst=heapq.nsmallest(NUM_EXTREMES, worst), best=heapq.nlargest(NUM_EXTREMES, best)
-    )
+    return replace(counts, worst=heapq.nsmallest(NUM_EXTREMES, worst), best=heapq.nlargest(NUM_EXTREMES, best))
 
 
 def compute_scores(counts: EvaluationCounts) -> dict[str, Any]:

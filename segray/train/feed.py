@@ -215,7 +215,5 @@ def _load_ahead(
             pool.shutdown(cancel_futures=True)
 
 
-def _wait(
-    batch: Sequence[ItemT], futures: list[Future[LabelledImage]]
-) -> tuple[Sequence[ItemT], list[LabelledImage]]:
+def _wait(batch: Sequence[ItemT], futures: list[Future[LabelledImage]]) -> tuple[Sequence[ItemT], list[LabelledImage]]:
     return batch, [future.result() for future in futures]

@@ -75,4 +75,4 @@ def fit(job: TrainJob, output: str, console: Console, track: Callable[[list[dict
                 )
             ) from error
     if result.return_value and result.return_value["error"]:
-        raise TrainingError(result.return_value["error"])
+        raise result.return_value["error"]

@@ -1,5 +1,6 @@
 """What the driver hands to Ray Train. Light to import: Ray's controller imports it too, and needs no models."""
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from segray.classes import ClassMap
-from segray.config import TrainConfig
+from segray.config import TrainConfig, TrainSettings
 from segray.manifest import Splits
 from segray.transforms import Preprocessing
 
@@ -30,6 +31,22 @@ class TrainJob:
     class_weights: npt.NDArray[np.float64] | None
     run_uri: str
     board: Any = None
+
+
+def get_classes(config: TrainConfig) -> ClassMap:
+    """Return the classes that a configuration declares."""
+    return ClassMap(config.data.class_names, config.data.class_values, config.data.ignore_values)
+
+
+def is_finished(history: Sequence[Mapping[str, Any]], settings: TrainSettings) -> bool:
+    """Say whether the last epoch is done, or the score has not risen for so long that the run stops early."""
+    if len(history) >= settings.num_epochs:
+        return True
+    if settings.early_stopping_epochs is None:
+        return False
+    scores = [metrics.get("val_mean_iou") for metrics in history]
+    best = max((score for score in scores if score is not None), default=None)
+    return best is not None and len(history) - 1 - scores.index(best) >= settings.early_stopping_epochs
 
 
 def train_loop_per_worker(loop_config: dict[str, Any]) -> dict[str, Any]:

@@ -17,11 +17,12 @@ from ray.train import Checkpoint
 from ray.train.v2.api.report_config import CheckpointUploadMode
 from torch import distributed
 
+from segray.errors import ConfigError, TrainingError
 from segray.storage import join_uri
 from segray.train.checkpoint import CHECKPOINT_PREFIX, TrainingState, save_state
 from segray.train.evaluation import add_over_ranks, compute_scores, evaluate
 from segray.train.feed import EvalBatch, compute_step_order, iterate_evaluation, iterate_training
-from segray.train.job import TrainJob
+from segray.train.job import TrainJob, is_finished
 from segray.train.setup import Trainer, set_up
 from segray.train.stalls import Heartbeat
 from segray.train.steps import NonFiniteLossError, train_step
@@ -34,38 +35,26 @@ def run_loop(job: TrainJob) -> dict[str, Any]:
     """Train from the newest checkpoint, or from the start, to the last epoch.
 
     Returns:
-        ``{"error": None}``, or the message of an error that starting again would not mend. It is returned and not
-        raised because Ray Train would restart the workers for any exception.
+        ``{"error": None}``, or an error that starting again would not mend. It is returned and not raised because Ray
+        Train would restart the workers for any exception.
     """
     context = ray.train.get_context()
     if context.get_world_rank() == 0:
         ray.get(job.board.restart.remote(context.get_world_size()))
     verdict = ray.get(job.board.get_verdict.remote())
     if verdict:
-        return {"error": verdict}
+        return {"error": TrainingError(verdict)}
     heartbeat = Heartbeat(job.board, context.get_world_rank(), job.config.train.stall_timeout_s)
     heartbeat.start()
     try:
         trainer = set_up(job, heartbeat)
-        while not is_finished(trainer.history, job):
+        while not is_finished(trainer.history, job.config.train):
             _run_epoch(trainer)
-    except NonFiniteLossError as error:
-        return {"error": str(error)}
+    except (NonFiniteLossError, ConfigError) as error:  # on every rank alike
+        return {"error": error}
     finally:
         heartbeat.stop()
     return {"error": None}
-
-
-def is_finished(history: list[dict[str, Any]], job: TrainJob) -> bool:
-    """Say whether the last epoch is done, or the score has not risen for so long that the run stops early."""
-    settings = job.config.train
-    if len(history) >= settings.num_epochs:
-        return True
-    if settings.early_stopping_epochs is None:
-        return False
-    scores = [metrics.get("val_mean_iou") for metrics in history]
-    best = max((score for score in scores if score is not None), default=None)
-    return best is not None and len(history) - 1 - scores.index(best) >= settings.early_stopping_epochs
 
 
 def _run_epoch(trainer: Trainer) -> None:
@@ -75,8 +64,8 @@ def _run_epoch(trainer: Trainer) -> None:
     trainer.learner.replica.train()
     for loss in _train_steps(trainer, range(trainer.num_steps_done, epoch * trainer.steps_per_epoch)):
         trainer.epoch_losses.append(loss)
-        images_per_s = (trainer.num_steps_done - num_steps_before) * settings.global_batch_size
-        images_per_s /= time.perf_counter() - started_s
+        num_images = (trainer.num_steps_done - num_steps_before) * settings.global_batch_size
+        images_per_s = num_images / (time.perf_counter() - started_s)
         if trainer.poster:
             trainer.poster.post(trainer.num_steps_done, f"epoch {epoch}, loss {loss:.3f}, {images_per_s:.1f} images/s")
         if _is_checkpoint_due(trainer):

@@ -7,7 +7,6 @@ import torch
 from torch import nn
 from torch.distributed.tensor import DTensor
 from torch.optim import lr_scheduler
-from torch.optim.swa_utils import get_ema_multi_avg_fn
 
 from segray.config import TrainSettings
 from segray.models.build import SegmentationModel
@@ -37,7 +36,9 @@ def build_optimizer(model: SegmentationModel, settings: TrainSettings) -> torch.
     ]
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(options, lr=settings.learning_rate)
-    return torch.optim.SGD(options, lr=settings.learning_rate, momentum=settings.momentum, nesterov=settings.momentum > 0)
+    return torch.optim.SGD(
+        options, lr=settings.learning_rate, momentum=settings.momentum, nesterov=settings.momentum > 0
+    )
 
 
 def build_schedule(
@@ -96,7 +97,7 @@ class WeightAverage:
     def update(self) -> None:
         """Take up the weights of a step."""
         decay = min(self._decay, (1 + self._num_steps) / (10 + self._num_steps))
-        get_ema_multi_avg_fn(decay)(self._average, self._current, self._num_steps)
+        torch._foreach_lerp_(self._average, self._current, 1 - decay)
         self._num_steps += 1
 
     @contextmanager
@@ -114,4 +115,8 @@ class WeightAverage:
 
 def _get_local(tensor: torch.Tensor) -> torch.Tensor:
     """Return the part of a tensor that this rank holds: all of it, unless the model is sharded."""
-    return tensor.detach().to_local() if isinstance(tensor, DTensor) else tensor.detach()
+    tensor = tensor.detach()
+    if isinstance(tensor, DTensor):
+        local: torch.Tensor = tensor.to_local()
+        return local
+    return tensor

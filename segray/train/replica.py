@@ -19,7 +19,7 @@ def build_replica(model: SegmentationModel, settings: TrainSettings, device: tor
     Raises:
         ConfigError: The network cannot do what a setting asks.
     """
-    if settings.channels_last:
+    if settings.channels_last and settings.sharding == "none":  # FSDP takes no weights laid out so
         model.to(memory_format=torch.channels_last)
     freeze_unused_parameters(model)
     if settings.sync_batchnorm:
@@ -33,7 +33,8 @@ def build_replica(model: SegmentationModel, settings: TrainSettings, device: tor
         mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
         for block in find_blocks(model.network):
             fully_shard(block, mesh=mesh)
-        return fully_shard(model, mesh=mesh)
+        fully_shard(model, mesh=mesh)
+        return model
     replica: nn.Module = ray.train.torch.prepare_model(model)
     settle_gradient_buckets(replica, device)
     return replica

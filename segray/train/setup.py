@@ -71,8 +71,8 @@ class Trainer:
         optimizer = get_optimizer_state_dict(self.model, self.learner.optimizer, options=_WHOLE)
         average = None
         if self.average:
-            with self.average.in_place():
-                average = get_model_state_dict(self.model, options=_WHOLE)
+            with self.average.in_place():  # copied in here: on a CPU it is the model's own memory
+                average = _copy(get_model_state_dict(self.model, options=_WHOLE))
         if self.world_rank != 0:
             return None
         return TrainingState(
@@ -81,7 +81,7 @@ class Trainer:
             optimizer=_copy(optimizer),
             schedule=self.schedule.state_dict(),
             scaler=self.learner.scaler.state_dict(),
-            average=_copy(average),
+            average=average,
             epoch_losses=list(self.epoch_losses),
             history=list(self.history),
         )
@@ -102,6 +102,8 @@ def set_up(job: TrainJob, heartbeat: Heartbeat) -> Trainer:
     context = ray.train.get_context()
     world_rank = context.get_world_rank()
     poster = ProgressPoster(job.board) if world_rank == 0 else None
+    if poster and context.get_world_size() < settings.num_train_workers:
+        poster.post_line(f"training on {context.get_world_size()} of {settings.num_train_workers} workers")
     device = ray.train.torch.get_device()
     _prepare_arithmetic(settings.deterministic, device, context.get_local_world_size())
     torch.manual_seed(settings.seed)  # the same first weights on every rank
@@ -198,9 +200,9 @@ def _take_up(
 ) -> None:
     """Put a checkpoint's state into a rank's objects."""
     if average and state.average:
-        set_model_state_dict(model, state.average, options=_WHOLE)
+        set_model_state_dict(model, dict(state.average), options=_WHOLE)
         average.restart(state.num_steps_done)
-    set_model_state_dict(model, state.model, options=_WHOLE)
+    set_model_state_dict(model, dict(state.model), options=_WHOLE)
     set_optimizer_state_dict(model, learner.optimizer, state.optimizer, options=_WHOLE)
     schedule.load_state_dict(state.schedule)
     learner.scaler.load_state_dict(state.scaler)

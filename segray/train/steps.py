@@ -88,7 +88,8 @@ def train_step(learner: Learner, parts: Sequence[TrainBatch], announce: Callable
                 logits_nchw = learner.replica(image_nchw)
             part_sums = learner.loss.sum(logits_nchw, truth)
             announce("backward")
-            learner.scaler.scale(learner.loss.combine(part_sums, counts) * world_size).backward()
+            scaled = learner.scaler.scale(learner.loss.combine(part_sums, counts) * world_size)
+            scaled.backward()  # type: ignore[no-untyped-call]
         sums += part_sums.detach()
     announce("update")
     loss = learner.loss.combine(_sum_over_ranks(sums), counts).item()

@@ -6,8 +6,11 @@ All of it runs in the driver, so that workers need no credentials for it, and a 
 import csv
 import io
 import json
+import os
+import re
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
@@ -17,8 +20,9 @@ from rich.console import Console
 from segray.classes import ClassMap
 from segray.config import TrainConfig
 from segray.errors import ConfigError, flatten_message
-from segray.storage import exists, join_uri, list_files, read_bytes, remove_file, write_bytes
+from segray.storage import exists, join_uri, read_bytes, remove_folder, write_bytes
 
+_MLFLOW_BATCH = 1000  # most metrics that a server takes at once
 _PLAIN = ("epoch", "loss", "learning_rate", "images_per_s")
 _OF_CLASSES = (
     "dataset_iou",
@@ -124,6 +128,11 @@ class Tracking:
         return True
 
 
+def _clean_name(name: str) -> str:
+    """Return a name that MLflow takes: classes may be called anything."""
+    return re.sub(r"[^\w\-./ ]", "_", name)
+
+
 def _open(extra: str, build: Callable[[], Tracker]) -> Tracker:
     try:
         return build()
@@ -140,8 +149,7 @@ class TensorBoardTracker:
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder_uri = join_uri(output, "tensorboard")
-        for file in list(list_files(self._folder_uri)):  # every start tells the whole history
-            remove_file(file.uri)
+        remove_folder(self._folder_uri)  # every start tells the whole history
         self._spool = Path(tempfile.mkdtemp(prefix="segray-tensorboard-"))
         self._writer = SummaryWriter(str(self._spool))
 
@@ -163,6 +171,7 @@ class MlflowTracker:
     """A run of an MLflow server; a training run that is taken up again goes on with the same one."""
 
     def __init__(self, config: TrainConfig, output: str) -> None:
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its own 7 hold up a typo for four minutes
         from mlflow import MlflowClient
 
         self._client = MlflowClient(tracking_uri=config.tracking.mlflow_uri)
@@ -182,13 +191,18 @@ class MlflowTracker:
         for section in ("model", "loss", "augmentation", "train"):
             for setting, value in getattr(config, section).model_dump(mode="json").items():
                 self._client.log_param(run_id, f"{section}.{setting}", value)
+        self._client.log_param(run_id, "image_size", config.image_size)
         return run_id
 
     def log(self, epoch: int, scalars: Mapping[str, float]) -> None:
         """See ``Tracker.log``."""
+        from mlflow.entities import Metric
+
         if epoch > self._num_logged:
-            for name, value in scalars.items():
-                self._client.log_metric(self._run_id, name.replace("/", "_"), value, step=epoch)
+            now_ms = int(time.time() * 1000)
+            metrics = [Metric(_clean_name(name), value, now_ms, epoch) for name, value in scalars.items()]
+            for start in range(0, len(metrics), _MLFLOW_BATCH):
+                self._client.log_batch(self._run_id, metrics[start : start + _MLFLOW_BATCH])
 
     def close(self) -> None:
         """See ``Tracker.close``."""

@@ -2,16 +2,20 @@
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from segray.config import DataConfig
+from segray.augmentation import Augmentation
+from segray.config import AugmentationSettings, DataConfig
 from segray.errors import DataError
 from segray.images import resize_mask
 from segray.manifest import Sample, load_splits
 from segray.train.feed import (
+    SampleStore,
+    TrainBatch,
     compute_num_steps,
     compute_step_order,
     iterate_evaluation,
@@ -29,36 +33,92 @@ def samples(shapes_root: Path) -> list[Sample]:
     return load_splits(DataConfig.model_validate(layout)).train
 
 
-def read(samples: list[Sample], steps: range, world_size: int) -> list[list[str]]:
-    """Return the image URIs of each global step, ranks in order."""
-    ranks = [
+def train(
+    samples: list[Sample],
+    steps: range,
+    *,
+    size: tuple[int, int] = SIZE,
+    batch_size: int = 4,
+    num_parts: int = 1,
+    preset: str = "strong",
+    cache_bytes: int = 2**30,
+    rank: int = 0,
+    world_size: int = 1,
+    num_threads: int = 2,
+) -> list[list[TrainBatch]]:
+    """Return a rank's parts of each step."""
+    settings = AugmentationSettings.model_validate(preset)
+    return list(
         iterate_training(
             samples,
-            PET_CLASSES,
-            SIZE,
+            SampleStore(PET_CLASSES, cache_bytes),
+            Augmentation(settings, size, PET_CLASSES.ignore_index),
             steps=steps,
-            global_batch_size=4,
+            global_batch_size=batch_size,
+            num_parts=num_parts,
             seed=7,
             world_rank=rank,
             world_size=world_size,
-            num_threads=2,
+            num_threads=num_threads,
         )
-        for rank in range(world_size)
-    ]
+    )
+
+
+def read(samples: list[Sample], steps: range, world_size: int, **options: Any) -> list[list[tuple[str, bytes, bytes]]]:
+    """Return URI, pixels and truth of each sample of each global step, ranks and parts in order."""
+    ranks = [train(samples, steps, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
     return [
-        [uri for batch in share for uri in batch.image_uris]
+        [
+            (uri, image.tobytes(), truth.tobytes())
+            for parts in share
+            for part in parts
+            for uri, image, truth in zip(part.image_uris, part.images, part.truth, strict=True)
+        ]
         for share in zip(*ranks, strict=True)  # strict: every rank takes the same number of steps
     ]
 
 
-def test_one_two_and_four_workers_share_one_order(samples: list[Sample]) -> None:
-    orders = [read(samples, range(6), world_size) for world_size in (1, 2, 4)]
-    assert orders[0] == orders[1] == orders[2]
-    assert all(len(step) == 4 for step in orders[0])
+def test_any_number_of_workers_and_parts_shares_one_order_and_one_augmentation(samples: list[Sample]) -> None:
+    expected = read(samples, range(6), 1)
+    assert all(len(step) == 4 for step in expected)
+    for world_size in (2, 3, 4):  # also where shares are uneven, after a node is lost
+        assert read(samples, range(6), world_size) == expected
+    assert read(samples, range(6), 1, num_parts=4) == expected
+    assert read(samples, range(6), 2, num_parts=2, num_threads=5) == expected
 
 
 def test_resuming_goes_on_at_the_very_next_sample(samples: list[Sample]) -> None:
     assert read(samples, range(3, 6), 2) == read(samples, range(6), 2)[3:]
+
+
+def test_a_sample_looks_different_in_each_pass(samples: list[Sample]) -> None:
+    steps = [sample for step in read(samples, range(9), 1) for sample in step]  # two passes of 18
+    looks: dict[str, set[bytes]] = {}
+    for uri, image, _ in steps:
+        looks.setdefault(uri, set()).add(image)
+    assert all(len(images) == 2 for images in looks.values())
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 3 * 4 * SHAPE_SIZE**2, 2**30])
+def test_the_cache_changes_nothing_but_the_number_of_reads(samples: list[Sample], cache_bytes: int) -> None:
+    assert read(samples, range(9), 1, cache_bytes=cache_bytes) == read(samples, range(9), 1)
+
+
+def test_the_cache_keeps_what_fits_and_no_more(samples: list[Sample], tmp_path: Path) -> None:
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for path in paths:
+        Image.open(samples[0].image_uri).save(path)
+    copies = [Sample(str(path), samples[0].mask_uri) for path in paths]
+    store = SampleStore(PET_CLASSES, max_bytes=2 * 4 * SHAPE_SIZE**2)  # image and truth of two
+    expected = [store.load(copy) for copy in copies]
+    for path in paths:
+        path.unlink()
+    for copy, (image, truth) in zip(copies[:2], expected, strict=False):
+        again = store.load(copy)
+        np.testing.assert_array_equal(again[0], image)
+        np.testing.assert_array_equal(again[1], truth)
+    with pytest.raises(DataError, match=r"2\.png: missing"):
+        store.load(copies[2])
 
 
 @pytest.mark.parametrize(("num_samples", "batch"), [(18, 4), (7, 3), (3, 8), (101, 16), (1, 2)])
@@ -77,20 +137,35 @@ def test_every_pass_is_a_permutation_and_none_is_like_another(num_samples: int, 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 25])
 def test_evaluation_sees_every_image_once(samples: list[Sample], world_size: int) -> None:
-    seen = Counter[bytes]()
+    seen = Counter[int]()
+    num_batches = set()
     for rank in range(world_size):
-        for batch in iterate_evaluation(
-            samples, PET_CLASSES, SIZE, batch_size=4, world_rank=rank, world_size=world_size, num_threads=2
-        ):
-            assert batch.images.shape == (4, *SIZE, 3)
-            seen.update(image.tobytes() for image in batch.images[: len(batch.truths)])
-    assert sorted(seen.values()) == [1] * NUM_TRAIN
+        batches = list(
+            iterate_evaluation(
+                samples,
+                SampleStore(PET_CLASSES, 0),
+                SIZE,
+                batch_size=2,
+                world_rank=rank,
+                world_size=world_size,
+                num_threads=2,
+            )
+        )
+        num_batches.add(len(batches))
+        for batch in batches:
+            assert batch.images.shape == (2, *SIZE, 3)
+            assert len(batch.truths) == len(batch.numbers)
+            seen.update(batch.numbers)
+            for image, number in zip(batch.images, batch.numbers, strict=False):
+                expected, _ = load_labelled_image(samples[number], PET_CLASSES)
+                np.testing.assert_array_equal(image, expected)
+    assert seen == Counter(range(NUM_TRAIN))
+    assert len(num_batches) == 1  # ranks that share weights wait for each other's forward passes
 
 
 def test_training_images_are_resized_and_evaluation_truth_is_not(samples: list[Sample]) -> None:
     small = (32, 48)
-    options = {"world_rank": 0, "world_size": 1, "num_threads": 1}
-    batch = next(iterate_training(samples, PET_CLASSES, small, steps=range(1), global_batch_size=2, seed=0, **options))
+    ((batch,),) = train(samples, range(1), size=small, batch_size=2, preset="none")
     assert batch.images.shape == (2, *small, 3)
     assert batch.truth.shape == (2, *small)
     mask_uris = dict(samples)
@@ -99,7 +174,17 @@ def test_training_images_are_resized_and_evaluation_truth_is_not(samples: list[S
             np.testing.assert_array_equal(image, source.resize(small[::-1], Image.Resampling.BILINEAR))
             np.testing.assert_array_equal(truth + 1, resize_mask(np.asarray(mask), small))
     assert batch.images.flags.writeable  # torch refuses to share memory that is not
-    evaluated = next(iterate_evaluation(samples, PET_CLASSES, small, batch_size=2, **options))
+    evaluated = next(
+        iterate_evaluation(
+            samples,
+            SampleStore(PET_CLASSES, 0),
+            small,
+            batch_size=2,
+            world_rank=0,
+            world_size=1,
+            num_threads=1,
+        )
+    )
     assert evaluated.images.shape == (2, *small, 3)
     assert [truth.shape for truth in evaluated.truths] == [SIZE, SIZE]
 

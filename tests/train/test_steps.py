@@ -1,22 +1,19 @@
-"""One step against plain torch; evaluation against counting; a loss that is not finite moves nothing."""
+"""One step against plain torch; parts against the whole; a loss that is not finite moves nothing."""
 
 import copy
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 from torch.nn import functional
 
-from segray.config import DataConfig, ModelConfig
-from segray.manifest import Sample, load_splits
+from segray.config import LOSS_TERMS, ModelConfig
 from segray.models.build import SegmentationModel, build_model
-from segray.train.feed import TrainBatch, iterate_evaluation
-from segray.train.steps import NonFiniteLossError, evaluate, train_step
-from segray.transforms import Preprocessing
-from tests.conftest import NUM_TEST, PET_CLASSES, SHAPE_SIZE
-
-CPU = torch.device("cpu")
+from segray.train.feed import TrainBatch
+from segray.train.steps import Learner, NonFiniteLossError, train_step
+from tests.conftest import PET_CLASSES
+from tests.train.learner import IGNORE, build_network, make_batch, make_learner, split
 
 
 @pytest.fixture
@@ -27,25 +24,26 @@ def model() -> SegmentationModel:
 
 @pytest.fixture
 def batch() -> TrainBatch:
-    rng = np.random.default_rng(0)
-    truth = rng.choice([0, 1, 2, 255], (2, 64, 64)).astype(np.uint8)
-    return TrainBatch(rng.integers(0, 256, (2, 64, 64, 3), np.uint8), truth, ["a", "b"])
+    return make_batch([0], size=2, side=64)
 
 
-def step(model: SegmentationModel, optimizer: torch.optim.Optimizer, batch: TrainBatch) -> float:
-    return train_step(
-        model, optimizer, batch, preprocessing=Preprocessing(), ignore_index=255, device=CPU, precision="fp32"
-    )
+def step(learner: Learner, *parts: TrainBatch) -> float:
+    return train_step(learner, parts, lambda stage: None)
 
 
-def test_a_step_is_that_of_plain_torch(model: SegmentationModel, batch: TrainBatch) -> None:
+def compute_reference_loss(plain: nn.Module, batch: TrainBatch) -> torch.Tensor:
+    mean, std = torch.tensor([0.485, 0.456, 0.406]) * 255, torch.tensor([0.229, 0.224, 0.225]) * 255
+    image = ((torch.from_numpy(batch.images) - mean) / std).permute(0, 3, 1, 2)
+    return functional.cross_entropy(plain(image), torch.from_numpy(batch.truth).long(), ignore_index=IGNORE)
+
+
+def test_a_step_is_that_of_plain_torch(batch: TrainBatch) -> None:
+    model = build_network()
     plain = copy.deepcopy(model)
     for parameter in model.parameters():  # of a step before, which must not count again
         parameter.grad = torch.ones_like(parameter)
-    loss = step(model, torch.optim.SGD(model.parameters(), 0.1), batch)
-    mean, std = torch.tensor([0.485, 0.456, 0.406]) * 255, torch.tensor([0.229, 0.224, 0.225]) * 255
-    image = ((torch.from_numpy(batch.images) - mean) / std).permute(0, 3, 1, 2)
-    expected = functional.cross_entropy(plain(image), torch.from_numpy(batch.truth).long(), ignore_index=255)
+    loss = step(make_learner(model, torch.optim.SGD(model.parameters(), 0.1)), batch)
+    expected = compute_reference_loss(plain, batch)
     expected.backward()  # type: ignore[no-untyped-call]
     assert loss == pytest.approx(expected.item(), rel=1e-5)
     for got, reference in zip(model.parameters(), plain.parameters(), strict=True):
@@ -53,50 +51,53 @@ def test_a_step_is_that_of_plain_torch(model: SegmentationModel, batch: TrainBat
         torch.testing.assert_close(got, reference - 0.1 * reference.grad, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("num_parts", [2, 3, 8])
+@pytest.mark.parametrize("terms", [{name: 1.0} for name in LOSS_TERMS] + [{"ce": 1.0, "dice": 0.5}], ids=str)
+def test_accumulation_is_equal_to_the_larger_batch(num_parts: int, terms: dict[str, float]) -> None:
+    whole, in_parts = make_learner(build_network(), loss={**terms}), make_learner(build_network(), loss={**terms})
+    for number in range(3):
+        batch = make_batch([number], size=8)
+        expected = step(whole, batch)
+        assert step(in_parts, *split(batch, num_parts)) == pytest.approx(expected, rel=1e-5)
+    for got, reference in zip(in_parts.replica.parameters(), whole.replica.parameters(), strict=True):
+        torch.testing.assert_close(got, reference, rtol=1e-4, atol=1e-6)
+
+
+def test_long_gradients_are_shortened_and_short_ones_are_not() -> None:
+    norms = []
+    for longest in (None, 1e6, 0.01):
+        network = build_network()
+        before = copy.deepcopy(network)
+        learner = make_learner(network, torch.optim.SGD(network.parameters(), 1.0), max_gradient_norm=longest)
+        step(learner, make_batch([0]))
+        moves = [new - old for new, old in zip(network.parameters(), before.parameters(), strict=True)]
+        norms.append(torch.cat([move.flatten() for move in moves]).norm().item())
+    assert norms[1] == norms[0] > 0.02
+    assert norms[2] == pytest.approx(0.01, rel=1e-3)
+
+
 def test_a_loss_that_is_not_finite_moves_nothing(model: SegmentationModel, batch: TrainBatch) -> None:
     with torch.no_grad():
         model.network.get_parameter("segmentation_head.0.bias")[0] = float("nan")
     before = [parameter.clone() for parameter in model.parameters()]
     with pytest.raises(NonFiniteLossError, match="loss is nan"):
-        step(model, torch.optim.SGD(model.parameters(), 0.1), batch)
+        step(make_learner(model), batch)
     for parameter, old in zip(model.parameters(), before, strict=True):
         assert torch.equal(parameter.nan_to_num(7), old.nan_to_num(7))
 
 
-def test_a_batch_that_is_all_ignored_is_a_loss_of_zero(model: SegmentationModel, batch: TrainBatch) -> None:
-    ignored = TrainBatch(batch.images, np.full_like(batch.truth, 255), batch.image_uris)
-    assert step(model, torch.optim.SGD(model.parameters(), 0.1), ignored) == 0
-    assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
+@pytest.mark.parametrize("terms", [{name: 1.0} for name in LOSS_TERMS], ids=str)
+def test_a_batch_that_is_all_ignored_is_a_loss_of_zero_and_no_step(terms: dict[str, float]) -> None:
+    network = build_network()
+    before = copy.deepcopy(network)
+    batch = make_batch([0])
+    ignored = TrainBatch(batch.images, np.full_like(batch.truth, IGNORE), batch.image_uris)
+    assert step(make_learner(network, loss={**terms}), ignored) == 0
+    for new, old in zip(network.parameters(), before.parameters(), strict=True):
+        assert torch.equal(new, old)
 
 
-@pytest.fixture
-def samples(shapes_root: Path) -> list[Sample]:
-    layout = {"layout": {"oxford_iiit_pet": {"root": str(shapes_root)}}}
-    return load_splits(DataConfig.model_validate(layout)).val
-
-
-def count(model: SegmentationModel, samples: list[Sample], world_size: int, batch_size: int) -> torch.Tensor:
-    total = torch.zeros(3, 3, dtype=torch.int64)
-    for rank in range(world_size):
-        batches = iterate_evaluation(
-            samples,
-            PET_CLASSES,
-            (32, 32),  # smaller than the images: masks must still be scored at the images' own size
-            batch_size=batch_size,
-            world_rank=rank,
-            world_size=world_size,
-            num_threads=1,
-        )
-        total += evaluate(
-            model, batches, classes=PET_CLASSES, preprocessing=Preprocessing(), device=CPU, precision="fp32"
-        )
-    return total
-
-
-def test_evaluation_counts_do_not_depend_on_the_number_of_workers(
-    model: SegmentationModel, samples: list[Sample]
-) -> None:
-    counts = [count(model, samples, world_size, batch_size=3) for world_size in (1, 2, 3, 4)]
-    assert counts[0].sum() == NUM_TEST * SHAPE_SIZE**2
-    assert counts[0].count_nonzero() > 3  # not all of one class, which would prove little
-    assert all(torch.equal(counts[0], other) for other in counts[1:])
+def test_stages_are_announced_in_order() -> None:
+    heard: list[str] = []
+    train_step(make_learner(build_network()), split(make_batch([0]), 2), heard.append)
+    assert heard == ["forward", "backward", "forward", "backward", "update"]

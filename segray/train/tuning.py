@@ -1,0 +1,287 @@
+"""``segray tune``: settings are drawn, Ray Tune trains with each, and ASHA stops those that lag behind.
+
+A trial is an ordinary run in a folder of its own. What is drawn for it is a matter of the seed and its number alone,
+and what it has learned is in its checkpoints. So a search that was interrupted is simply begun again: every trial tells
+what it has behind it and goes on. Ray Tune's own state, which is pickled, is never read back.
+
+Source of the schedule: Li et al., "A System for Massively Parallel Hyperparameter Tuning", MLSys 2020 (ASHA).
+"""
+
+import csv
+import io
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import ray
+import yaml
+from pydantic import ValidationError
+from ray import tune
+from ray.tune.experiment import Trial
+from ray.tune.schedulers import ASHAScheduler
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from segray.cluster import connect_ray, get_last_line, translated_ray_errors
+from segray.config import SearchRange, TrainConfig
+from segray.errors import ConfigError, TrainingError
+from segray.manifest import load_splits
+from segray.progress import build_bar
+from segray.storage import join_uri, normalize_uri, write_bytes
+from segray.train.binding import Binding
+from segray.train.checkpoint import RUN_NAME, find_newest_history
+from segray.train.driver import check_network, describe_run, prepare_job
+from segray.train.job import TrainJob, is_finished
+
+_BINDING_NAME = "tune.json"
+_METRIC, _TIME = "val_mean_iou", "epoch"
+_OF_A_TRIAL = ("model", "loss", "augmentation", "train", "image_size")
+_NUM_SHOWN = 10
+
+
+def run_search(config: TrainConfig, console: Console) -> str:
+    """Try settings, and return the URI of the best configuration; a search that was interrupted goes on.
+
+    Raises:
+        SegrayError: The input or the space is unusable, the output belongs to another search, or every trial failed.
+    """
+    check_space(config)
+    check_network(config)
+    splits = load_splits(config.data)
+    output = normalize_uri(config.output)
+    space = {name: drawn_from.model_dump(mode="json") for name, drawn_from in config.tune.space.items()}
+    settings = {**config.of_weights, "tune": {"space": space, "seed": config.tune.seed}}
+    binding = Binding(join_uri(output, _BINDING_NAME), settings, splits.compute_sha256())
+    binding.require_same()
+    console.print(describe_run(config, splits), highlight=False)
+    num_workers = config.train.num_train_workers * config.tune.max_concurrent_trials
+    with connect_ray(num_workers, num_workers if config.train.use_gpu else 0):
+        job = prepare_job(config, splits, output, console)
+        binding.write()
+        board = _run_trials(Search(job, output), console)
+    return _write_best(board, config, output, console)
+
+
+def set_values(config: TrainConfig, values: dict[str, Any]) -> TrainConfig:
+    """Return a configuration with other values, given by dotted name.
+
+    Raises:
+        ConfigError: A name is no setting that a trial may have of its own, or a value is wrong.
+    """
+    content = config.model_dump(mode="json")
+    for name, value in values.items():
+        *sections, last = name.split(".")
+        if (sections or [last])[0] not in _OF_A_TRIAL:
+            raise ConfigError(f"tune.space.{name}: expected a setting of {', '.join(_OF_A_TRIAL)}")
+        inner = content
+        for section in sections:
+            inner = inner.setdefault(section, {})
+        inner[last] = value
+    try:
+        return TrainConfig.model_validate(content)
+    except ValidationError as error:
+        problem = error.errors()[0]
+        where = ".".join(map(str, problem["loc"]))
+        raise ConfigError(
+            f"tune.space: with {format_values(values)}: {where}: {problem['msg'].removeprefix('Value error, ')}"
+        ) from error
+
+
+def check_space(config: TrainConfig) -> None:
+    """Refuse a search over nothing, over what is no setting, or over values that a setting cannot have.
+
+    Raises:
+        ConfigError: Names the setting.
+    """
+    if not config.tune.space:
+        raise ConfigError("tune.space: expected settings to search, as in train.learning_rate: {log_uniform: [a, b]}")
+    for name, drawn_from in config.tune.space.items():
+        for value in drawn_from.extremes:
+            check_network(set_values(config, {name: value}))
+
+
+def draw_values(config: TrainConfig, number: int) -> dict[str, Any]:
+    """Return the settings of a trial, by dotted name; the same for the same seed and number."""
+    generator = np.random.default_rng([config.tune.seed, number])
+    return {name: _draw(config.tune.space[name], generator) for name in sorted(config.tune.space)}
+
+
+def _draw(drawn_from: SearchRange, generator: np.random.Generator) -> Any:
+    if drawn_from.choice is not None:
+        return drawn_from.choice[generator.integers(len(drawn_from.choice))]
+    if drawn_from.uniform is not None:
+        return float(generator.uniform(*drawn_from.uniform))
+    if drawn_from.log_uniform is not None:
+        return float(np.exp(generator.uniform(*np.log(drawn_from.log_uniform))))
+    assert drawn_from.int_uniform is not None
+    return int(generator.integers(*drawn_from.int_uniform, endpoint=True))
+
+
+def format_values(values: dict[str, Any]) -> str:
+    """Return settings drawn, as in ``train.learning_rate=0.0012 loss.dice=1``."""
+    return " ".join(
+        f"{name}={value:.4g}" if isinstance(value, float) else f"{name}={value}" for name, value in values.items()
+    )
+
+
+@dataclass(frozen=True)
+class Search:
+    """What every trial starts from: the run that the settings drawn are put into, and the search's output."""
+
+    job: TrainJob
+    output: str
+
+    def build_trial_job(self, number: int) -> TrainJob:
+        """Return the run of a trial."""
+        trial_uri = join_uri(self.output, "trials", f"{number:03d}")
+        config = set_values(self.job.config, draw_values(self.job.config, number))
+        config = config.model_copy(update={"output": trial_uri})
+        return replace(self.job, config=config, run_uri=join_uri(trial_uri, RUN_NAME))
+
+
+def run_trial(trial: dict[str, Any], search: Search) -> None:
+    """Train with the settings drawn, from the trial's newest checkpoint, and tell Tune of each epoch, once."""
+    from segray.train.fit import fit
+
+    job = search.build_trial_job(trial["number"])
+    told: set[int] = set()
+
+    def track(epochs: Sequence[dict[str, Any]]) -> None:
+        for metrics in epochs:
+            if _METRIC in metrics and metrics[_TIME] not in told:
+                told.add(metrics[_TIME])
+                tune.report({name: metrics[name] for name in (_TIME, _METRIC)})
+
+    history = find_newest_history(job.run_uri)
+    track(history)
+    if not is_finished(history, job.config.train):
+        fit(job, job.config.output, Console(quiet=True), track)
+
+
+@dataclass
+class TrialRecord:
+    """What is known of a trial: its epochs' scores, and how it ended ("" while it runs)."""
+
+    values: dict[str, Any]
+    scores: dict[int, float] = field(default_factory=dict)
+    outcome: str = ""
+
+    @property
+    def best(self) -> float:
+        """The highest score; -1 without any."""
+        return max(self.scores.values(), default=-1.0)
+
+
+class ScoreBoard(tune.Callback):  # type: ignore[misc]
+    """Keeps the records of all trials, by number, and shows them."""
+
+    def __init__(self, config: TrainConfig, bar: Progress) -> None:
+        self.records = {number: TrialRecord(draw_values(config, number)) for number in range(config.tune.num_trials)}
+        self._num_epochs = config.train.num_epochs
+        self._bar = bar
+        self._task = bar.add_task("tune", total=config.tune.num_trials, note="starting")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {}  # Tune writes its callbacks down, and a display cannot be
+
+    def on_trial_result(
+        self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **_: Any
+    ) -> None:
+        """Note a score."""
+        self.records[trial.config["number"]].scores[result[_TIME]] = result[_METRIC]
+        self._show()
+
+    def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
+        """Note a trial that ran to its end, or was stopped early."""
+        record = self.records[trial.config["number"]]
+        self._end(trial, "finished" if max(record.scores, default=0) >= self._num_epochs else "stopped early")
+
+    def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
+        """Note a trial that failed."""
+        error = trial.get_error()
+        self._end(trial, f"failed: {get_last_line(error) if error else 'lost'}")
+
+    def _end(self, trial: Trial, outcome: str) -> None:
+        number = trial.config["number"]
+        record = self.records[number]
+        record.outcome = outcome
+        score = f"val mean IoU {record.best:.4f}, " if record.scores else ""
+        self._bar.console.print(
+            f"trial {number}: {score}{len(record.scores)} epochs, {outcome}: {format_values(record.values)}",
+            highlight=False,
+        )
+        self._show()
+
+    def _show(self) -> None:
+        num_ended = sum(bool(record.outcome) for record in self.records.values())
+        best = max(record.best for record in self.records.values())
+        self._bar.update(self._task, completed=num_ended, note=f"best {best:.4f}" if best >= 0 else "")
+
+
+def _run_trials(search: Search, console: Console) -> ScoreBoard:
+    config = search.job.config
+    # on the driver's own node: Tune wants a folder that all its trials see, and theirs are elsewhere
+    here = dict.fromkeys(_list_node_resources(), 0.001)
+    trainable = tune.with_resources(tune.with_parameters(run_trial, search=search), here)
+    with build_bar(console, "trials") as bar, tempfile.TemporaryDirectory(prefix="segray-tune-") as folder:
+        board = ScoreBoard(config, bar)
+        tuner = tune.Tuner(
+            trainable,
+            param_space={"number": tune.grid_search(list(board.records))},
+            tune_config=tune.TuneConfig(
+                max_concurrent_trials=config.tune.max_concurrent_trials,
+                scheduler=ASHAScheduler(
+                    time_attr=_TIME,
+                    metric=_METRIC,
+                    mode="max",
+                    max_t=config.train.num_epochs,
+                    grace_period=config.tune.grace_epochs,
+                    reduction_factor=config.tune.reduction_factor,
+                ),
+            ),
+            run_config=tune.RunConfig(storage_path=folder, callbacks=[board], verbose=0),
+        )
+        with translated_ray_errors("the search"):
+            tuner.fit()
+    return board
+
+
+def _list_node_resources() -> list[str]:
+    """Return the resource that stands for the driver's own node."""
+    node_id = ray.get_runtime_context().get_node_id()
+    (resources,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == node_id)
+    return [name for name in resources if name.startswith("node:") and name != "node:__internal_head__"]
+
+
+def _write_best(board: ScoreBoard, config: TrainConfig, output: str, console: Console) -> str:
+    """Write and print what was found; return the URI of the best configuration."""
+    ranked = sorted(board.records.items(), key=lambda pair: pair[1].best, reverse=True)
+    write_bytes(join_uri(output, "trials.csv"), format_trials_csv(ranked))
+    number, best = ranked[0]
+    if not best.scores:
+        raise TrainingError(f"all {len(ranked)} trials failed; the first: {board.records[0].outcome}")
+    table = Table("trial", "val mean IoU", "epochs", "outcome", *best.values)
+    for trial, record in ranked[:_NUM_SHOWN]:
+        cells = [format_values({name: value}).partition("=")[2] for name, value in record.values.items()]
+        table.add_row(str(trial), f"{record.best:.4f}", str(len(record.scores)), record.outcome, *cells)
+    console.print(table)
+    trial_uri = join_uri(output, "trials", f"{number:03d}")
+    chosen = set_values(config, best.values).model_copy(update={"output": trial_uri})
+    best_uri = join_uri(output, "best.yaml")
+    text = yaml.safe_dump(chosen.model_dump(mode="json"), sort_keys=False)
+    write_bytes(best_uri, f"# trial {number}: val mean IoU {best.best:.4f}\n{text}".encode())
+    return best_uri
+
+
+def format_trials_csv(ranked: Sequence[tuple[int, TrialRecord]]) -> bytes:
+    """Return the trials, best first, as CSV."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(["trial", _METRIC, "num_epochs", "outcome", *ranked[0][1].values])
+    for number, record in ranked:
+        score = record.best if record.scores else ""
+        writer.writerow([number, score, len(record.scores), record.outcome, *record.values.values()])
+    return buffer.getvalue().encode()
