@@ -40,9 +40,8 @@ def compute_mixed_share(raw: npt.NDArray[np.integer]) -> float:
 def _count_edges(values: npt.NDArray[np.int32]) -> tuple[int, int]:
     """Return the edges along rows, and those at a value between those of the neighbours."""
     before, middle, after = values[:, :-2], values[:, 1:-1], values[:, 2:]
-    is_edge = np.abs(after - before) > 1
-    is_mixed = is_edge & (middle > np.minimum(before, after)) & (middle < np.maximum(before, after))
-    return int(is_edge.sum()), int(is_mixed.sum())
+    is_mixed = (middle > np.minimum(before, after)) & (middle < np.maximum(before, after))
+    return int((np.abs(after - before) > 1).sum()), int(is_mixed.sum())
 
 
 def is_mixed(raw: npt.NDArray[np.integer]) -> bool:

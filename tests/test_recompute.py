@@ -110,6 +110,41 @@ def test_a_compiled_model_takes_it() -> None:
     torch.testing.assert_close(again.state_dict(), plain.state_dict())
 
 
+class BlockWithOption(nn.Module):
+    """A block that is called with a keyword, like those of timm's transformers with rotary positions."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 8, 1), nn.Conv2d(8, 3, 1)
+
+    def forward(self, features: torch.Tensor, *, factor: float) -> torch.Tensor:
+        result: torch.Tensor = self.last((self.first(features) * factor).relu())
+        return result
+
+
+class NetworkOfBlocks(nn.Module):
+    """Two of them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder = nn.ModuleList([BlockWithOption(), BlockWithOption()])
+
+    def forward(self, image_nchw: torch.Tensor) -> torch.Tensor:
+        for block in self.encoder:
+            image_nchw = block(image_nchw, factor=0.5)
+        return image_nchw
+
+
+def test_blocks_may_be_called_with_keywords() -> None:
+    torch.manual_seed(0)
+    plain = SegmentationModel(NetworkOfBlocks())
+    again = copy.deepcopy(plain)
+    recompute_encoder(again)
+    torch.testing.assert_close(learn(again)[0], learn(plain)[0])
+    for got, expected in zip(again.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(got.grad, expected.grad)
+
+
 def test_weights_keep_their_names_and_a_copy_is_a_model_of_its_own() -> None:
     plain, again = build_pair(ModelConfig())
     assert list(again.state_dict()) == list(plain.state_dict())
