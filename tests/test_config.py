@@ -7,6 +7,9 @@ import pytest
 import yaml
 
 from segray.config import (
+    LOSS_TERMS,
+    AugmentationSettings,
+    LossSettings,
     SegmentFile,
     SegmentSettings,
     TrainConfig,
@@ -76,6 +79,25 @@ def test_segment_reads_a_training_configuration_and_a_segment_section_alone(tmp_
         (["data.layout=cityscapes"], r"data\.layout: .*'folders'.*got 'cityscapes'"),
         (["image_size=[64]"], r"image_size"),
         (["segment.mask_encoding=jpeg"], r"segment\.mask_encoding: .*'raw' or 'png'"),
+        (["loss={ce: 0, dice: 0}"], r"loss: expected a weight above 0 for one of ce, dice, .*ohem$"),
+        (["loss.dice=-1"], r"loss\.dice: .*greater than or equal to 0, got -1"),
+        (["loss.dise=1"], r"loss\.dise: unknown setting; did you mean loss\.dice\?"),
+        (["loss.class_weights=[1, 2, 3]"], r"loss\.class_weights: expected one for each of the 2 class_names, got 3"),
+        (["loss.class_weights=[0, 0]"], r"loss: class_weights: expected one above 0 at least, got \[0\.0, 0\.0\]"),
+        (["loss.class_weights=[-1, 1]"], r"loss\.class_weights\.0: .*greater than or equal to 0, got -1"),
+        (["loss.class_weights=even"], r"loss\.class_weights: input should be 'auto', got 'even'"),
+        (["augmentation=wild"], r"augmentation\.preset: .*'none', 'light' or 'strong', got 'wild'"),
+        (["augmentation={preset: [light]}"], r"augmentation\.preset: .*'none', 'light' or 'strong', got \['light'\]"),
+        (["augmentation.scale=[2, 1]"], r"augmentation: scale: expected \[lowest, highest\], got \[2\.0, 1\.0\]"),
+        (["augmentation.aspect=[1.5, 1]"], r"augmentation: aspect: expected \[lowest, highest\]"),
+        (["augmentation.scale=[0, 1]"], r"augmentation\.scale\.0: .*greater than 0, got 0"),
+        (["augmentation.blur=1.5"], r"augmentation\.blur: .*less than or equal to 1, got 1\.5"),
+        (["augmentation.crop_size=[64]"], r"augmentation\.crop_size\.1: this setting is required"),
+        (
+            ["augmentation=strong", "augmentation.blur=0"],
+            r"--set augmentation\.blur=0: augmentation is 'strong', no section to set blur in; set it as a whole",
+        ),
+        (["model={arch: classic_unet, widths: [64]}"], r"model\.widths: .*at least 2 items"),
         (["nonsense"], r"--set nonsense: expected KEY=VALUE"),
         (["data.train={"], r"--set data\.train=\{: the value is not YAML"),
     ],
@@ -112,6 +134,57 @@ def test_settings_that_only_change_the_speed_do_not_bind_a_run(tmp_path: Path) -
     speed = {"num_decode_threads", "cache_bytes"}
     faults = {"max_failures", "min_train_workers", "stall_timeout_s", "checkpoint_every_steps", "num_best_checkpoints"}
     assert TrainSettings.model_fields.keys() - slow.of_weights["train"].keys() == speed | faults
+
+
+@pytest.mark.parametrize(
+    ("loss", "terms"),
+    [
+        ({}, {"ce": 1.0}),
+        ({"label_smoothing": 0.1}, {"ce": 1.0}),
+        ({"ce": 1.0, "dice": 1.0}, {"ce": 1.0, "dice": 1.0}),
+        ({"dice": 0.5}, {"dice": 0.5}),
+        ({"ohem": 1, "ce": 0}, {"ohem": 1.0}),
+        (dict.fromkeys(LOSS_TERMS, 2), dict.fromkeys(LOSS_TERMS, 2.0)),
+    ],
+)
+def test_the_losses_are_those_that_are_named_or_cross_entropy(
+    tmp_path: Path, loss: dict[str, float], terms: dict[str, float]
+) -> None:
+    settings = load(tmp_path, {**VALID, "loss": loss}).loss
+    assert settings.terms == terms
+    assert LossSettings.model_validate(settings.model_dump(mode="json")) == settings
+    assert load(tmp_path, VALID).loss == LossSettings(ce=1.0)
+
+
+def test_class_weights_are_auto_or_one_for_each_class(tmp_path: Path) -> None:
+    assert load(tmp_path, VALID, "loss.class_weights=auto").loss.class_weights == "auto"
+    assert load(tmp_path, VALID, "loss.class_weights=[0, 2.5]").loss.class_weights == (0.0, 2.5)
+    assert load(tmp_path, VALID).loss.class_weights is None
+
+
+def test_a_preset_of_augmentation_is_a_word_or_where_a_section_starts_from(tmp_path: Path) -> None:
+    def load_augmentation(value: object) -> AugmentationSettings:
+        return load(tmp_path, {**VALID, "augmentation": value}).augmentation
+
+    none, light, strong = (load_augmentation(name) for name in ("none", "light", "strong"))
+    assert load(tmp_path, VALID).augmentation == light
+    assert load_augmentation({}) == light
+    assert load_augmentation({"preset": "strong"}) == strong
+    changes = {name for name in AugmentationSettings.model_fields if name not in ("preset", "crop_size")}
+    assert {name for name in changes if getattr(none, name) not in (0, (1, 1))} == set()
+    assert {name for name in changes if getattr(light, name) != getattr(none, name)} == {
+        "horizontal_flip",
+        "scale",
+        "colour_jitter",
+    }
+    assert {name for name in changes if getattr(strong, name) == getattr(none, name)} == {"vertical_flip"}
+    assert load_augmentation({"preset": "strong", "blur": 0, "crop_size": [64, 96]}) == strong.model_copy(
+        update={"blur": 0.0, "crop_size": (64, 96)}
+    )
+    assert AugmentationSettings.model_validate(strong.model_dump(mode="json")) == strong
+    assert load(tmp_path, VALID, "augmentation.vertical_flip=0.5").augmentation == light.model_copy(
+        update={"vertical_flip": 0.5}
+    )
 
 
 def test_every_difference_of_two_runs_is_named() -> None:

@@ -4,10 +4,15 @@ import numpy as np
 import numpy.typing as npt
 import pytest
 import torch
-from torchmetrics.functional.classification import multiclass_confusion_matrix, multiclass_jaccard_index
+from torchmetrics.functional.classification import (
+    binary_accuracy,
+    multiclass_confusion_matrix,
+    multiclass_jaccard_index,
+)
 
 from segray.metrics import (
     PixelCounts,
+    compute_accuracy,
     compute_defined_mean,
     compute_dice,
     compute_iou,
@@ -55,6 +60,17 @@ def test_scores_equal_torchmetrics(pair: tuple[npt.NDArray[np.uint8], npt.NDArra
     iou = compute_iou(count(*pair))
     jaccard = multiclass_jaccard_index(mask, truth, NUM_CLASSES, average=None, ignore_index=IGNORE).numpy()
     np.testing.assert_allclose(iou[:ABSENT], jaccard[:ABSENT], rtol=1e-6)
+
+
+def test_accuracy_is_of_each_class_against_the_rest(pair: tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]) -> None:
+    truth, mask = (torch.from_numpy(array) for array in pair)
+    got = compute_accuracy(compute_confusion(truth, mask, NUM_CLASSES, IGNORE).numpy())
+    scored = truth != IGNORE
+    for index in range(NUM_CLASSES):
+        one_against_rest = (mask[scored] == index).int(), (truth[scored] == index).int()
+        assert got[index] == pytest.approx(binary_accuracy(*one_against_rest).item(), rel=1e-6)
+    assert got[ABSENT] == 1
+    assert np.isnan(compute_accuracy(np.zeros((NUM_CLASSES, NUM_CLASSES), np.int64))).all()
 
 
 def test_undefined_is_null_and_left_out_of_means(pair: tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]) -> None:

@@ -54,16 +54,18 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
     *sections, name = key.split(".")
     for section in sections:
         inner = values.get(section)
-        values[section] = dict(inner) if isinstance(inner, dict) else {}
+        if not isinstance(inner, dict | None):  # such as a preset, which would be lost without a word
+            raise ConfigError(
+                f"--set {override}: {section} is {inner!r}, no section to set {name} in; set it as a whole"
+            )
+        values[section] = dict(inner or {})
         values = values[section]
     values[name] = value
 
 
 def _describe(problem: Any, kind: type[SegmentFile]) -> str:
-    # pydantic adds the tried union member (a class name) to the path; a user knows only the settings
-    path = ".".join(
-        str(part) for part in problem["loc"] if not str(part)[:1].isupper() and part != "literal['folders']"
-    )
+    # pydantic adds the tried union member (a class name, or a type with brackets); a user knows only the settings
+    path = ".".join(str(part) for part in problem["loc"] if not str(part)[:1].isupper() and "[" not in str(part))
     if problem["type"] == "extra_forbidden":
         close = difflib.get_close_matches(path, list(_iterate_settings(kind)), n=1)
         return f"{path}: unknown setting" + (f"; did you mean {close[0]}?" if close else "; remove it")

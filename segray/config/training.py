@@ -59,6 +59,8 @@ class LossSettings(Section):
     def _check_terms(self) -> Self:
         if not self.terms:
             raise ValueError(f"expected a weight above 0 for one of {', '.join(LOSS_TERMS)}")
+        if isinstance(self.class_weights, tuple) and not any(self.class_weights):
+            raise ValueError(f"class_weights: expected one above 0 at least, got {list(self.class_weights)}")
         return self
 
     @property
@@ -104,7 +106,7 @@ class AugmentationSettings(Section):
         if isinstance(values, str):
             values = {"preset": values}
         if isinstance(values, dict):
-            return {**_PRESETS.get(values.get("preset", "light"), {}), **values}
+            return {**_PRESETS.get(str(values.get("preset", "light")), {}), **values}
         return values
 
     @model_validator(mode="after")

@@ -1,10 +1,11 @@
 """Gradient checkpointing: an encoder's blocks are computed again in the backward pass instead of being remembered."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
+import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -37,20 +38,26 @@ def find_blocks(module: nn.Module) -> Iterator[nn.Module]:
             yield from find_blocks(child)
 
 
-def _compute_again(forward: Callable[..., Any], block: nn.Module, *inputs: Any) -> Any:
-    return checkpoint(
-        forward, *inputs, use_reentrant=False, context_fn=lambda: (nullcontext(), _without_statistics(block))
-    )
+def _compute_again(forward: Callable[..., Any], block: nn.Module, *inputs: Any, **options: Any) -> Any:
+    if torch.compiler.is_compiling():  # which takes no contexts, and computes without changing statistics
+        return checkpoint(forward, *inputs, use_reentrant=False, **options)
+
+    def build_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), _keep_statistics(block)
+
+    return checkpoint(forward, *inputs, use_reentrant=False, context_fn=build_contexts, **options)
 
 
 @contextmanager
-def _without_statistics(block: nn.Module) -> Iterator[None]:
-    """Keep BatchNorm from counting a batch again that it has counted."""
-    norms = [module for module in block.modules() if isinstance(module, nn.modules.batchnorm._BatchNorm)]
-    for norm in norms:
-        norm.track_running_stats = False
+def _keep_statistics(block: nn.Module) -> Iterator[None]:
+    """Put BatchNorm's statistics back, which have counted the batch already.
+
+    They cannot just be left alone: a norm that does not track remembers other tensors, and checkpoint wants the same.
+    """
+    buffers = list(block.buffers())
+    before = [buffer.clone() for buffer in buffers]
     try:
         yield
     finally:
-        for norm in norms:
-            norm.track_running_stats = True
+        for buffer, value in zip(buffers, before, strict=True):
+            buffer.copy_(value)

@@ -45,11 +45,11 @@ class SegNet(nn.Module):
         features, indices = image_nchw, []
         for layer in self.encoder.features:
             if isinstance(layer, nn.MaxPool2d):
-                features, index = functional.max_pool2d(features, 2, 2, return_indices=True)
+                features, index = functional.max_pool2d(features, 2, return_indices=True)
                 indices.append(index)
             else:
                 features = layer(features)
         for stage, index in zip(self.decoder, reversed(indices), strict=True):
-            features = stage(functional.max_unpool2d(features, index, 2, 2))
+            features = stage(functional.max_unpool2d(features, index, [2, 2]))
         logits_nchw: torch.Tensor = self.head(features)
         return logits_nchw
