@@ -10,6 +10,7 @@ from segray.config import (
     LOSS_TERMS,
     AugmentationSettings,
     LossSettings,
+    ModelConfig,
     SegmentFile,
     SegmentSettings,
     TrainConfig,
@@ -203,3 +204,18 @@ def test_jobs_refuse_relative_paths(tmp_path: Path) -> None:
     config = load(tmp_path, VALID, "output=/out")
     with pytest.raises(ConfigError, match=r"data\.train\.images: i is relative"):
         require_absolute(config.uris)
+
+
+@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("jobs/*.yaml")), ids=lambda path: path.name)
+def test_every_configuration_of_jobs_is_valid(path: Path) -> None:
+    kind = SegmentFile if path.name == "segment.yaml" else TrainConfig
+    load_config(kind, str(path))
+
+
+def test_the_textbook_task_is_vgg16_fcn8s_at_224_with_a_frozen_encoder() -> None:
+    config = load_config(TrainConfig, str(Path(__file__).parents[1] / "jobs" / "pet_fcn8s.yaml"))
+    assert config.model == ModelConfig(
+        arch="fcn8s", encoder_name="vgg16", encoder_weights="imagenet", freeze_encoder=True
+    )
+    assert config.image_size == (224, 224)
+    assert config.data.class_names == ("pet", "background", "border")

@@ -86,6 +86,12 @@ def test_writes_are_one_request_and_replace_whole(bucket: str, proxy: FaultProxy
         assert storage.read_bytes(uri) == content
     storage.remove_file(uri)
     storage.remove_file(uri)
+    for name in ("gone/a", "gone/sub/b c", "goner/c"):
+        storage.write_bytes(f"{uri}/{name}", b"1")
+    storage.remove_folder(f"{uri}/gone")
+    storage.remove_folder(f"{uri}/gone")
+    assert [file.uri for file in storage.list_files(uri)] == [f"{uri}/goner/c"]
+    storage.remove_folder(uri)
     assert storage.find_file(uri) is None
 
 

@@ -195,3 +195,12 @@ def test_columns_are_read_again_when_a_page_is_damaged(tmp_path: Path, monkeypat
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(StorageError, match=r"table\.parquet: damaged, or not a Parquet file"):
         storage.read_columns(str(path), ["x"])
+
+
+def test_a_folder_is_removed_with_all_that_is_in_it_and_nothing_beside(tmp_path: Path) -> None:
+    for name in ("run/a.bin", "run/sub/b c.bin", "run/.hidden", "runner/c.bin"):
+        storage.write_bytes(str(tmp_path / name), b"1")
+    storage.remove_folder(str(tmp_path / "run"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["runner"]
+    storage.remove_folder(str(tmp_path / "run"))  # it is no error if it is not there
+    assert (tmp_path / "runner" / "c.bin").exists()

@@ -82,7 +82,7 @@ def synchronise_norms(model: nn.Module, device: torch.device) -> None:
                     "be synchronised; set false, or choose another encoder"
                 )
             kind = GlobalBatchNorm2d if device.type == "cpu" else nn.SyncBatchNorm
-            other = kind(norm.num_features, norm.eps, norm.momentum)
+            other = kind(norm.num_features, norm.eps, norm.momentum, device=norm.weight.device)
             other.load_state_dict(norm.state_dict())
             other.train(norm.training)
             for parameter, own in zip(other.parameters(), norm.parameters(), strict=True):

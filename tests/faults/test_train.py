@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
 import yaml
 
 from segray.bundle import load_bundle
@@ -19,6 +20,7 @@ from tests.faults.scene import TIMEOUT_S, Cluster, build_environment
 NUM_EPOCHS = 30
 
 
+@pytest.mark.slow
 def test_a_lost_node_leaves_fewer_workers_and_no_epoch_out(
     make_train_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:

@@ -20,7 +20,8 @@ from segray.bundle import load_bundle
 from segray.config import TrainConfig, load_config
 from segray.errors import ConfigError, RunMismatchError
 from segray.train.driver import run_training
-from segray.train.tuning import check_space, draw_values, run_search
+from segray.train.search_space import check_space, draw_values
+from segray.train.tuning import run_search
 
 MakeConfig = Callable[..., TrainConfig]
 SPACE = {
