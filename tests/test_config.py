@@ -87,6 +87,11 @@ def test_segment_reads_a_training_configuration_and_a_segment_section_alone(tmp_
         (["loss.class_weights=[0, 0]"], r"loss: class_weights: expected one above 0 at least, got \[0\.0, 0\.0\]"),
         (["loss.class_weights=[-1, 1]"], r"loss\.class_weights\.0: .*greater than or equal to 0, got -1"),
         (["loss.class_weights=even"], r"loss\.class_weights: input should be 'auto', got 'even'"),
+        (
+            ["loss={tversky: 1, tversky_alpha: 0, tversky_beta: 0}"],
+            r"loss: tversky_alpha, tversky_beta: expected one above",
+        ),
+        (["loss.dice=.inf"], r"loss\.dice: .*finite number, got inf"),
         (["augmentation=wild"], r"augmentation\.preset: .*'none', 'light' or 'strong', got 'wild'"),
         (["augmentation={preset: [light]}"], r"augmentation\.preset: .*'none', 'light' or 'strong', got \['light'\]"),
         (["augmentation.scale=[2, 1]"], r"augmentation: scale: expected \[lowest, highest\], got \[2\.0, 1\.0\]"),

@@ -59,6 +59,8 @@ class LossSettings(Section):
     def _check_terms(self) -> Self:
         if not self.terms:
             raise ValueError(f"expected a weight above 0 for one of {', '.join(LOSS_TERMS)}")
+        if self.tversky and not self.tversky_alpha + self.tversky_beta:
+            raise ValueError("tversky_alpha, tversky_beta: expected one above 0 at least, got 0 and 0")
         if isinstance(self.class_weights, tuple) and not any(self.class_weights):
             raise ValueError(f"class_weights: expected one above 0 at least, got {list(self.class_weights)}")
         return self
