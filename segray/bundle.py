@@ -2,7 +2,7 @@
 
     model.safetensors   weights
     bundle.json         everything needed to use them, and their sha256; written last, so a bundle with it is complete
-    metrics.csv, *.png  the training history, for people
+    model_card.md, metrics.csv, *.png   data, settings, scores and limits, for people
 
 Nothing on the load path unpickles.
 """
