@@ -224,3 +224,9 @@ def test_the_textbook_task_is_vgg16_fcn8s_at_224_with_a_frozen_encoder() -> None
     )
     assert config.image_size == (224, 224)
     assert config.data.class_names == ("pet", "background", "border")
+
+
+def test_a_preset_stands_for_all_settings_of_its_section(tmp_path: Path) -> None:
+    whole = load(tmp_path, VALID, "augmentation=light").model_dump(mode="json")
+    config = load(tmp_path, whole, "augmentation.preset=strong", "augmentation.blur=0")
+    assert config.augmentation == AugmentationSettings.model_validate({"preset": "strong", "blur": 0})

@@ -51,6 +51,8 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
         value = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"--set {override}: the value is not YAML; quote it") from error
+    if key == "augmentation.preset":  # which stands for all other settings of its section
+        key, value = "augmentation", {"preset": value}
     *sections, name = key.split(".")
     for section in sections:
         inner = values.get(section)

@@ -153,7 +153,7 @@ class TrainSettings(Section):
     use_gpu: bool = False
     max_failures: int = Field(3, ge=0, description="how often lost workers are replaced before the run gives up")
     stall_timeout_s: float = Field(600, gt=0, description="a worker that does not move for so long ends the run")
-    checkpoint_every_steps: int | None = Field(None, ge=1, description="besides the end of each evaluated epoch")
+    checkpoint_every_steps: int | None = Field(None, ge=1, description="besides the end of each epoch")
     num_best_checkpoints: int = Field(1, ge=1, description="kept besides the newest")
 
     eval_every_epochs: int = Field(1, ge=1, description="and after the last")

@@ -4,10 +4,12 @@ from contextlib import AbstractContextManager
 
 import torch
 
+_DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
-    """Return the context in which a model on ``device`` computes in ``precision``: ``bf16`` or ``fp32``."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=precision == "bf16")
+    """Return the context in which a model on ``device`` computes in ``precision``: ``bf16``, ``fp16`` or ``fp32``."""
+    return torch.autocast(device.type, _DTYPES.get(precision), enabled=precision in _DTYPES)
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -10,11 +10,11 @@ from rich.console import Console
 
 from segray.bundle import get_library_versions, save_bundle
 from segray.images import resize_image
-from segray.models.build import build_model
+from segray.models.build import SegmentationModel, build_model
 from segray.models.prediction import compute_mask
 from segray.pictures import Panel, draw_comparison, draw_confusion, draw_curves
 from segray.storage import get_file_name
-from segray.train.checkpoint import TrainingState, find_best_state, find_newest_history
+from segray.train.checkpoint import find_best_state, find_newest_history
 from segray.train.feed import load_labelled_image
 from segray.train.job import TrainJob
 from segray.train.tracking import format_metrics_csv
@@ -33,6 +33,8 @@ def write_bundle(job: TrainJob, bundle_uri: str, console: Console) -> None:
     best = find_best_state(job.run_uri, console.print)
     history = find_newest_history(job.run_uri)
     metrics = best.history[-1]
+    model = build_model(job.config.model.model_copy(update={"encoder_weights": None}), job.classes.num_classes).eval()
+    model.load_state_dict(best.weights)
     save_bundle(
         bundle_uri,
         weights=best.weights,
@@ -46,18 +48,16 @@ def write_bundle(job: TrainJob, bundle_uri: str, console: Console) -> None:
             "metrics.csv": format_metrics_csv(history, job.classes),
             "curves.png": draw_curves(history, job.classes),
             "confusion.png": draw_confusion(np.array(metrics["val_confusion"]), job.classes),
-            "best.png": _draw_predictions(job, best, metrics["val_best_images"]),
-            "worst.png": _draw_predictions(job, best, metrics["val_worst_images"]),
+            "best.png": _draw_predictions(job, model, metrics["val_best_images"]),
+            "worst.png": _draw_predictions(job, model, metrics["val_worst_images"]),
             "model_card.md": _format_card(job, history, metrics),
         },
     )
 
 
-def _draw_predictions(job: TrainJob, state: TrainingState, scores: Sequence[tuple[float, int]]) -> bytes:
+def _draw_predictions(job: TrainJob, model: SegmentationModel, scores: Sequence[tuple[float, int]]) -> bytes:
     """Draw images of the validation split, given with their scores, beside truth and prediction."""
     config, classes = job.config, job.classes
-    model = build_model(config.model.model_copy(update={"encoder_weights": None}), classes.num_classes).eval()
-    model.load_state_dict(state.weights)
     panels = []
     for score, number in scores:
         sample = job.splits.val[number]

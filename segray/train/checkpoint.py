@@ -6,6 +6,7 @@ a driver that dies while writing it. A damaged one is passed over for the one be
 
 import hashlib
 import json
+import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,7 +16,7 @@ from safetensors.torch import load as load_safetensors
 
 from segray.bundle import pack_tensors
 from segray.errors import MissingFileError, TrainingError
-from segray.storage import join_uri, list_names, read_bytes, remove_folder, write_bytes
+from segray.storage import get_file_name, join_uri, list_names, read_bytes, remove_folder, write_bytes
 
 _STATE, _INDEX = "state.safetensors", "checkpoint.json"
 RUN_NAME = "ray_train"  # the folder under the output that Ray Train keeps its checkpoints in
@@ -130,6 +131,11 @@ def _tuple_betas(group: dict[str, Any]) -> dict[str, Any]:
     return {name: tuple(value) if name == "betas" else value for name, value in group.items()}  # JSON has lists
 
 
+def name_checkpoint(num_steps_done: int) -> str:
+    """Return a new folder name; those of one step differ, so that no start writes into what another has left."""
+    return f"{CHECKPOINT_PREFIX}{num_steps_done:09d}_{uuid.uuid4().hex[:8]}"
+
+
 def list_checkpoints(run_uri: str) -> list[str]:
     """Return the URIs of the checkpoints of a run, damaged ones included."""
     names = sorted(name for name in list_names(run_uri, folders=True) if name.startswith(CHECKPOINT_PREFIX))
@@ -162,18 +168,26 @@ def find_best_state(run_uri: str, warn: Callable[[str], None]) -> TrainingState:
 
 
 def remove_surplus(run_uri: str, num_best: int) -> None:
-    """Remove the checkpoints that are neither the newest two nor among the best.
+    """Remove the checkpoints that are neither the newest two nor among the best, and what broken uploads have left.
 
-    Ray Train removes those of its own start; those of starts before it are left to us. The newest may be damaged, so
-    the one before stays too.
+    The newest may be damaged, so the one before stays too.
     """
     found = list(_read_indices(run_uri, lambda _: None))
     newest = sorted(found, key=lambda pair: int(pair[1]["num_steps_done"]), reverse=True)[:2]
     best = sorted(found, key=lambda pair: _rank_by_score(pair[1]), reverse=True)[:num_best]
     kept = {uri for uri, _ in (*newest, *best)}
-    for uri, _ in found:
-        if uri not in kept:
+    whole = {uri for uri, _ in found}
+    oldest_kept = min((int(index["num_steps_done"]) for _, index in newest), default=0)
+    for uri in list_checkpoints(run_uri):
+        is_broken = uri not in whole and _get_num_steps(uri) < oldest_kept
+        if is_broken or uri in whole - kept:
             remove_folder(uri)
+
+
+def _get_num_steps(uri: str) -> int:
+    """Return the steps in a checkpoint's name, with which uploads of later steps are told from broken ones."""
+    number = get_file_name(uri).removeprefix(CHECKPOINT_PREFIX).partition("_")[0]
+    return int(number) if number.isdecimal() else 0
 
 
 def _get_score(index: dict[str, Any]) -> float | None:

@@ -15,7 +15,7 @@ from segray.models.recompute import recompute_encoder
 from segray.storage import join_uri, normalize_uri
 from segray.train.binding import Binding
 from segray.train.checking import check_splits
-from segray.train.checkpoint import RUN_NAME, list_checkpoints, remove_surplus
+from segray.train.checkpoint import RUN_NAME, find_newest_history, list_checkpoints, remove_surplus
 from segray.train.findings import print_warnings
 from segray.train.job import TrainJob, get_classes
 from segray.train.labels import LabelReport, require_learnable
@@ -44,38 +44,45 @@ def run_training(config: TrainConfig, console: Console) -> str:
         return bundle_uri
     num_workers = config.train.num_train_workers
     with connect_ray(num_workers, num_workers if config.train.use_gpu else 0):
-        job = prepare_job(config, splits, run_uri, console)
+        job = build_job(config, splits, check_run(config, splits, console), run_uri)
         # 8 s of imports: not before the labels have been looked at
         from segray.train.bundling import write_bundle
         from segray.train.fit import fit
         from segray.train.tracking import Tracking
 
-        tracking = Tracking(config, job.classes, output, console)
-        binding.write()
-        try:
+        with Tracking(config, job.classes, output, console) as tracking:
+            binding.write()
             fit(job, output, console, tracking.log)
-        finally:
-            tracking.close()
+            tracking.write_csv(find_newest_history(run_uri))  # whatever the display has missed
         with console.status("writing the bundle"):
             write_bundle(job, bundle_uri, console)
         remove_surplus(run_uri, config.train.num_best_checkpoints)
     return bundle_uri
 
 
-def prepare_job(config: TrainConfig, splits: Splits, run_uri: str, console: Console) -> TrainJob:
-    """Check the labels on a connected Ray, and return what workers get.
+def check_run(config: TrainConfig, splits: Splits, console: Console) -> LabelReport:
+    """Check on a connected Ray all that a run needs; return what was found of the training labels.
 
     Raises:
         DataError: Labels cannot be learned from.
-        SegrayError: The store failed, or the encoder's weights cannot be reached.
+        SegrayError: The store failed, or the encoder's weights, or a tracker's package, cannot be had.
     """
-    preprocessing = Preprocessing.of_encoder(config.model)
-    classes = get_classes(config)
-    reports = check_splits(splits, classes, console)
+    Preprocessing.of_encoder(config.model)
+    reports = check_splits(splits, get_classes(config), console)
     for name, report in reports.items():
         require_learnable(report, name)
     print_warnings(reports, console)
-    return TrainJob(config, classes, splits, preprocessing, _get_class_weights(config, reports["train"]), run_uri)
+    return reports["train"]
+
+
+def build_job(config: TrainConfig, splits: Splits, report: LabelReport, run_uri: str) -> TrainJob:
+    """Return what the workers of a run get; ``report`` is of the training labels.
+
+    Raises:
+        ConfigError: What the encoder's weights expect cannot be learned.
+    """
+    preprocessing = Preprocessing.of_encoder(config.model)
+    return TrainJob(config, get_classes(config), splits, preprocessing, _get_class_weights(config, report), run_uri)
 
 
 def check_network(config: TrainConfig) -> None:

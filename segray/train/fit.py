@@ -1,5 +1,6 @@
 """Ray Train's part: fit on the workers."""
 
+import os
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
@@ -8,7 +9,10 @@ import ray
 import ray.train
 import ray.train.torch
 from ray.train import TrainingFailedError
-from ray.train.v2._internal.constants import CHECKPOINT_MANAGER_SNAPSHOT_FILENAME
+from ray.train.v2._internal.constants import (
+    CHECKPOINT_MANAGER_SNAPSHOT_FILENAME,
+    WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR,
+)
 from rich.console import Console
 
 from segray.cluster import find_segray_error, get_last_line
@@ -19,6 +23,8 @@ from segray.train.checkpoint import RUN_NAME, remove_surplus
 from segray.train.feed import compute_num_steps
 from segray.train.job import TrainJob, train_loop_per_worker
 from segray.train.progress import show_training
+
+_PATIENCE = 2  # times the stall timeout
 
 
 def fit(job: TrainJob, output: str, console: Console, track: Callable[[list[dict[str, Any]]], None]) -> None:
@@ -40,12 +46,15 @@ def fit(job: TrainJob, output: str, console: Console, track: Callable[[list[dict
     # gone, or if another Ray wrote it. Workers find checkpoints by looking, so Ray starts a new list each time.
     remove_file(join_uri(job.run_uri, CHECKPOINT_MANAGER_SNAPSHOT_FILENAME))
     remove_surplus(job.run_uri, settings.num_best_checkpoints)
+    # a worker that stalls is ours to name: Ray and torch would give it up without a word of where it was
+    os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(_PATIENCE * settings.stall_timeout_s)
     num_steps = compute_num_steps(len(job.splits.train), settings.global_batch_size) * settings.num_epochs
     num_workers = settings.num_train_workers
     with show_training(console, num_steps, settings.stall_timeout_s, track) as board:
         trainer = ray.train.torch.TorchTrainer(
             train_loop_per_worker,
             train_loop_config={"job": replace(job, board=board)},
+            torch_config=ray.train.torch.TorchConfig(timeout_s=_PATIENCE * settings.stall_timeout_s),
             scaling_config=ray.train.ScalingConfig(
                 num_workers=(settings.min_train_workers, num_workers) if settings.min_train_workers else num_workers,
                 use_gpu=settings.use_gpu,
@@ -55,11 +64,6 @@ def fit(job: TrainJob, output: str, console: Console, track: Callable[[list[dict
                 storage_path=storage_path,
                 storage_filesystem=filesystem,
                 failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
-                checkpoint_config=ray.train.CheckpointConfig(
-                    # Ray keeps the newest besides, and the one before it may be needed if that is damaged
-                    num_to_keep=settings.num_best_checkpoints + 1,
-                    checkpoint_score_attribute="val_mean_iou",
-                ),
             ),
         )
         try:

@@ -39,14 +39,19 @@ def get_classes(config: TrainConfig) -> ClassMap:
 
 
 def is_finished(history: Sequence[Mapping[str, Any]], settings: TrainSettings) -> bool:
-    """Say whether the last epoch is done, or the score has not risen for so long that the run stops early."""
+    """Say whether the last epoch is done, or the score has not risen for so long that the run stops early.
+
+    A run stops early only after an epoch that was evaluated: what is not looked at may be better.
+    """
     if len(history) >= settings.num_epochs:
         return True
     if settings.early_stopping_epochs is None:
         return False
     scores = [metrics.get("val_mean_iou") for metrics in history]
-    best = max((score for score in scores if score is not None), default=None)
-    return best is not None and len(history) - 1 - scores.index(best) >= settings.early_stopping_epochs
+    if not scores or scores[-1] is None:
+        return False
+    best = max(score for score in scores if score is not None)
+    return len(history) - 1 - scores.index(best) >= settings.early_stopping_epochs
 
 
 def train_loop_per_worker(loop_config: dict[str, Any]) -> dict[str, Any]:

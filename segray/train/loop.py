@@ -3,7 +3,6 @@
 import tempfile
 import threading
 import time
-import uuid
 from collections.abc import Iterator
 from contextlib import nullcontext
 from functools import partial
@@ -17,18 +16,21 @@ from ray.train import Checkpoint
 from ray.train.v2.api.report_config import CheckpointUploadMode
 from torch import distributed
 
-from segray.errors import ConfigError, TrainingError
+from segray.errors import TrainingError
 from segray.storage import join_uri
-from segray.train.checkpoint import CHECKPOINT_PREFIX, TrainingState, save_state
+from segray.train.checkpoint import TrainingState, name_checkpoint, remove_surplus, save_state
 from segray.train.evaluation import add_over_ranks, compute_scores, evaluate
 from segray.train.feed import EvalBatch, compute_step_order, iterate_evaluation, iterate_training
 from segray.train.job import TrainJob, is_finished
+from segray.train.optimisation import get_highest_rate
 from segray.train.setup import Trainer, set_up
 from segray.train.stalls import Heartbeat
 from segray.train.steps import NonFiniteLossError, train_step
 
+_OF_LAST_EPOCH = ("val_confusion", "val_worst_images", "val_best_images")
 # checkpoints in memory, being uploaded or waiting for it; the step that makes one more waits
 _uploads = threading.BoundedSemaphore(2)
+_UPLOAD_POLL_S = 5.0
 
 
 def run_loop(job: TrainJob) -> dict[str, Any]:
@@ -50,7 +52,7 @@ def run_loop(job: TrainJob) -> dict[str, Any]:
         trainer = set_up(job, heartbeat)
         while not is_finished(trainer.history, job.config.train):
             _run_epoch(trainer)
-    except (NonFiniteLossError, ConfigError) as error:  # on every rank alike
+    except NonFiniteLossError as error:  # on every rank alike; one that returned alone would leave the others waiting
         return {"error": error}
     finally:
         heartbeat.stop()
@@ -73,7 +75,7 @@ def _run_epoch(trainer: Trainer) -> None:
     metrics: dict[str, Any] = {
         "epoch": epoch,
         "loss": float(np.mean(trainer.epoch_losses)),
-        "learning_rate": max(trainer.schedule.get_last_lr()),
+        "learning_rate": trainer.learning_rate,
         "images_per_s": images_per_s,
     }
     if epoch % settings.eval_every_epochs == 0 or epoch == settings.num_epochs:
@@ -81,11 +83,16 @@ def _run_epoch(trainer: Trainer) -> None:
             trainer.poster.post(trainer.num_steps_done, f"epoch {epoch}, evaluating")
         metrics |= _evaluate(trainer)
     trainer.epoch_losses = []
-    trainer.history.append(metrics)
+    trainer.history = [_shorten(earlier) for earlier in trainer.history] + [metrics]
     if trainer.poster:
         trainer.poster.post_line(format_epoch(metrics, settings.num_epochs))
         trainer.poster.post_epochs([metrics])
     _save(trainer, {name: value for name, value in metrics.items() if isinstance(value, int | float)})
+
+
+def _shorten(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Leave out what only the last epoch's metrics are asked for, and what grows with the square of the classes."""
+    return {name: value for name, value in metrics.items() if name not in _OF_LAST_EPOCH}
 
 
 def _train_steps(trainer: Trainer, steps: range) -> Iterator[float]:
@@ -115,6 +122,7 @@ def _train_steps(trainer: Trainer, steps: range) -> Iterator[float]:
                 f"{error} at step {step + 1}, before the weights moved; lower train.learning_rate "
                 f"({settings.learning_rate}), or look at the images of this step: {uris}"
             ) from error
+        trainer.learning_rate = get_highest_rate(trainer.learner.optimizer)
         trainer.schedule.step()
         if trainer.average:
             trainer.average.update()
@@ -185,24 +193,28 @@ def _save(trainer: Trainer, metrics: dict[str, Any]) -> None:
     A report is a barrier that every rank must reach; this is the only place that makes one.
     """
     trainer.heartbeat.move(trainer.num_steps_done, "saving")
+    if trainer.world_rank == 0:
+        while not _uploads.acquire(timeout=_UPLOAD_POLL_S):  # a slow store is no stall
+            trainer.heartbeat.move(trainer.num_steps_done, "saving")
     state = trainer.gather_state()
     if state is None:
         ray.train.report(metrics)
         return
-    _uploads.acquire()
     ray.train.report(
         metrics,
         # Ray wants a folder to upload; ours is written straight to the store, checked and with its index last
         checkpoint=Checkpoint.from_directory(tempfile.mkdtemp(prefix="segray-checkpoint-")),
-        checkpoint_dir_name=f"{CHECKPOINT_PREFIX}{trainer.num_steps_done:09d}_{uuid.uuid4().hex[:8]}",
+        checkpoint_dir_name=name_checkpoint(trainer.num_steps_done),
         checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-        checkpoint_upload_fn=partial(_upload, trainer.job.run_uri, state),
+        checkpoint_upload_fn=partial(_upload, trainer.job, state),
     )
 
 
-def _upload(run_uri: str, state: TrainingState, checkpoint: Checkpoint, folder_name: str) -> Checkpoint:
+def _upload(job: TrainJob, state: TrainingState, checkpoint: Checkpoint, folder_name: str) -> Checkpoint:
+    """Write a checkpoint, and remove those that it makes superfluous; Ray has one thread for all uploads."""
     try:
-        save_state(join_uri(run_uri, folder_name), state)
+        save_state(join_uri(job.run_uri, folder_name), state)
+        remove_surplus(job.run_uri, job.config.train.num_best_checkpoints)
     finally:
         _uploads.release()
     storage = ray.train.get_context().get_storage()

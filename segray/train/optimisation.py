@@ -71,6 +71,11 @@ def build_schedule(
     return lr_scheduler.SequentialLR(optimizer, [warm_up, after], [num_warm_up])
 
 
+def get_highest_rate(optimizer: torch.optim.Optimizer) -> float:
+    """Return the learning rate of the next step, the highest of all parameter groups."""
+    return max(float(group["lr"]) for group in optimizer.param_groups)
+
+
 class WeightAverage:
     """An exponential moving average of a model's parameters and BatchNorm statistics.
 

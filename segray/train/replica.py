@@ -26,15 +26,20 @@ def build_replica(model: SegmentationModel, settings: TrainSettings, device: tor
         synchronise_norms(model, device)
     if settings.gradient_checkpointing:
         recompute_encoder(model)
-    if settings.compile:
-        model.network.compile()
     if settings.sharding == "fsdp" and distributed.is_initialized():
         ray.train.torch.prepare_model(model, parallel_strategy=None)  # to its device
         mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
         for block in find_blocks(model.network):
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
+        _compile_if_asked(model, settings)
         return model
     replica: nn.Module = ray.train.torch.prepare_model(model)
     settle_gradient_buckets(replica, device)
+    _compile_if_asked(model, settings)  # not before: it would compile for the shape that settles buckets
     return replica
+
+
+def _compile_if_asked(model: SegmentationModel, settings: TrainSettings) -> None:
+    if settings.compile:
+        model.network.compile()

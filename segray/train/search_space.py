@@ -9,6 +9,7 @@ from segray.config import SearchRange, TrainConfig
 from segray.errors import ConfigError
 from segray.train.driver import check_network
 
+_PRESET = "augmentation.preset"
 _OF_A_TRIAL = ("model", "loss", "augmentation", "train", "image_size")
 
 
@@ -19,7 +20,9 @@ def set_values(config: TrainConfig, values: dict[str, Any]) -> TrainConfig:
         ConfigError: A name is no setting that a trial may have of its own, or a value is wrong.
     """
     content = config.model_dump(mode="json")
-    for name, value in values.items():
+    for name, value in sorted(values.items(), key=lambda pair: pair[0] != _PRESET):
+        if name == _PRESET:  # which stands for all other settings of its section
+            name, value = "augmentation", {"preset": value}
         *sections, last = name.split(".")
         if (sections or [last])[0] not in _OF_A_TRIAL:
             raise ConfigError(f"tune.space.{name}: expected a setting of {', '.join(_OF_A_TRIAL)}")
@@ -45,6 +48,13 @@ def check_space(config: TrainConfig) -> None:
     """
     if not config.tune.space:
         raise ConfigError("tune.space: expected settings to search, as in train.learning_rate: {log_uniform: [a, b]}")
+    if config.tune.grace_epochs > config.train.num_epochs:
+        raise ConfigError(
+            f"tune.grace_epochs: expected at most train.num_epochs: {config.train.num_epochs}, "
+            f"got {config.tune.grace_epochs}"
+        )
+    if "train.num_epochs" in config.tune.space:
+        raise ConfigError("tune.space.train.num_epochs: trials are compared epoch by epoch; set it for all of them")
     for name, drawn_from in config.tune.space.items():
         for value in drawn_from.extremes:
             check_network(set_values(config, {name: value}))

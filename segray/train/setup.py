@@ -25,7 +25,7 @@ from segray.models.precision import has_bf16
 from segray.train.checkpoint import TrainingState, find_newest_state, load_state
 from segray.train.feed import SampleStore, compute_num_steps
 from segray.train.job import TrainJob
-from segray.train.optimisation import WeightAverage, build_optimizer, build_schedule
+from segray.train.optimisation import WeightAverage, build_optimizer, build_schedule, get_highest_rate
 from segray.train.progress import ProgressPoster
 from segray.train.replica import build_replica
 from segray.train.stalls import Heartbeat
@@ -40,6 +40,7 @@ class Trainer:
 
     Attributes:
         poster: Where rank 0 shows progress; None on other ranks.
+        learning_rate: Highest of the parameter groups in the last step.
         num_steps_done: Steps of the whole run so far.
         epoch_losses: Losses of the steps of the epoch that was begun.
         history: Metrics of each finished epoch.
@@ -52,6 +53,7 @@ class Trainer:
     learner: Learner
     schedule: LRScheduler
     average: WeightAverage | None
+    learning_rate: float
     store: SampleStore
     augmentation: Augmentation
     heartbeat: Heartbeat
@@ -107,8 +109,11 @@ def set_up(job: TrainJob, heartbeat: Heartbeat) -> Trainer:
     device = ray.train.torch.get_device()
     _prepare_arithmetic(settings.deterministic, device, context.get_local_world_size())
     torch.manual_seed(settings.seed)  # the same first weights on every rank
-    model = build_model(config.model, job.classes.num_classes)
+    heartbeat.move(0, "setting up")
+    model = build_model(config.model, job.classes.num_classes)  # which may fetch the encoder's weights
+    heartbeat.move(0, "setting up")
     replica = build_replica(model, settings, device)
+    heartbeat.move(0, "setting up")
     optimizer = build_optimizer(model, settings)
     num_steps = compute_num_steps(len(job.splits.train), settings.global_batch_size) * settings.num_epochs
     schedule = build_schedule(optimizer, settings, num_steps)
@@ -125,8 +130,9 @@ def set_up(job: TrainJob, heartbeat: Heartbeat) -> Trainer:
     )
     average = WeightAverage(model, settings.ema_decay) if settings.ema_decay else None
     found = _find_newest_state_together(job, poster, device)
+    heartbeat.move(found.num_steps_done if found else 0, "setting up")
     if found:
-        _take_up(found, model, learner, schedule, average)
+        take_up(found, model, learner, schedule, average)
     return Trainer(
         job=job,
         world_rank=world_rank,
@@ -135,6 +141,7 @@ def set_up(job: TrainJob, heartbeat: Heartbeat) -> Trainer:
         learner=learner,
         schedule=schedule,
         average=average,
+        learning_rate=get_highest_rate(optimizer),
         store=SampleStore(job.classes, settings.cache_bytes),
         augmentation=Augmentation(config.augmentation, config.image_size, job.classes.ignore_index),
         heartbeat=heartbeat,
@@ -191,7 +198,7 @@ def _describe_place(state: TrainingState) -> str:
     return f"epoch {len(state.history)}"
 
 
-def _take_up(
+def take_up(
     state: TrainingState,
     model: SegmentationModel,
     learner: Learner,
@@ -203,6 +210,10 @@ def _take_up(
         set_model_state_dict(model, dict(state.average), options=_WHOLE)
         average.restart(state.num_steps_done)
     set_model_state_dict(model, dict(state.model), options=_WHOLE)
-    set_optimizer_state_dict(model, learner.optimizer, state.optimizer, options=_WHOLE)
+    if state.optimizer["state"]:
+        set_optimizer_state_dict(model, learner.optimizer, state.optimizer, options=_WHOLE)
+    else:  # SGD without momentum remembers nothing, which torch's function does not expect
+        for group, saved in zip(learner.optimizer.param_groups, state.optimizer["param_groups"], strict=True):
+            group.update({name: value for name, value in saved.items() if name != "params"})
     schedule.load_state_dict(state.schedule)
     learner.scaler.load_state_dict(state.scaler)

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import ray
 from ray.exceptions import RayError
 
-STAGES = ("loading", "forward", "backward", "update", "evaluating", "saving")
+STAGES = ("setting up", "evaluating", "saving", "loading", "forward", "backward", "update")  # in a step's own order
 _BEATS_PER_TIMEOUT = 8
 _MAX_INTERVAL_S = 5.0
 
@@ -47,13 +47,22 @@ class StallJudge:
         """Take note of a rank, and return the verdict if the run has stalled."""
         now_s = self._clock()
         last = self._beats.get(rank)
+        if last and num_moves < last.num_moves:  # of a new process; with it all ranks are new
+            self.restart(len(self._beats))
+            last = None
         moved_s = last.moved_s if last and last.num_moves == num_moves else now_s
         self._beats[rank] = Beat(step, STAGES.index(stage), num_moves, moved_s, now_s)
-        if self.verdict is None and all(now_s - beat.moved_s >= self._timeout_s for beat in self._beats.values()):
-            self.verdict = self._judge(now_s)
+        return self.judge()
+
+    def judge(self) -> str | None:
+        """Return the verdict, if the run has stalled; to be asked also where no rank can speak any more."""
+        now_s = self._clock()
+        stalled = all(now_s - beat.moved_s >= self._timeout_s for beat in self._beats.values())
+        if self.verdict is None and self._beats and stalled:
+            self.verdict = self._name_stalled(now_s)
         return self.verdict
 
-    def _judge(self, now_s: float) -> str:
+    def _name_stalled(self, now_s: float) -> str:
         silent_s = self._timeout_s / 2
         stalled = [rank for rank, beat in self._beats.items() if now_s - beat.heard_s > silent_s]
         if not stalled:

@@ -1,5 +1,6 @@
 """One training step: no Ray, no reading or writing, any device and number of ranks."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -7,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import distributed, nn
 from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from segray.errors import TrainingError
@@ -18,7 +20,7 @@ from segray.transforms import Preprocessing
 
 
 class NonFiniteLossError(TrainingError):
-    """The loss of a step is NaN or infinite on some rank; raised on every rank, before any weight has moved."""
+    """The loss of a step, or its gradient, is not finite on some rank; raised on all, before any weight has moved."""
 
 
 @dataclass(frozen=True)
@@ -93,14 +95,24 @@ def train_step(learner: Learner, parts: Sequence[TrainBatch], announce: Callable
         sums += part_sums.detach()
     announce("update")
     loss = learner.loss.combine(_sum_over_ranks(sums), counts).item()
-    if not torch.isfinite(torch.tensor(loss)):
+    if not math.isfinite(loss):
         raise NonFiniteLossError(f"loss is {loss}")
-    if learner.max_gradient_norm is not None:
-        learner.scaler.unscale_(learner.optimizer)
-        nn.utils.clip_grad_norm_(_list_parameters(learner.optimizer), learner.max_gradient_norm)
+    _limit_gradients(learner)
     learner.scaler.step(learner.optimizer)
     learner.scaler.update()
     return loss
+
+
+def _limit_gradients(learner: Learner) -> None:
+    """Shorten gradients that are too long, and refuse those without end, which a finite loss may have too."""
+    parameters = [p for p in _list_parameters(learner.optimizer) if p.grad is not None]
+    learner.scaler.unscale_(learner.optimizer)
+    norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+    length = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    if not learner.scaler.is_enabled() and not math.isfinite(length):  # the scaler skips such steps by itself
+        raise NonFiniteLossError(f"the gradient's length is {length}")
+    if learner.max_gradient_norm is not None:
+        nn.utils.clip_grads_with_norm_(parameters, learner.max_gradient_norm, norm)
 
 
 def _sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

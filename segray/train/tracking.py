@@ -13,7 +13,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, Self
 
 from rich.console import Console
 
@@ -53,7 +53,7 @@ class Tracker(Protocol):
     def log(self, epoch: int, scalars: Mapping[str, float]) -> None:
         """Take the metrics of an epoch; it may be one that an earlier start has logged, with the same values."""
 
-    def close(self) -> None:
+    def close(self, succeeded: bool) -> None:
         """Finish."""
 
 
@@ -78,7 +78,7 @@ def format_metrics_csv(history: Sequence[Mapping[str, Any]], classes: ClassMap) 
 
 
 class Tracking:
-    """All trackers of a run.
+    """All trackers of a run, finished at the end of a ``with`` block.
 
     Args:
         config: The run's settings.
@@ -105,8 +105,7 @@ class Tracking:
         """Take the metrics of epochs."""
         for metrics in epochs:
             self._history[metrics["epoch"]] = metrics
-        content = format_metrics_csv([self._history[epoch] for epoch in sorted(self._history)], self._classes)
-        self._try("metrics.csv", lambda: write_bytes(join_uri(self._output, "metrics.csv"), content))
+        self.write_csv([self._history[epoch] for epoch in sorted(self._history)])
         for metrics in epochs:
             flat = flatten_metrics(metrics, self._classes)
             scalars = {name: value for name, value in flat.items() if value is not None and name != "epoch"}
@@ -114,10 +113,17 @@ class Tracking:
                 if not self._try(type(tracker).__name__, lambda: tracker.log(metrics["epoch"], scalars)):  # noqa: B023
                     self._trackers.remove(tracker)
 
-    def close(self) -> None:
-        """Finish all trackers."""
+    def write_csv(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Write ``metrics.csv`` of all epochs."""
+        content = format_metrics_csv(history, self._classes)
+        self._try("metrics.csv", lambda: write_bytes(join_uri(self._output, "metrics.csv"), content))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for tracker in self._trackers:
-            self._try(type(tracker).__name__, tracker.close)
+            self._try(type(tracker).__name__, lambda: tracker.close(succeeded=kind is None))  # noqa: B023
 
     def _try(self, name: str, act: Callable[[], object]) -> bool:
         try:
@@ -161,7 +167,7 @@ class TensorBoardTracker:
         for path in self._spool.iterdir():
             write_bytes(join_uri(self._folder_uri, path.name), path.read_bytes())
 
-    def close(self) -> None:
+    def close(self, succeeded: bool) -> None:
         """See ``Tracker.close``."""
         self._writer.close()
         shutil.rmtree(self._spool)
@@ -204,6 +210,6 @@ class MlflowTracker:
             for start in range(0, len(metrics), _MLFLOW_BATCH):
                 self._client.log_batch(self._run_id, metrics[start : start + _MLFLOW_BATCH])
 
-    def close(self) -> None:
+    def close(self, succeeded: bool) -> None:
         """See ``Tracker.close``."""
-        self._client.set_terminated(self._run_id)
+        self._client.set_terminated(self._run_id, "FINISHED" if succeeded else "FAILED")

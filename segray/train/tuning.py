@@ -11,7 +11,7 @@ import csv
 import io
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray
@@ -26,13 +26,14 @@ from rich.table import Table
 from segray.cluster import connect_ray, get_last_line, translated_ray_errors
 from segray.config import TrainConfig
 from segray.errors import TrainingError
-from segray.manifest import load_splits
+from segray.manifest import Splits, load_splits
 from segray.progress import build_bar
 from segray.storage import join_uri, normalize_uri, write_bytes
 from segray.train.binding import Binding
 from segray.train.checkpoint import RUN_NAME, find_newest_history
-from segray.train.driver import check_network, describe_run, prepare_job
+from segray.train.driver import build_job, check_network, check_run, describe_run
 from segray.train.job import TrainJob, is_finished
+from segray.train.labels import LabelReport
 from segray.train.search_space import check_space, draw_values, format_values, set_values
 
 _BINDING_NAME = "tune.json"
@@ -57,25 +58,33 @@ def run_search(config: TrainConfig, console: Console) -> str:
     console.print(describe_run(config, splits), highlight=False)
     num_workers = config.train.num_train_workers * config.tune.max_concurrent_trials
     with connect_ray(num_workers, num_workers if config.train.use_gpu else 0):
-        job = prepare_job(config, splits, output, console)
+        report = check_run(config, splits, console)
         binding.write()
-        board = _run_trials(Search(job, output), console)
+        board = _run_trials(Search(config, splits, report, output), console)
     return _write_best(board, config, output, console)
 
 
 @dataclass(frozen=True)
 class Search:
-    """What every trial starts from: the run that the settings drawn are put into, and the search's output."""
+    """What every trial starts from.
 
-    job: TrainJob
+    Attributes:
+        config: The configuration that the settings drawn are put into.
+        splits: Labelled images.
+        report: Of the training labels.
+        output: Of the search.
+    """
+
+    config: TrainConfig
+    splits: Splits
+    report: LabelReport
     output: str
 
     def build_trial_job(self, number: int) -> TrainJob:
         """Return the run of a trial."""
         trial_uri = join_uri(self.output, "trials", f"{number:03d}")
-        config = set_values(self.job.config, draw_values(self.job.config, number))
-        config = config.model_copy(update={"output": trial_uri})
-        return replace(self.job, config=config, run_uri=join_uri(trial_uri, RUN_NAME))
+        config = set_values(self.config, draw_values(self.config, number)).model_copy(update={"output": trial_uri})
+        return build_job(config, self.splits, self.report, join_uri(trial_uri, RUN_NAME))
 
 
 def run_trial(trial: dict[str, Any], search: Search) -> None:
@@ -158,7 +167,7 @@ class ScoreBoard(tune.Callback):  # type: ignore[misc]
 
 
 def _run_trials(search: Search, console: Console) -> ScoreBoard:
-    config = search.job.config
+    config = search.config
     # on the driver's own node: Tune wants a folder that all its trials see, and theirs are elsewhere
     here = dict.fromkeys(_list_node_resources(), 0.001)
     trainable = tune.with_resources(tune.with_parameters(run_trial, search=search), here)

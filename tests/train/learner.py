@@ -1,4 +1,4 @@
-"""A training step's objects for tests: any network, any loss, fp32, on the CPU."""
+"""A training step's objects for tests: any network, any loss, on the CPU."""
 
 import numpy as np
 import torch
@@ -19,15 +19,16 @@ def make_learner(
     optimizer: torch.optim.Optimizer | None = None,
     loss: dict[str, object] | None = None,
     max_gradient_norm: float | None = None,
+    precision: str = "fp32",
 ) -> Learner:
     return Learner(
         replica=replica,
         loss=SegmentationLoss(LossSettings.model_validate(loss or {}), IGNORE),
         optimizer=optimizer or torch.optim.SGD(replica.parameters(), 0.05, momentum=0.9),
-        scaler=torch.amp.GradScaler("cpu", enabled=False),
+        scaler=torch.amp.GradScaler("cpu", enabled=precision == "fp16"),
         preprocessing=Preprocessing(),
         device=CPU,
-        precision="fp32",
+        precision=precision,
         max_gradient_norm=max_gradient_norm,
     )
 

@@ -168,6 +168,13 @@ def test_the_newest_two_and_the_best_are_kept(tmp_path: Path) -> None:
     assert kept == [2, 4, 5, 6]
 
 
+def test_what_old_broken_uploads_have_left_is_removed(run: Path) -> None:
+    save_state(str(name_folder(run, 4)), make_state(4, [0.1, 0.5, 0.3, 0.2]))
+    (name_folder(run, 1) / "checkpoint.json").unlink()
+    remove_surplus(str(run), num_best=1)
+    assert [load_state(uri).num_steps_done for uri in list_checkpoints(str(run))] == [2, 3, 4]
+
+
 def test_what_a_broken_upload_left_is_not_taken_for_one_of_those_kept(run: Path) -> None:
     (name_folder(run, 3) / "checkpoint.json").unlink()
     remove_surplus(str(run), num_best=1)

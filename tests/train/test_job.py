@@ -25,4 +25,6 @@ def test_a_run_stops_early_after_so_many_epochs_without_a_better_score() -> None
     assert is_finished(make_history(0.1, 0.5, 0.4, 0.5), settings)  # as good is not better
     assert not is_finished(make_history(0.1, 0.5, 0.4, 0.6), settings)
     assert not is_finished(make_history(None, None, None), settings)  # nothing to compare yet
-    assert is_finished(make_history(0.5, None, None), settings)
+    assert not is_finished(make_history(0.5, None, None), settings)  # the next evaluation may be better
+    assert is_finished(make_history(0.5, None, None, 0.4), settings)
+    assert not is_finished(make_history(), settings)

@@ -101,3 +101,25 @@ def test_stages_are_announced_in_order() -> None:
     heard: list[str] = []
     train_step(make_learner(build_network()), split(make_batch([0]), 2), heard.append)
     assert heard == ["forward", "backward", "forward", "backward", "update"]
+
+
+def test_gradients_without_end_move_nothing_even_where_the_loss_is_finite() -> None:
+    network = build_network()
+    before = copy.deepcopy(network)
+    network.get_parameter("0.weight").register_hook(lambda gradient: gradient * float("inf"))
+    with pytest.raises(NonFiniteLossError, match=r"the gradient's length is (inf|nan)"):
+        step(make_learner(network, max_gradient_norm=1.0), make_batch([0]))
+    for new, old in zip(network.parameters(), before.parameters(), strict=True):
+        assert torch.equal(new, old)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_a_step_in_half_precision_computes_in_it_and_comes_near(precision: str, dtype: torch.dtype) -> None:
+    whole, half = build_network(), build_network()
+    seen: set[torch.dtype] = set()
+    half[2].register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))  # type: ignore[index]
+    expected = step(make_learner(whole), make_batch([0]))
+    assert step(make_learner(half, precision=precision), make_batch([0])) == pytest.approx(expected, rel=1e-2)
+    assert seen == {dtype}
+    for got, reference in zip(half.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(got, reference, rtol=0.05, atol=5e-3)

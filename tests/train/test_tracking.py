@@ -12,7 +12,7 @@ from rich.console import Console
 
 from segray.classes import ClassMap
 from segray.config import TrainConfig
-from segray.errors import ConfigError
+from segray.errors import ConfigError, TrainingError
 from segray.train.tracking import Tracking, flatten_metrics, format_metrics_csv
 
 CLASSES = ClassMap(("a", "b"), (0, 1))
@@ -84,9 +84,8 @@ def read_tensorboard(folder: Path) -> Mapping[str, list[tuple[int, float]]]:
 def test_tensorboard_has_every_figure_once_also_after_a_restart(tmp_path: Path, console: Console) -> None:
     config = make_config(tmp_path, tensorboard=True)
     for epochs in ([NOT_EVALUATED], [NOT_EVALUATED, EVALUATED]):  # a second start tells the whole history
-        tracking = Tracking(config, CLASSES, str(tmp_path), console)
-        tracking.log(epochs)
-        tracking.close()
+        with Tracking(config, CLASSES, str(tmp_path), console) as tracking:
+            tracking.log(epochs)
     found = read_tensorboard(tmp_path / "tensorboard")
     assert found["loss"] == [(1, 0.75), (2, 0.5)]
     assert found["val_dataset_iou_a"] == [(2, 0.25)]
@@ -102,9 +101,8 @@ def test_mlflow_has_one_run_with_settings_and_every_figure_once(tmp_path: Path, 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
     config = make_config(tmp_path, mlflow_uri=uri, mlflow_experiment="shapes")
     for epochs in ([NOT_EVALUATED], [NOT_EVALUATED, EVALUATED]):
-        tracking = Tracking(config, CLASSES, str(tmp_path), console)
-        tracking.log(epochs)
-        tracking.close()
+        with Tracking(config, CLASSES, str(tmp_path), console) as tracking:
+            tracking.log(epochs)
     client = MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("shapes")
     assert experiment is not None
@@ -115,14 +113,16 @@ def test_mlflow_has_one_run_with_settings_and_every_figure_once(tmp_path: Path, 
     assert [(metric.step, metric.value) for metric in losses] == [(1, 0.75), (2, 0.5)]
     assert run.data.metrics["val_dataset_iou_a"] == 0.25
     assert run.info.status == "FINISHED"
+    with pytest.raises(TrainingError), Tracking(config, CLASSES, str(tmp_path), console):
+        raise TrainingError("loss is nan")
+    assert client.get_run(run.info.run_id).info.status == "FAILED"
 
 
 def test_a_tracker_that_fails_costs_no_run_and_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    tracking = Tracking(make_config(tmp_path, tensorboard=True), CLASSES, str(tmp_path), Console(width=500))
-    (tmp_path / "tensorboard").write_text("in the way")
-    tracking.log([NOT_EVALUATED])
-    tracking.log([EVALUATED])
-    tracking.close()
+    with Tracking(make_config(tmp_path, tensorboard=True), CLASSES, str(tmp_path), Console(width=500)) as tracking:
+        (tmp_path / "tensorboard").write_text("in the way")
+        tracking.log([NOT_EVALUATED])
+        tracking.log([EVALUATED])
     (warning,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     assert "TensorBoardTracker" in warning
     assert "in the way" in warning

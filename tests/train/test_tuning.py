@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +18,13 @@ import yaml
 from rich.console import Console
 
 from segray.bundle import load_bundle
-from segray.config import TrainConfig, load_config
+from segray.config import AugmentationSettings, TrainConfig, load_config
 from segray.errors import ConfigError, RunMismatchError
+from segray.manifest import Splits
 from segray.train.driver import run_training
-from segray.train.search_space import check_space, draw_values
-from segray.train.tuning import run_search
+from segray.train.labels import LabelReport
+from segray.train.search_space import check_space, draw_values, set_values
+from segray.train.tuning import Search, run_search
 
 MakeConfig = Callable[..., TrainConfig]
 SPACE = {
@@ -74,6 +77,7 @@ def test_whole_numbers_include_both_ends(make_train_config: MakeConfig, tmp_path
             r"train\.learning_rat=0\.1: train\.learning_rat: Extra inputs",
         ),
         ({"train.learning_rate": {"uniform": [-1, 0.2]}}, r"train\.learning_rate=-1: .*greater than 0"),
+        ({"train.num_epochs": {"choice": [3, 9]}}, r"tune\.space\.train\.num_epochs: trials are compared"),
         ({"model.encoder_name": {"choice": ["resnet18", "resnet19"]}}, r"unknown encoder 'resnet19'"),
     ],
 )
@@ -86,6 +90,27 @@ def test_a_space_that_cannot_be_is_refused_before_anything_starts(
     with pytest.raises(ConfigError, match=message):
         check_space(config)
     assert not (tmp_path / "out").exists()
+
+
+def test_a_preset_drawn_replaces_the_settings_of_its_section(make_train_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(make_train_config, tmp_path)
+    values = {"augmentation.blur": 0.0, "augmentation.preset": "strong"}
+    expected = AugmentationSettings.model_validate({"preset": "strong", "blur": 0})
+    assert set_values(config, values).augmentation == expected
+
+
+def test_every_trial_has_the_class_weights_and_the_normalisation_of_its_own_settings(
+    make_train_config: MakeConfig, tmp_path: Path
+) -> None:
+    space = {"loss.class_weights": {"choice": [None, "auto", [1, 2, 3]]}}
+    config = make_config(make_train_config, tmp_path, space)
+    report = replace(LabelReport.empty(3), pixel_count=np.array([1, 2, 4]), image_px=np.array([8, 8, 8]))
+    search = Search(config, Splits([], []), report, str(tmp_path))
+    for number in range(20):
+        given = draw_values(config, number)["loss.class_weights"]
+        weights = search.build_trial_job(number).class_weights
+        expected = given if given is None else [2, 1, 0.5] if given == "auto" else list(given)
+        assert (None if weights is None else weights.tolist()) == expected
 
 
 def search(config: TrainConfig) -> str:
