@@ -106,7 +106,7 @@ def test_stages_are_announced_in_order() -> None:
 def test_gradients_without_end_move_nothing_even_where_the_loss_is_finite() -> None:
     network = build_network()
     before = copy.deepcopy(network)
-    network.get_parameter("0.weight").register_hook(lambda gradient: gradient * float("inf"))
+    network.get_parameter("0.weight").register_hook(lambda g: g * float("inf"))  # type: ignore[no-untyped-call]
     with pytest.raises(NonFiniteLossError, match=r"the gradient's length is (inf|nan)"):
         step(make_learner(network, max_gradient_norm=1.0), make_batch([0]))
     for new, old in zip(network.parameters(), before.parameters(), strict=True):
