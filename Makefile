@@ -1,4 +1,4 @@
-# make setup: everything into .venv.   make demo: the whole job, 2 minutes.   make test: checks and tests, 17 minutes.
+# make setup: everything into .venv.   make demo: the whole job, 2 minutes.   make test: checks and tests, 30 minutes.
 # make test-faults: every fault, half an hour.
 PYTHON ?= python3
 BIN := .venv/bin

@@ -9,8 +9,9 @@ Source of the schedule: Li et al., "A System for Massively Parallel Hyperparamet
 
 import csv
 import io
+import logging
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from segray.cluster import connect_ray, get_last_line, translated_ray_errors
+from segray.cluster import connect_ray, find_segray_error, get_last_line, translated_ray_errors
 from segray.config import TrainConfig
 from segray.errors import TrainingError
 from segray.manifest import Splits, load_splits
@@ -145,9 +146,15 @@ class ScoreBoard(tune.Callback):  # type: ignore[misc]
         self._end(trial, "finished" if max(record.scores, default=0) >= self._num_epochs else "stopped early")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
-        """Note a trial that failed."""
-        error = trial.get_error()
-        self._end(trial, f"failed: {get_last_line(error) if error else 'lost'}")
+        """Note a trial that failed; why, Tune says when all is over."""
+        self._end(trial, "failed")
+
+    def explain_failures(self, results: Iterable[tune.Result]) -> None:
+        """Add to the records of trials that failed what they failed of."""
+        for result in results:
+            if result.error is not None and result.config is not None:
+                reason = find_segray_error(result.error) or get_last_line(result.error)
+                self.records[result.config["number"]].outcome = f"failed: {reason}"
 
     def _end(self, trial: Trial, outcome: str) -> None:
         number = trial.config["number"]
@@ -189,8 +196,9 @@ def _run_trials(search: Search, console: Console) -> ScoreBoard:
             ),
             run_config=tune.RunConfig(storage_path=folder, callbacks=[board], verbose=0),
         )
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it prints what trials failed of at full length
         with translated_ray_errors("the search"):
-            tuner.fit()
+            board.explain_failures(tuner.fit())
     return board
 
 

@@ -123,7 +123,7 @@ def test_the_bundle_is_the_best_epoch_with_its_history_and_pictures(unbroken: Pa
     assert float(rows[-1]["loss"]) < float(rows[0]["loss"])
     assert (unbroken / "metrics.csv").read_bytes() == (unbroken / "bundle" / "metrics.csv").read_bytes()
     for name in ("curves.png", "confusion.png", "best.png", "worst.png"):
-        assert Image.open(unbroken / "bundle" / name).width > 500
+        assert Image.open(unbroken / "bundle" / name).width > 400
 
 
 def test_the_model_card_says_data_settings_scores_and_limits(unbroken: Path) -> None:
@@ -175,16 +175,6 @@ def test_the_bundles_weights_score_as_was_said(unbroken: Path, make_train_config
 def test_validation_scores_every_pixel_once(unbroken: Path) -> None:
     confusion = load_bundle(str(unbroken / "bundle")).manifest.metrics["val_confusion"]
     assert sum(map(sum, confusion)) == NUM_TEST * SHAPE_SIZE**2
-
-
-def test_another_number_of_workers_learns_the_same(
-    unbroken: Path, make_train_config: MakeConfig, tmp_path: Path
-) -> None:
-    train(make_config(make_train_config, tmp_path, num_train_workers=1, num_accumulation_steps=1))
-    # dropout is drawn by rank, so that the curves are near and not equal; without it, see test_ranks.py
-    for one, two in zip(read_metrics(tmp_path), read_metrics(unbroken), strict=True):
-        assert float(one["loss"]) == pytest.approx(float(two["loss"]), rel=0.05)
-        assert one["learning_rate"] == two["learning_rate"]
 
 
 def test_a_worker_killed_in_mid_epoch_changes_no_bit(
@@ -282,13 +272,21 @@ def test_a_worker_that_stalls_ends_the_run_with_its_rank_and_step(
                 stopped[0].kill()
 
 
-def test_weights_split_over_workers_learn_the_same(make_train_config: MakeConfig, tmp_path: Path) -> None:
-    for sharding in ("none", "fsdp"):
-        output = tmp_path / sharding
-        train(make_train_config(output, sharding=sharding, sync_batchnorm=True, precision="fp32", ema_decay=0.5))
-    whole, split = read_metrics(tmp_path / "none"), read_metrics(tmp_path / "fsdp")
-    assert [float(row["loss"]) for row in split] == pytest.approx([float(row["loss"]) for row in whole], abs=1e-3)
-    assert [float(row["val_mean_iou"]) for row in split] == pytest.approx(
-        [float(row["val_mean_iou"]) for row in whole], abs=0.02
-    )
-    load_bundle(str(tmp_path / "fsdp" / "bundle"))
+def test_one_worker_two_and_weights_split_over_two_learn_the_same(
+    make_train_config: MakeConfig, tmp_path: Path
+) -> None:
+    rows = []
+    runs: dict[str, dict[str, object]] = {"one": {"num_train_workers": 1}, "two": {}, "split": {"sharding": "fsdp"}}
+    for name, settings in runs.items():
+        config = make_train_config(
+            tmp_path / name, sync_batchnorm=True, precision="fp32", ema_decay=0.5, max_gradient_norm=1.0, **settings
+        )
+        small = {"arch": "classic_unet", "widths": [8, 16]}
+        train(TrainConfig.model_validate({**config.model_dump(), "model": small}))
+        rows.append(read_metrics(tmp_path / name))
+    one, two, split = rows
+    for other in (two, split):
+        assert [float(row["loss"]) for row in other] == pytest.approx([float(row["loss"]) for row in one], abs=1e-4)
+        for score in ("val_mean_iou", "val_pixel_accuracy", "val_mean_boundary_iou"):
+            assert [float(row[score]) for row in other] == pytest.approx([float(row[score]) for row in one], abs=5e-3)
+    load_bundle(str(tmp_path / "split" / "bundle"))
