@@ -30,7 +30,7 @@ test: check .venv-swift/installed
 
 # every fault of docs/reliability.md, on a real object store
 test-faults: setup .venv-swift/installed
-	$(BIN)/pytest tests/faults --durations=0
+	$(BIN)/pytest tests/faults tests/train/test_tuning.py --durations=0
 
 # The tests' object store has an environment of its own: its dependencies are not ours.
 .venv-swift/installed: tests/faults/object_store.txt

@@ -189,7 +189,8 @@ def _run_trials(search: Search, console: Console) -> ScoreBoard:
                     time_attr=_TIME,
                     metric=_METRIC,
                     mode="max",
-                    max_t=config.train.num_epochs,
+                    max_t=config.train.num_epochs
+                    + 1,  # those that get so far end by themselves, their checkpoints written
                     grace_period=config.tune.grace_epochs,
                     reduction_factor=config.tune.reduction_factor,
                 ),

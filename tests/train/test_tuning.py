@@ -123,6 +123,7 @@ def read_trials(output: Path) -> list[dict[str, str]]:
     return list(csv.DictReader((output / "trials.csv").open()))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_a_search_that_was_killed_goes_on_and_its_best_becomes_a_bundle(
     make_train_config: MakeConfig, tmp_path: Path
@@ -160,6 +161,7 @@ def test_a_search_that_was_killed_goes_on_and_its_best_becomes_a_bundle(
         search(config.model_copy(update={"tune": config.tune.model_copy(update={"seed": 5})}))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_a_trial_that_fails_leaves_the_others_alone(make_train_config: MakeConfig, tmp_path: Path) -> None:
     space = {"train.learning_rate": {"choice": [1e-3, 1e30]}}
