@@ -65,7 +65,7 @@ def check_run(config: TrainConfig, splits: Splits, console: Console) -> LabelRep
 
     Raises:
         DataError: Labels cannot be learned from.
-        SegrayError: The store failed, or the encoder's weights, or a tracker's package, cannot be had.
+        SegrayError: The store failed, or the encoder's weights cannot be had.
     """
     Preprocessing.of_encoder(config.model)
     reports = check_splits(splits, get_classes(config), console)

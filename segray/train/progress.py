@@ -44,9 +44,6 @@ class ProgressBoard:
         self, num_seen_lines: int, num_seen_epochs: int
     ) -> tuple[dict[str, Any], list[str], list[dict[str, Any]]]:
         """Return the state, and the lines and epochs after those already seen."""
-        verdict = self._judge.judge()
-        if verdict and verdict not in self._lines:  # the workers may be long in ending
-            self._lines.append(verdict)
         return self._state, self._lines[num_seen_lines:], list(self._epochs.values())[num_seen_epochs:]
 
     def restart(self, num_ranks: int) -> str | None:

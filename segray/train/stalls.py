@@ -52,13 +52,8 @@ class StallJudge:
             last = None
         moved_s = last.moved_s if last and last.num_moves == num_moves else now_s
         self._beats[rank] = Beat(step, STAGES.index(stage), num_moves, moved_s, now_s)
-        return self.judge()
-
-    def judge(self) -> str | None:
-        """Return the verdict, if the run has stalled; to be asked also where no rank can speak any more."""
-        now_s = self._clock()
-        stalled = all(now_s - beat.moved_s >= self._timeout_s for beat in self._beats.values())
-        if self.verdict is None and self._beats and stalled:
+        # only when a rank speaks: where none does, workers may be on their way that replace those that died
+        if self.verdict is None and all(now_s - beat.moved_s >= self._timeout_s for beat in self._beats.values()):
             self.verdict = self._name_stalled(now_s)
         return self.verdict
 

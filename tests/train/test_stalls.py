@@ -69,23 +69,6 @@ def test_the_rank_that_says_nothing_is_named_even_if_it_is_ahead() -> None:
     assert "stalled: rank 1 in step 6 (update)." in str(ranks.beat(12, silent=(1,)))
 
 
-def test_there_is_a_verdict_when_no_rank_can_speak() -> None:
-    ranks = Ranks(1)
-    ranks.move(0, 7, "forward")
-    ranks.beat(1)
-    ranks.clock.now_s += TIMEOUT_S - 2
-    assert ranks.judge.judge() is None
-    ranks.clock.now_s += 2
-    assert "stalled: rank 0 in step 8 (forward)." in str(ranks.judge.judge())
-
-
-def test_nothing_is_judged_before_there_are_ranks() -> None:
-    clock = Clock()
-    judge = StallJudge(TIMEOUT_S, clock)
-    clock.now_s += 1000
-    assert judge.judge() is None
-
-
 def test_ranks_that_died_do_not_count_against_those_that_replace_them() -> None:
     ranks = Ranks(2)
     for rank in range(2):
