@@ -27,14 +27,14 @@ from segray.train.progress import show_training
 _PATIENCE = 2  # times the stall timeout
 
 
-def fit(job: TrainJob, output: str, console: Console, track: Callable[[list[dict[str, Any]]], None]) -> None:
+def fit(job: TrainJob, output: str, console: Console, track: Callable[[list[dict[str, Any]]], bool]) -> None:
     """Train on a connected Ray, from the newest whole checkpoint under ``output`` to the last epoch.
 
     Args:
         job: What to train; its board is made here.
         output: Where checkpoints go.
         console: Where progress is shown.
-        track: Called with the metrics of each new epoch.
+        track: Called with the metrics of new epochs; returns whether training goes on, for jobs that wait for leave.
 
     Raises:
         TrainingError: The loss is not finite, workers were lost more often than allowed, or one of them stalled.

@@ -22,6 +22,7 @@ class TrainJob:
         class_weights: (C,) weights of the classes in the loss, or None.
         run_uri: Where the checkpoints are.
         board: Actor that the ranks post to.
+        waits_for_leave: Whether the run waits after each epoch until the driver says whether it goes on.
     """
 
     config: TrainConfig
@@ -31,6 +32,7 @@ class TrainJob:
     class_weights: npt.NDArray[np.float64] | None
     run_uri: str
     board: Any = None
+    waits_for_leave: bool = False
 
 
 def get_classes(config: TrainConfig) -> ClassMap:

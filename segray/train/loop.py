@@ -31,10 +31,11 @@ _OF_LAST_EPOCH = ("val_confusion", "val_worst_images", "val_best_images")
 # checkpoints in memory, being uploaded or waiting for it; the step that makes one more waits
 _uploads = threading.BoundedSemaphore(2)
 _UPLOAD_POLL_S = 5.0
+_LEAVE_POLL_S = 0.2
 
 
 def run_loop(job: TrainJob) -> dict[str, Any]:
-    """Train from the newest checkpoint, or from the start, to the last epoch.
+    """Train from the newest checkpoint, or from the start, to the last epoch, or as far as there is leave.
 
     Returns:
         ``{"error": None}``, or an error that starting again would not mend. It is returned and not raised because Ray
@@ -50,13 +51,23 @@ def run_loop(job: TrainJob) -> dict[str, Any]:
     heartbeat.start()
     try:
         trainer = set_up(job, heartbeat)
-        while not is_finished(trainer.history, job.config.train):
+        while not is_finished(trainer.history, job.config.train) and _has_leave(trainer):
             _run_epoch(trainer)
     except NonFiniteLossError as error:  # on every rank alike; one that returned alone would leave the others waiting
         return {"error": error}
     finally:
         heartbeat.stop()
     return {"error": None}
+
+
+def _has_leave(trainer: Trainer) -> bool:
+    """Wait for the driver's word, and return whether the next epoch begins: for each rank the same."""
+    if not trainer.job.waits_for_leave:
+        return True
+    while (leave := ray.get(trainer.job.board.has_leave.remote(len(trainer.history)))) is None:
+        trainer.heartbeat.move(trainer.num_steps_done, "saving")
+        time.sleep(_LEAVE_POLL_S)
+    return bool(leave)
 
 
 def _run_epoch(trainer: Trainer) -> None:

@@ -25,6 +25,7 @@ class ProgressBoard:
         self._state: dict[str, Any] = {"step": 0, "note": ""}
         self._lines: list[str] = []
         self._epochs: dict[int, dict[str, Any]] = {}
+        self._leave = (0, True)
         self._judge = StallJudge(stall_timeout_s)
 
     def post(self, step: int, note: str) -> None:
@@ -45,6 +46,15 @@ class ProgressBoard:
     ) -> tuple[dict[str, Any], list[str], list[dict[str, Any]]]:
         """Return the state, and the lines and epochs after those already seen."""
         return self._state, self._lines[num_seen_lines:], list(self._epochs.values())[num_seen_epochs:]
+
+    def give_leave(self, epoch: int, goes_on: bool) -> None:
+        """Note that epochs up to this one were looked at, and whether training goes on after it."""
+        self._leave = (epoch, goes_on)
+
+    def has_leave(self, epoch: int) -> bool | None:
+        """Return whether training goes on after an epoch; None while that is not known."""
+        looked_at, goes_on = self._leave
+        return goes_on if looked_at >= epoch else None
 
     def restart(self, num_ranks: int) -> str | None:
         """Begin with new ranks; return why they should not begin, if the run has stalled."""
@@ -85,7 +95,7 @@ class ProgressPoster:
 
 @contextmanager
 def show_training(
-    console: Console, num_steps: int, stall_timeout_s: float, track: Callable[[list[dict[str, Any]]], None]
+    console: Console, num_steps: int, stall_timeout_s: float, track: Callable[[list[dict[str, Any]]], bool]
 ) -> Iterator[Any]:
     """Show the progress of a training run while the block runs; gives the board that the ranks post to.
 
@@ -93,7 +103,7 @@ def show_training(
         console: Where it is shown.
         num_steps: Of the whole run.
         stall_timeout_s: After how long without a move a run has stalled.
-        track: Called with the metrics of epochs that are new, from a thread.
+        track: Called with the metrics of epochs that are new, from a thread; returns whether training goes on.
     """
     # on the driver's own node: an actor without CPUs may be put anywhere, also on a node that is taken away
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
@@ -115,7 +125,7 @@ def show_training(
                 bar.console.print(line, highlight=False)
             bar.update(task, completed=state["step"], note=state["note"] or "starting workers")
             if epochs:
-                track(epochs)
+                board.give_leave.remote(epochs[-1]["epoch"], track(epochs))
 
         def show_until_stopped() -> None:
             while not stop.wait(_POLL_INTERVAL_S):

@@ -101,8 +101,8 @@ class Tracking:
         if config.tracking.mlflow_uri:
             self._trackers.append(_open("mlflow", lambda: MlflowTracker(config, output)))
 
-    def log(self, epochs: Sequence[Mapping[str, Any]]) -> None:
-        """Take the metrics of epochs."""
+    def log(self, epochs: Sequence[Mapping[str, Any]]) -> bool:
+        """Take the metrics of epochs; return True: training goes on, whatever they are."""
         for metrics in epochs:
             self._history[metrics["epoch"]] = metrics
         self.write_csv([self._history[epoch] for epoch in sorted(self._history)])
@@ -112,6 +112,7 @@ class Tracking:
             for tracker in list(self._trackers):
                 if not self._try(type(tracker).__name__, lambda: tracker.log(metrics["epoch"], scalars)):  # noqa: B023
                     self._trackers.remove(tracker)
+        return True
 
     def write_csv(self, history: Sequence[Mapping[str, Any]]) -> None:
         """Write ``metrics.csv`` of all epochs."""

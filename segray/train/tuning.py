@@ -1,8 +1,8 @@
 """``segray tune``: settings are drawn, Ray Tune trains with each, and ASHA stops those that lag behind.
 
-A trial is an ordinary run in a folder of its own. What is drawn for it is a matter of the seed and its number alone,
-and what it has learned is in its checkpoints. So a search that was interrupted is simply begun again: every trial tells
-what it has behind it and goes on. Ray Tune's own state, which is pickled, is never read back.
+What is drawn for a trial is a matter of the seed and its number alone, and what it has learned is in its checkpoints.
+So a search that was interrupted is simply begun again: every trial tells what it has behind it and goes on. Ray Tune's
+own state, which is pickled, is never read back.
 
 Source of the schedule: Li et al., "A System for Massively Parallel Hyperparameter Tuning", MLSys 2020 (ASHA).
 """
@@ -27,18 +27,15 @@ from rich.table import Table
 from segray.cluster import connect_ray, find_segray_error, get_last_line, translated_ray_errors
 from segray.config import TrainConfig
 from segray.errors import TrainingError
-from segray.manifest import Splits, load_splits
+from segray.manifest import load_splits
 from segray.progress import build_bar
 from segray.storage import join_uri, normalize_uri, write_bytes
 from segray.train.binding import Binding
-from segray.train.checkpoint import RUN_NAME, find_newest_history
-from segray.train.driver import build_job, check_network, check_run, describe_run
-from segray.train.job import TrainJob, is_finished
-from segray.train.labels import LabelReport
+from segray.train.driver import check_network, check_run, describe_run
 from segray.train.search_space import check_space, draw_values, format_values, set_values
+from segray.train.trial import METRIC, TIME, Search, TrialRun
 
 _BINDING_NAME = "tune.json"
-_METRIC, _TIME = "val_mean_iou", "epoch"
 _NUM_SHOWN = 10
 
 
@@ -63,48 +60,6 @@ def run_search(config: TrainConfig, console: Console) -> str:
         binding.write()
         board = _run_trials(Search(config, splits, report, output), console)
     return _write_best(board, config, output, console)
-
-
-@dataclass(frozen=True)
-class Search:
-    """What every trial starts from.
-
-    Attributes:
-        config: The configuration that the settings drawn are put into.
-        splits: Labelled images.
-        report: Of the training labels.
-        output: Of the search.
-    """
-
-    config: TrainConfig
-    splits: Splits
-    report: LabelReport
-    output: str
-
-    def build_trial_job(self, number: int) -> TrainJob:
-        """Return the run of a trial."""
-        trial_uri = join_uri(self.output, "trials", f"{number:03d}")
-        config = set_values(self.config, draw_values(self.config, number)).model_copy(update={"output": trial_uri})
-        return build_job(config, self.splits, self.report, join_uri(trial_uri, RUN_NAME))
-
-
-def run_trial(trial: dict[str, Any], search: Search) -> None:
-    """Train with the settings drawn, from the trial's newest checkpoint, and tell Tune of each epoch, once."""
-    from segray.train.fit import fit
-
-    job = search.build_trial_job(trial["number"])
-    told: set[int] = set()
-
-    def track(epochs: Sequence[dict[str, Any]]) -> None:
-        for metrics in epochs:
-            if _METRIC in metrics and metrics[_TIME] not in told:
-                told.add(metrics[_TIME])
-                tune.report({name: metrics[name] for name in (_TIME, _METRIC)})
-
-    history = find_newest_history(job.run_uri)
-    track(history)
-    if not is_finished(history, job.config.train):
-        fit(job, job.config.output, Console(quiet=True), track)
 
 
 @dataclass
@@ -137,7 +92,7 @@ class ScoreBoard(tune.Callback):  # type: ignore[misc]
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **_: Any
     ) -> None:
         """Note a score."""
-        self.records[trial.config["number"]].scores[result[_TIME]] = result[_METRIC]
+        self.records[trial.config["number"]].scores[result[TIME]] = result[METRIC]
         self._show()
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
@@ -177,7 +132,7 @@ def _run_trials(search: Search, console: Console) -> ScoreBoard:
     config = search.config
     # on the driver's own node: Tune wants a folder that all its trials see, and theirs are elsewhere
     here = dict.fromkeys(_list_node_resources(), 0.001)
-    trainable = tune.with_resources(tune.with_parameters(run_trial, search=search), here)
+    trainable = tune.with_resources(tune.with_parameters(TrialRun, search=search), here)
     with build_bar(console, "trials") as bar, tempfile.TemporaryDirectory(prefix="segray-tune-") as folder:
         board = ScoreBoard(config, bar)
         tuner = tune.Tuner(
@@ -186,16 +141,20 @@ def _run_trials(search: Search, console: Console) -> ScoreBoard:
             tune_config=tune.TuneConfig(
                 max_concurrent_trials=config.tune.max_concurrent_trials,
                 scheduler=ASHAScheduler(
-                    time_attr=_TIME,
-                    metric=_METRIC,
+                    time_attr=TIME,
+                    metric=METRIC,
                     mode="max",
-                    max_t=config.train.num_epochs
-                    + 1,  # those that get so far end by themselves, their checkpoints written
+                    max_t=config.train.num_epochs,
                     grace_period=config.tune.grace_epochs,
                     reduction_factor=config.tune.reduction_factor,
                 ),
             ),
-            run_config=tune.RunConfig(storage_path=folder, callbacks=[board], verbose=0),
+            run_config=tune.RunConfig(
+                storage_path=folder,
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # runs have their own
+                callbacks=[board],
+                verbose=0,
+            ),
         )
         logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it prints what trials failed of at full length
         with translated_ray_errors("the search"):
@@ -234,7 +193,7 @@ def format_trials_csv(ranked: Sequence[tuple[int, TrialRecord]]) -> bytes:
     """Return the trials, best first, as CSV."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["trial", _METRIC, "num_epochs", "outcome", *ranked[0][1].values])
+    writer.writerow(["trial", METRIC, "num_epochs", "outcome", *ranked[0][1].values])
     for number, record in ranked:
         score = record.best if record.scores else ""
         writer.writerow([number, score, len(record.scores), record.outcome, *record.values.values()])

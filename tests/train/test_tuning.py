@@ -15,16 +15,19 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from ray import tune
+from ray.util.placement_group import placement_group_table
 from rich.console import Console
 
 from segray.bundle import load_bundle
 from segray.config import AugmentationSettings, TrainConfig, load_config
 from segray.errors import ConfigError, RunMismatchError
-from segray.manifest import Splits
+from segray.manifest import Splits, load_splits
 from segray.train.driver import run_training
 from segray.train.labels import LabelReport
 from segray.train.search_space import check_space, draw_values, set_values
-from segray.train.tuning import Search, run_search
+from segray.train.trial import Search, TrialRun
+from segray.train.tuning import run_search
 
 MakeConfig = Callable[..., TrainConfig]
 SPACE = {
@@ -161,13 +164,37 @@ def test_a_search_that_was_killed_goes_on_and_its_best_becomes_a_bundle(
         search(config.model_copy(update={"tune": config.tune.model_copy(update={"seed": 5})}))
 
 
-@pytest.mark.slow
+def get_reserved_groups() -> list[dict[str, Any]]:
+    """Workers reserve CPUs in placement groups; one that is left behind keeps them from all later trials."""
+    return [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
+
+
 @pytest.mark.usefixtures("ray_session")
 def test_a_trial_that_fails_leaves_the_others_alone(make_train_config: MakeConfig, tmp_path: Path) -> None:
     space = {"train.learning_rate": {"choice": [1e-3, 1e30]}}
-    config = make_config(make_train_config, tmp_path, space, num_trials=3, max_concurrent_trials=2, seed=4)
-    rates = [draw_values(config, number)["train.learning_rate"] for number in range(3)]
+    config = make_config(make_train_config, tmp_path, space, num_trials=2, max_concurrent_trials=2, seed=4)
+    rates = [draw_values(config, number)["train.learning_rate"] for number in range(2)]
     assert set(rates) == {1e-3, 1e30}
     search(config)
     for trial in read_trials(tmp_path):
         assert trial["outcome"].startswith("failed: loss is ") == (rates[int(trial["trial"])] == 1e30)
+    assert not get_reserved_groups()
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_trial_that_is_stopped_has_ended_and_holds_nothing(make_train_config: MakeConfig, tmp_path: Path) -> None:
+    config = make_config(make_train_config, tmp_path)
+    start = Search(config, Splits([], []), LabelReport.empty(3), str(tmp_path))
+    trial = tune.with_parameters(TrialRun, search=replace(start, splits=load_splits(config.data)))({"number": 0})
+    first = trial.train()
+    assert (first["epoch"], first["done"]) == (1, False)
+    assert get_reserved_groups()
+    trial.stop()
+    assert not get_reserved_groups()
+    # what it had learned is written, and it has not begun another epoch
+    assert len(list((tmp_path / "trials" / "000" / "ray_train").glob("checkpoint_*/checkpoint.json"))) == 1
+    again = tune.with_parameters(TrialRun, search=replace(start, splits=load_splits(config.data)))({"number": 0})
+    told = [again.train() for _ in range(3)]
+    again.stop()
+    assert [(score["epoch"], score["done"]) for score in told] == [(1, False), (2, False), (3, True)]
+    assert told[0]["val_mean_iou"] == first["val_mean_iou"]
