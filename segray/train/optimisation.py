@@ -35,9 +35,13 @@ def build_optimizer(model: SegmentationModel, settings: TrainSettings) -> torch.
         for (of_encoder, is_decayed), parameters in groups.items()
     ]
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(options, lr=settings.learning_rate)
+        return torch.optim.AdamW(options, lr=settings.learning_rate, fused=True)
     return torch.optim.SGD(
-        options, lr=settings.learning_rate, momentum=settings.momentum, nesterov=settings.momentum > 0
+        options,
+        lr=settings.learning_rate,
+        momentum=settings.momentum,
+        nesterov=settings.momentum > 0,
+        fused=True,
     )
 
 

@@ -1,0 +1,65 @@
+"""The model as ranks train it: settings that change how it computes change nothing of what it learns."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import ray.train
+import ray.train.torch
+import torch
+from torch._dynamo.utils import counters
+
+from segray.config import ModelConfig, TrainSettings
+from segray.models.build import SegmentationModel, build_model
+from segray.train.replica import build_replica
+from segray.train.steps import train_step
+from tests.train.learner import CPU, make_batch, make_learner
+
+NUM_STEPS = 3
+
+
+def run_as_worker(act: Callable[[], None]) -> None:
+    """Call a function where Ray Train's workers run theirs, but in this process."""
+    scaling = ray.train.ScalingConfig(num_workers=0)
+    ray.train.torch.TorchTrainer(lambda _: act(), train_loop_config={}, scaling_config=scaling).fit()
+
+
+def train(freeze_encoder: bool = False, **settings: Any) -> tuple[list[float], SegmentationModel]:
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(arch="unet", encoder_name="resnet18", freeze_encoder=freeze_encoder), 3)
+    replica = build_replica(model, TrainSettings(**settings), CPU).train()
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    learner = make_learner(replica, torch.optim.SGD(parameters, 0.05))
+    return [train_step(learner, [make_batch([step], side=64)], lambda stage: None) for step in range(NUM_STEPS)], model
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("freeze_encoder", [False, True])
+@pytest.mark.parametrize(
+    "settings", [{"compile": True}, {"gradient_checkpointing": True}, {"channels_last": False}], ids=str
+)
+def test_what_changes_the_computing_alone_learns_the_same(settings: dict[str, bool], freeze_encoder: bool) -> None:
+    runs: list[tuple[list[float], SegmentationModel]] = []
+    counters.clear()
+    run_as_worker(lambda: runs.append(train(freeze_encoder)))
+    assert not counters["stats"]
+    run_as_worker(lambda: runs.append(train(freeze_encoder, **settings)))
+    assert bool(counters["stats"]["unique_graphs"]) == settings.get("compile", False)
+    (plain_losses, plain), (losses, model) = runs
+    assert losses == pytest.approx(plain_losses, rel=1e-4)
+    state, expected = model.state_dict(), plain.state_dict()
+    assert list(state) == list(expected)  # checkpoints and bundles of one setting are read by another
+    for name, value in expected.items():
+        np.testing.assert_allclose(state[name], value, rtol=1e-3, atol=1e-4, err_msg=name)
+
+
+@pytest.mark.usefixtures("ray_session")
+@pytest.mark.parametrize("settings", [{}, {"compile": True}, {"gradient_checkpointing": True}], ids=str)
+def test_a_frozen_encoder_keeps_every_bit_and_the_rest_learns(settings: dict[str, bool]) -> None:
+    runs: list[SegmentationModel] = []
+    run_as_worker(lambda: runs.append(train(freeze_encoder=True, **settings)[1]))
+    torch.manual_seed(0)
+    before = build_model(ModelConfig(arch="unet", encoder_name="resnet18", freeze_encoder=True), 3).state_dict()
+    changed = {name for name, value in runs[0].state_dict().items() if not torch.equal(value, before[name])}
+    assert changed == {name for name in before if not name.startswith("network.encoder.")}
