@@ -174,8 +174,8 @@ def draw_curves(history: Sequence[dict[str, Any]], classes: ClassMap) -> bytes:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
     if evaluated:
-        means.legend(fontsize=8)
-        ious.legend(fontsize=7, ncols=2)
+        for axis in (means, ious):  # beside it: wherever it is put inside, curves may be
+            axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return _save(figure)
 
 

@@ -119,6 +119,12 @@ class AugmentationSettings(Section):
                 raise ValueError(f"{name}: expected [lowest, highest], got [{low}, {high}]")
         return self
 
+    @property
+    def changes(self) -> dict[str, Any]:
+        """The changes that are made, without those that are off."""
+        off = AugmentationSettings(preset="none")
+        return {name: value for name, value in self if name != "preset" and value != getattr(off, name)}
+
 
 class TrainSettings(Section):
     """How the model is trained."""

@@ -84,6 +84,8 @@ def _format_card(job: TrainJob, history: Sequence[dict[str, Any]], metrics: dict
         num_epochs=len(history),
         columns=lists,
         rows=rows,
+        class_weights=None if job.class_weights is None else ", ".join(f"{weight:.3g}" for weight in job.class_weights),
+        augmentation=", ".join(f"{name} {value}" for name, value in job.config.augmentation.changes.items()),
         versions=get_library_versions(),
     )
     return card.encode()

@@ -108,7 +108,8 @@ def load_state(uri: str) -> TrainingState:
         raise ValueError(f"{_STATE} has sha256 {found[:12]}… instead of {index['state_sha256'][:12]}…")
     parts: dict[str, Tensors] = {_MODEL: {}, _AVERAGE: {}}
     parameters: dict[str, dict[str, Any]] = {}
-    for key, value in {**load_safetensors(content), **index["optimizer_scalars"]}.items():
+    # sorted, for safetensors gives them in an order of each process's own, and ranks split weights tensor by tensor
+    for key, value in sorted({**load_safetensors(content), **index["optimizer_scalars"]}.items()):
         owner, _, name = key.partition(".")
         if owner == _OPTIMIZER:
             parameter, _, name = name.rpartition(".")

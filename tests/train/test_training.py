@@ -134,7 +134,9 @@ def test_the_model_card_says_data_settings_scores_and_limits(unbroken: Path) -> 
         f"{NUM_TRAIN} labelled images to train on, {NUM_TEST} to validate on",
         f"{metrics['val_mean_iou']:.4f}",
         f"| border | {metrics['val_dataset_iou'][2]:.4f} |",
-        "1.0 x ce + 0.5 x dice",
+        "1.0 x ce + 0.5 x dice, class weights none",
+        "averaged with a decay of 0.8",
+        "horizontal_flip 0.5, scale (0.5, 2.0)",
         "## Limits",
     ):
         assert part in card
