@@ -34,14 +34,12 @@ def build_optimizer(model: SegmentationModel, settings: TrainSettings) -> torch.
         }
         for (of_encoder, is_decayed), parameters in groups.items()
     ]
+    # Not fused: that step walks through weights and moments as they lie in memory, and after a restart the moments of
+    # channels-last weights lie otherwise than before.
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(options, lr=settings.learning_rate, fused=True)
+        return torch.optim.AdamW(options, lr=settings.learning_rate)
     return torch.optim.SGD(
-        options,
-        lr=settings.learning_rate,
-        momentum=settings.momentum,
-        nesterov=settings.momentum > 0,
-        fused=True,
+        options, lr=settings.learning_rate, momentum=settings.momentum, nesterov=settings.momentum > 0
     )
 
 
