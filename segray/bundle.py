@@ -74,7 +74,14 @@ def pack_tensors(tensors: "dict[str, torch.Tensor]") -> bytes:
     """Return tensors as the content of a safetensors file: on the CPU, contiguous, none sharing memory."""
     from safetensors.torch import save as save_safetensors
 
-    return save_safetensors({name: t.detach().cpu().contiguous().clone() for name, t in tensors.items()})
+    packed: dict[str, torch.Tensor] = {}
+    storages: set[int] = set()
+    for name, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        packed[name] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    return save_safetensors(packed)
 
 
 def has_bundle(uri: str) -> bool:

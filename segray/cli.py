@@ -70,6 +70,9 @@ def segment(
         list[str] | None,
         typer.Option(metavar="URI", help="Ground truth, paired by name, to score; one for each --images."),
     ] = None,
+    profile: Annotated[
+        bool, typer.Option("--profile", help="Print where the time went, what held the run up, and what to turn.")
+    ] = False,
     overrides: SetOption = None,
 ) -> None:
     """Segment every image, and leave Parquet. Exit code 3 if too many images are error rows, 4 if the world failed."""
@@ -83,7 +86,8 @@ def segment(
     from segray.segment.driver import print_outcome, require_few_errors, run_segmentation
     from segray.segment.job import SegmentJob
 
-    outcome = run_segmentation(SegmentJob(bundle, tuple(images), output, tuple(masks or ()), settings), console)
+    job = SegmentJob(bundle, tuple(images), output, tuple(masks or ()), settings)
+    outcome = run_segmentation(job, console, with_profile=profile)
     print_outcome(outcome, console)
     require_few_errors(outcome, settings)
 

@@ -30,8 +30,18 @@ def read_image_with_note(uri: str, max_px: int, etag: str | None = None) -> tupl
         ImageFault: ``missing``, ``changed``, ``unreadable``, ``truncated``, ``unsupported`` or ``too_large``.
         StorageError: The store refused or failed.
     """
+    return decode_image_with_note(fetch_image(uri, etag), max_px)
+
+
+def fetch_image(uri: str, etag: str | None = None) -> bytes:
+    """Read the file of an image; ``etag`` is the entity tag that it was listed with, None takes any content.
+
+    Raises:
+        ImageFault: ``missing``, ``changed`` or ``unsupported``.
+        StorageError: The store refused or failed.
+    """
     try:
-        return decode_image_with_note(read_bytes(uri, etag), max_px)
+        return read_bytes(uri, etag)
     except MissingFileError as error:
         if etag is not None:  # a listing has seen it
             _require_folder(uri)
@@ -56,7 +66,18 @@ def read_truth(
             unreadable.
         StorageError: The store refused or failed.
     """
-    truth = classes.encode(read_mask(uri, max_px, etag))
+    return decode_truth(fetch_mask(uri, etag), size, classes, max_px)
+
+
+def decode_truth(
+    content: bytes, size: tuple[int, ...] | None, classes: ClassMap, max_px: int = DEFAULT_MAX_IMAGE_PX
+) -> npt.NDArray[np.integer]:
+    """Decode the file of a mask as ``read_truth`` does.
+
+    Raises:
+        ImageFault: ``mask_mismatch``.
+    """
+    truth = classes.encode(_decode_raw(content, max_px))
     if size is not None and truth.shape != size:
         raise describe_size_fault(truth.shape, size)
     return truth
@@ -69,18 +90,33 @@ def read_mask(uri: str, max_px: int = DEFAULT_MAX_IMAGE_PX, etag: str | None = N
         ImageFault: ``mask_missing``, ``changed``, or ``mask_mismatch``: unreadable, or in colour.
         StorageError: The store refused or failed.
     """
+    return _decode_raw(fetch_mask(uri, etag), max_px)
+
+
+def fetch_mask(uri: str, etag: str | None = None) -> bytes:
+    """Read the file of a mask.
+
+    Raises:
+        ImageFault: ``mask_missing``, ``changed`` or ``mask_mismatch``.
+        StorageError: The store refused or failed.
+    """
     try:
-        return decode_mask(read_bytes(uri, etag), max_px)
+        return read_bytes(uri, etag)
     except MissingFileError as error:
         if etag is not None:  # a listing has seen it
             _require_folder(uri)
         raise ImageFault(FaultKind.MASK_MISSING, f"no mask at {uri}", "add it, or take its image out") from error
     except ChangedFileError as error:
         raise ImageFault(FaultKind.CHANGED, f"not the mask any more that was listed: {error}") from error
-    except ImageFault as error:
-        raise ImageFault(FaultKind.MASK_MISMATCH, error.message, error.remedy) from error
     except UnusableFileError as error:
         raise ImageFault(FaultKind.MASK_MISMATCH, str(error)) from error
+
+
+def _decode_raw(content: bytes, max_px: int) -> npt.NDArray[np.integer]:
+    try:
+        return decode_mask(content, max_px)
+    except ImageFault as error:
+        raise ImageFault(FaultKind.MASK_MISMATCH, error.message, error.remedy) from error
 
 
 def describe_size_fault(mask_size: tuple[int, ...], size: tuple[int, ...]) -> ImageFault:

@@ -1,5 +1,8 @@
 """One way to Ray: what a private one shows to the network, and what becomes of Ray's errors."""
 
+import json
+import platform
+import resource
 import sys
 
 import psutil
@@ -8,6 +11,7 @@ import ray
 from ray import cloudpickle
 from ray.exceptions import ObjectStoreFullError, RayTaskError, WorkerCrashedError
 
+from segray import cluster
 from segray.cluster import translated_ray_errors
 from segray.errors import ClusterError, FaultKind, ImageFault, StorageError
 
@@ -33,6 +37,38 @@ def test_a_private_ray_listens_on_loopback_alone() -> None:
         if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.pid in pids
     }
     assert listening == {"127.0.0.1"}
+
+
+def count_page_faults() -> int:
+    import numpy as np  # in the worker
+
+    def use_64_mib() -> None:
+        np.ones(2**23)
+
+    use_64_mib()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(5):
+        use_64_mib()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library has other settings")
+@pytest.mark.usefixtures("ray_session")
+def test_a_worker_keeps_the_memory_that_it_has_once_used() -> None:
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    pages = 5 * 2**26 // resource.getpagesize()
+    assert ray.get(ray.remote(count_page_faults).remote()) < pages / 100
+
+
+def test_a_cluster_is_told_what_workers_need_but_not_what_the_job_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("AWS_REGION", "eu-central-1")
+    monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
+    job = {"runtime_env": {"env_vars": {"AWS_REGION": "us-east-1"}}}
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
+    forwarded = cluster._collect_forwarded_variables()
+    assert "AWS_REGION" not in forwarded
+    assert forwarded["MALLOC_ARENA_MAX"] == "4"
+    assert forwarded["MALLOC_MMAP_MAX_"] == "0"
 
 
 @pytest.mark.usefixtures("ray_session")

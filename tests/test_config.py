@@ -133,7 +133,7 @@ def test_settings_that_only_change_the_speed_do_not_bind_a_run(tmp_path: Path) -
     assert other.of_weights != slow.of_weights
     assert other.segment.of_rows != slow.segment.of_rows
     # a setting that is added binds a run, until somebody decides here that it does not
-    speed = {"num_predictors", "num_gpus_per_predictor"}
+    speed = {"num_fetch_threads", "num_predictors", "num_gpus_per_predictor"}
     listing = {"extensions", "recursive", "split", "relist"}  # bound through the plan that they make
     outcome = {"max_error_fraction", "num_report_images", "retry_errors"}
     assert SegmentSettings.model_fields.keys() - slow.segment.of_rows.keys() == speed | listing | outcome

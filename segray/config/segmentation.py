@@ -15,7 +15,10 @@ class SegmentSettings(Section):
     fragment_bytes: int = Field(64 * 2**20, ge=1, description="most bytes of encoded images in one output file")
     batch_size: int = Field(8, ge=1, description="images per forward pass")
     precision: Literal["bf16", "fp32"] = "bf16"
-    num_predictors: int = Field(1, ge=1)
+    num_fetch_threads: int = Field(16, ge=1, description="images of a fragment that are fetched at a time")
+    num_predictors: int | None = Field(
+        None, ge=1, description="processes that hold the model; null: one for each GPU, or nearly one for each CPU"
+    )
     num_gpus_per_predictor: float = Field(0, ge=0)
     mask_encoding: Literal["raw", "png"] = "raw"
     max_image_px: int = Field(DEFAULT_MAX_IMAGE_PX, ge=1, description="larger images become error rows: too_large")
@@ -46,7 +49,7 @@ class SegmentSettings(Section):
 
         Which images there are is the listing's part of it.
         """
-        speed = {"num_predictors", "num_gpus_per_predictor"}
+        speed = {"num_fetch_threads", "num_predictors", "num_gpus_per_predictor"}
         listing = {"extensions", "recursive", "split", "relist"}
         outcome = {"max_error_fraction", "num_report_images", "retry_errors"}
         return self.model_dump(mode="json", exclude={*speed, *listing, *outcome})

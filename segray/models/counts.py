@@ -3,6 +3,7 @@
 import torch
 from torch.nn import functional
 
+_BIN_DTYPES = (torch.uint8, torch.int16, torch.int32, torch.int64)  # the smaller, the faster
 _BOUNDARY_SHARE = 0.02  # of the image's diagonal, the width of a boundary in the paper
 
 
@@ -18,10 +19,14 @@ def compute_confusion(truth: torch.Tensor, mask: torch.Tensor, num_classes: int,
     Returns:
         (C, C) int64.
     """
-    truth = truth.to(torch.int64)  # uint16, above 255 classes, can do little on a GPU
-    scored = truth != ignore_index
-    pairs = truth[scored] * num_classes + mask[scored].to(torch.int64)
-    return torch.bincount(pairs, minlength=num_classes**2).reshape(num_classes, num_classes)
+    num_bins = (num_classes + 1) * num_classes  # a row more, for what is not scored: to count is less than to take out
+    dtype = next(dtype for dtype in _BIN_DTYPES if num_bins - 1 <= torch.iinfo(dtype).max)
+    if truth.dtype == torch.uint16:  # above 255 classes; torch can do little with it
+        truth = truth.to(torch.int32)
+    row = truth.masked_fill(truth == ignore_index, num_classes).to(dtype)
+    bins = row.mul_(num_classes).add_(mask.to(dtype))
+    counts = torch.bincount(bins.flatten(), minlength=num_bins)
+    return counts[: num_classes**2].reshape(num_classes, num_classes)
 
 
 def compute_boundary_counts(

@@ -1,6 +1,7 @@
 """CPU stage: a fragment number to images at the model's input size. A bad image becomes an error, not an exception."""
 
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
@@ -10,13 +11,13 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from segray.classes import ClassMap
+from segray.config import SegmentSettings
 from segray.errors import FaultKind, ImageFault
-from segray.images import resize_image
-from segray.samples import read_image_with_note, read_truth
+from segray.images import decode_image_with_note, resize_image
+from segray.samples import decode_truth, fetch_image, fetch_mask
 from segray.segment.ledger import MAX_DEATHS_PER_IMAGE, LedgerClient, Orders
 from segray.segment.plan import load_fragment
-
-_NUM_THREADS = 4  # an object store answers in tens of milliseconds, in which other images can be decoded
+from segray.segment.profile import STEPS_TYPE, Step, Stopwatch
 
 _ROW = pa.struct(
     [
@@ -34,8 +35,18 @@ DECODED_SCHEMA = pa.schema(
         ("rows", pa.large_list(_ROW)),  # every planned image, in plan order
         ("images", pa.large_binary()),  # (n, H, W, 3) uint8 of the n images without an error, in plan order
         ("truths", pa.large_list(pa.large_binary())),  # their class-index maps at their own size; null without truth
+        ("steps", STEPS_TYPE),
     ]
 )
+
+
+@dataclass(frozen=True)
+class _Fetched:
+    """The files of one planned image, still encoded."""
+
+    image: bytes
+    mask: bytes | None
+    mask_fault: ImageFault | None = None
 
 
 @dataclass(frozen=True)
@@ -56,7 +67,7 @@ class FragmentDecoder:
         cut_sha256: str,
         classes: ClassMap,
         image_size: tuple[int, int],
-        max_image_px: int,
+        settings: SegmentSettings,
         has_truth: bool,
         ledger: LedgerClient,
     ) -> None:
@@ -64,7 +75,8 @@ class FragmentDecoder:
         self._cut_sha256 = cut_sha256
         self._classes = classes
         self._image_size = image_size
-        self._max_image_px = max_image_px
+        self._max_image_px = settings.max_image_px
+        self._num_fetch_threads = settings.num_fetch_threads
         self._has_truth = has_truth
         self._ledger = ledger
 
@@ -77,23 +89,35 @@ class FragmentDecoder:
         fragment = batch["fragment"][0].as_py()
         orders = self._ledger.begin(fragment)
         planned = load_fragment(self._output_uri, self._cut_sha256, fragment).to_pylist()
-        decoded = self._decode_carefully(fragment, planned, orders) if orders.is_careful else self._decode_all(planned)
-        packed = pack_decoded(fragment, decoded)
+        watch = Stopwatch()
+        if orders.is_careful:
+            decoded = self._decode_carefully(fragment, planned, orders, watch)
+        else:
+            decoded = self._decode_all(planned, watch)
+        packed = pack_decoded(fragment, decoded, watch)
         self._ledger.end(fragment, orders)
         return packed
 
-    def _decode_all(self, planned: list[dict[str, Any]]) -> list[DecodedImage]:
-        def decode(image: dict[str, Any]) -> DecodedImage | None:
-            try:
-                return self._decode(image)
-            except MemoryError:  # beside others it was too much; alone it may do
-                return None
+    def _decode_all(self, planned: list[dict[str, Any]], watch: Stopwatch) -> list[DecodedImage]:
+        """Fetch in many threads, which wait for the store, and decode in this one: the task has one CPU."""
+        pool, ahead = ThreadPoolExecutor(self._num_fetch_threads), self._num_fetch_threads
+        decoded: list[DecodedImage | None] = []
+        try:
+            waiting = deque(pool.submit(self._fetch, image, watch) for image in planned[:ahead])
+            for number, image in enumerate(planned):
+                fetching = waiting.popleft()
+                waiting.extend(pool.submit(self._fetch, later, watch) for later in planned[number + ahead :][:1])
+                try:
+                    decoded.append(self._decode(image, fetching.result, watch))
+                except MemoryError:  # beside others it was too much; alone it may do
+                    decoded.append(None)
+        finally:
+            pool.shutdown(cancel_futures=True)
+        return [item or self._decode_alone(image, watch) for item, image in zip(decoded, planned, strict=True)]
 
-        with ThreadPoolExecutor(_NUM_THREADS) as pool:
-            decoded = list(pool.map(decode, planned))
-        return [item or self._decode_alone(image) for item, image in zip(decoded, planned, strict=True)]
-
-    def _decode_carefully(self, fragment: int, planned: list[dict[str, Any]], orders: Orders) -> list[DecodedImage]:
+    def _decode_carefully(
+        self, fragment: int, planned: list[dict[str, Any]], orders: Orders, watch: Stopwatch
+    ) -> list[DecodedImage]:
         decoded = {}
         for index in orders.sort(len(planned)):
             if index in orders.failed:
@@ -101,30 +125,44 @@ class FragmentDecoder:
                 decoded[index] = _fail(planned[index], FaultKind.FAILED, message)
             else:
                 self._ledger.enter(fragment, orders, index)
-                decoded[index] = self._decode_alone(planned[index])
+                decoded[index] = self._decode_alone(planned[index], watch)
         self._ledger.enter(fragment, orders, None)
         return [decoded[index] for index in range(len(planned))]
 
-    def _decode_alone(self, image: dict[str, Any]) -> DecodedImage:
+    def _decode_alone(self, image: dict[str, Any], watch: Stopwatch) -> DecodedImage:
         try:
-            return self._decode(image)
+            return self._decode(image, lambda: self._fetch(image, watch), watch)
         except MemoryError:
             return _fail(image, FaultKind.FAILED, "not enough memory to decode it; see segment.max_image_px")
 
-    def _decode(self, planned: dict[str, Any]) -> DecodedImage:
+    def _fetch(self, planned: dict[str, Any], watch: Stopwatch) -> _Fetched:
+        with watch.measure(Step.FETCH):
+            image = fetch_image(planned["uri"], planned["etag"])
+            if not self._has_truth or planned["mask_uri"] is None:
+                return _Fetched(image, None)
+            try:
+                return _Fetched(image, fetch_mask(planned["mask_uri"], planned["mask_etag"]))
+            except ImageFault as fault:  # of the mask; what is wrong with the image comes first
+                return _Fetched(image, None, fault)
+
+    def _decode(self, planned: dict[str, Any], fetch: Callable[[], _Fetched], watch: Stopwatch) -> DecodedImage:
         row: dict[str, Any] = {"uri": planned["uri"]}
         try:
-            image, note = read_image_with_note(planned["uri"], self._max_image_px, planned["etag"])
-            row |= {"height": image.shape[0], "width": image.shape[1], "note": note}
-            truth = self._read_truth(planned, image.shape[:2]) if self._has_truth else None
+            fetched = fetch()
+            with watch.measure(Step.DECODE):
+                image, note = decode_image_with_note(fetched.image, self._max_image_px)
+                row |= {"height": image.shape[0], "width": image.shape[1], "note": note}
+                truth = self._decode_truth(fetched, image.shape[:2]) if self._has_truth else None
+                return DecodedImage(row, resize_image(image, self._image_size), truth)
         except ImageFault as fault:
             return _fail(row, fault.kind, str(fault))
-        return DecodedImage(row, resize_image(image, self._image_size), truth)
 
-    def _read_truth(self, planned: dict[str, Any], size: tuple[int, ...]) -> npt.NDArray[np.integer]:
-        if planned["mask_uri"] is None:
+    def _decode_truth(self, fetched: _Fetched, size: tuple[int, ...]) -> npt.NDArray[np.integer]:
+        if fetched.mask_fault is not None:
+            raise fetched.mask_fault
+        if fetched.mask is None:
             raise ImageFault(FaultKind.MASK_MISSING, "no mask of this name under --masks, or none in the manifest")
-        return read_truth(planned["mask_uri"], size, self._classes, self._max_image_px, planned["mask_etag"])
+        return decode_truth(fetched.mask, size, self._classes, self._max_image_px)
 
 
 def _fail(image: dict[str, Any], kind: FaultKind, message: str) -> DecodedImage:
@@ -132,14 +170,21 @@ def _fail(image: dict[str, Any], kind: FaultKind, message: str) -> DecodedImage:
     return DecodedImage({**known, "error_kind": str(kind), "error_message": message})
 
 
-def pack_decoded(fragment: int, decoded: Sequence[DecodedImage]) -> pa.Table:
+def pack_decoded(fragment: int, decoded: Sequence[DecodedImage], watch: Stopwatch) -> pa.Table:
     """Return a fragment as one row of ``DECODED_SCHEMA``."""
-    usable = [item for item in decoded if item.image is not None]
-    images = np.stack([item.image for item in usable if item.image is not None]).tobytes() if usable else b""
-    columns = {
-        "fragment": [fragment],
-        "rows": [[item.row for item in decoded]],
-        "images": [images],
-        "truths": [[None if item.truth is None else item.truth.tobytes() for item in usable]],
-    }
-    return pa.table(columns, schema=DECODED_SCHEMA)
+    with watch.measure(Step.PACK):
+        usable = [item for item in decoded if item.image is not None]
+        images = b"".join(np.ascontiguousarray(item.image).data for item in usable)
+        columns = {
+            "fragment": [fragment],
+            "rows": [[item.row for item in decoded]],
+            "images": _wrap_bytes(images),
+            "truths": [[None if item.truth is None else item.truth.tobytes() for item in usable]],
+        }
+    return pa.table({**columns, "steps": [watch.to_rows()]}, schema=DECODED_SCHEMA)
+
+
+def _wrap_bytes(content: bytes) -> pa.Array:
+    """Return a column of one value without copying it."""
+    offsets = pa.py_buffer(np.array([0, len(content)], np.int64))
+    return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(content)])

@@ -1,10 +1,12 @@
 """From a bundle and images to a finished run folder; calling it again goes on, or finds it finished."""
 
+import time
+
 from rich.console import Console
 from rich.table import Table
 
 from segray.bundle import BundleManifest, load_manifest, read_weights
-from segray.cluster import connect_ray
+from segray.cluster import connect_ray, count_cores
 from segray.config import SegmentSettings
 from segray.errors import TooManyErrorRows
 from segray.progress import build_bar
@@ -12,6 +14,7 @@ from segray.segment.binding import BoundRun, bind_run
 from segray.segment.inputs import open_sources
 from segray.segment.job import SegmentJob, SegmentOutcome
 from segray.segment.plan import count_images, remove_other_plans
+from segray.segment.profile import Profile, print_profile
 from segray.segment.report import build_report
 from segray.segment.run import format_run, get_run_uri, require_same_plan, write_if_changed
 from segray.segment.summary import build_summary, format_cell, format_summary_parquet, tally_fragments
@@ -30,13 +33,19 @@ _TABLE_COLUMNS = {
 _RESULTS = {"summary.parquet", "report.html"}  # made from the rows, when all are there
 
 
-def run_segmentation(job: SegmentJob, console: Console) -> SegmentOutcome:
+def run_segmentation(job: SegmentJob, console: Console, with_profile: bool = False) -> SegmentOutcome:
     """Segment every image, connecting to Ray if there is anything left to do.
+
+    Args:
+        job: What to do.
+        console: For progress, and what a user has to know.
+        with_profile: Print where the time went.
 
     Raises:
         SegrayError: The input is unusable, the output belongs to another run, or the world failed. What was finished
             stays, and the same call goes on from there.
     """
+    started_s = time.monotonic()
     job = job.normalize()
     output = job.output_uri
     manifest, bundle_sha256 = load_manifest(job.bundle_uri)
@@ -44,7 +53,11 @@ def run_segmentation(job: SegmentJob, console: Console) -> SegmentOutcome:
     # one clear line for damaged weights, before anything is written or started
     run = bind_run(job, sources, bundle_sha256, lambda: read_weights(job.bundle_uri, manifest), console)
     if run.pending:
-        _run_pending(job, manifest, run, console)
+        profile = _run_pending(job, manifest, run, console, started_s)
+        if with_profile:
+            print_profile(profile, console)
+    elif with_profile:
+        console.print("nothing is left to do, and no time to profile", highlight=False)
     with console.status("summing up"):
         tally = tally_fragments(output, range(run.plan.num_fragments), manifest.classes.num_classes)
         summary = build_summary(tally, manifest.classes)
@@ -63,22 +76,19 @@ def run_segmentation(job: SegmentJob, console: Console) -> SegmentOutcome:
     return outcome
 
 
-def _run_pending(job: SegmentJob, manifest: BundleManifest, run: BoundRun, console: Console) -> None:
-    settings, pending = job.settings, run.pending
+def _run_pending(
+    job: SegmentJob, manifest: BundleManifest, run: BoundRun, console: Console, started_s: float
+) -> Profile:
+    pending = run.pending
     num_pending = int(count_images(job.output_uri, run.plan)[pending].sum())
-    console.print(
-        f"segmenting {num_pending} of {run.plan.num_images} images in {len(pending)} fragments, "
-        f"{settings.num_predictors} predictor{'s' if settings.num_predictors > 1 else ''} "
-        f"on {'GPU' if settings.num_gpus_per_predictor else 'CPU'} ({settings.precision}), "
-        f"{manifest.model.arch}/{manifest.model.encoder_name}, {len(manifest.class_names)} classes",
-        highlight=False,
-    )
-    num_errors = 0
     with build_bar(console, "images") as bar:
         task = bar.add_task("segment", total=num_pending, note="starting")
-        with connect_ray(*_count_resources(settings)):
-            from segray.segment.pipeline import run_pipeline  # 6 s of imports: not before the input has been looked at
+        with connect_ray(*_count_resources(job.settings)):
+            from segray.segment.pipeline import choose_num_predictors, run_pipeline  # 6 s of imports: not before
 
+            settings = job.settings.model_copy(update={"num_predictors": choose_num_predictors(job.settings)})
+            _print_plan(settings, manifest, run, num_pending, console)
+            profile, num_errors = Profile(settings.num_predictors or 0, started_s), 0
             for done in run_pipeline(
                 pending,
                 replaced=run.replaced,
@@ -90,13 +100,33 @@ def _run_pending(job: SegmentJob, manifest: BundleManifest, run: BoundRun, conso
                 settings=settings,
                 has_truth=run.has_truth,
             ):
+                num_images = done["num_ok"] + done["num_errors"]
                 num_errors += done["num_errors"]
-                bar.update(task, advance=done["num_ok"] + done["num_errors"], note=f"{num_errors} errors")
+                profile.add(num_images, done["steps"])
+                bar.update(task, advance=num_images, note=f"{num_errors} errors")
+    return profile
+
+
+def _print_plan(
+    settings: SegmentSettings, manifest: BundleManifest, run: BoundRun, num_pending: int, console: Console
+) -> None:
+    num_predictors = settings.num_predictors or 0
+    console.print(
+        f"segmenting {num_pending} of {run.plan.num_images} images in {len(run.pending)} fragments, "
+        f"{num_predictors} predictor{'s' if num_predictors > 1 else ''} "
+        f"on {'GPU' if settings.num_gpus_per_predictor else 'CPU'} ({settings.precision}), "
+        f"{manifest.model.arch}/{manifest.model.encoder_name}, {len(manifest.class_names)} classes",
+        highlight=False,
+    )
 
 
 def _count_resources(settings: SegmentSettings) -> tuple[float, float]:
     """Return the CPUs and GPUs that a run needs at least: every predictor, and beside them decoding and writing."""
-    return settings.num_predictors + 2, settings.num_predictors * settings.num_gpus_per_predictor
+    if settings.num_gpus_per_predictor:
+        num_predictors = settings.num_predictors or 1
+    else:
+        num_predictors = settings.num_predictors or count_cores()
+    return num_predictors + 2, num_predictors * settings.num_gpus_per_predictor
 
 
 def print_outcome(outcome: SegmentOutcome, console: Console) -> None:

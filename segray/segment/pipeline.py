@@ -23,6 +23,7 @@ from segray.segment.writer import FragmentWriter
 # The ledger says when to stop, for it knows whether there is any progress; this is for what dies before it can ask.
 _AGAIN = 100
 _MAX_WRITES = 10  # a writer holds no image that could kill it
+_PREDICTOR_BYTES = 2 * 2**30  # libraries, weights, and a batch of activations of a resnet18 U-Net: 1.3 GiB
 _WRITE_CPUS = 0.25  # writing mostly waits
 _ONE_FRAGMENT: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
 
@@ -38,8 +39,8 @@ def run_pipeline(
     manifest: BundleManifest,
     settings: SegmentSettings,
     has_truth: bool,
-) -> Iterator[dict[str, int]]:
-    """Make the given fragments of a planned run; yield ``fragment``, ``num_ok`` and ``num_errors`` as each is written.
+) -> Iterator[dict[str, Any]]:
+    """Make the given fragments of a planned run; yield a row of ``WRITTEN_SCHEMA`` as each is written.
 
     Raises:
         SegrayError: What a stage raised; fragments that were written stay, and need not be made again.
@@ -51,15 +52,16 @@ def run_pipeline(
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
     context.target_max_block_size = None  # a fragment is never cut
     context.raise_original_map_exception = True  # else only the text of a stage's error arrives here
+    num_predictors = choose_num_predictors(settings)
     with translated_ray_errors("segmenting"):
         classes = manifest.classes
-        ledger = start_ledger(settings.num_predictors)
+        ledger = start_ledger(num_predictors)
         decode = FragmentDecoder(
             output_uri,
             cut_sha256,
             classes,
             manifest.image_size,
-            settings.max_image_px,
+            settings,
             has_truth,
             LedgerClient(DECODE, ledger),
         )
@@ -74,10 +76,10 @@ def run_pipeline(
                     bundle_uri,
                     bundle_sha256,
                     settings,
-                    _count_predictors_per_node(settings),
+                    _count_predictors_per_node(num_predictors),
                     LedgerClient(PREDICT, ledger),
                 ),
-                compute=ActorPoolStrategy(size=settings.num_predictors),
+                compute=ActorPoolStrategy(size=num_predictors),
                 num_cpus=1,
                 num_gpus=settings.num_gpus_per_predictor,
                 max_restarts=_AGAIN,
@@ -88,6 +90,22 @@ def run_pipeline(
         yield from written.iter_rows()
 
 
-def _count_predictors_per_node(settings: SegmentSettings) -> int:
+def choose_num_predictors(settings: SegmentSettings) -> int:
+    """Return how many predictors there will be: as many as were asked for, or as the cluster of this moment can have.
+
+    On CPUs one for each but an eighth, which decodes and writes, and two at least: a predictor of one thread is as fast
+    as the thread of a larger one, and never waits for another. Each is allowed for 2 GiB of the nodes' memory.
+    """
+    if settings.num_predictors:
+        return settings.num_predictors
+    resources = ray.cluster_resources()
+    if settings.num_gpus_per_predictor:
+        return max(1, int(resources.get("GPU", 0) / settings.num_gpus_per_predictor))
+    num_cpus = int(resources.get("CPU", 0))
+    num_in_memory = int(resources.get("memory", 0) / _PREDICTOR_BYTES)
+    return max(1, min(num_cpus - 2, num_cpus * 7 // 8, num_in_memory))
+
+
+def _count_predictors_per_node(num_predictors: int) -> int:
     num_nodes = sum(bool(node["Alive"]) for node in ray.nodes())
-    return -(-settings.num_predictors // max(1, num_nodes))
+    return -(-num_predictors // max(1, num_nodes))

@@ -1,5 +1,6 @@
 """GPU (or CPU) stage: holds the model, and maps decoded fragments to finished rows with raw masks."""
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -15,13 +16,21 @@ from segray.config import SegmentSettings
 from segray.errors import BundleError, ClusterError, FaultKind, SegrayError
 from segray.metrics import compute_dice, compute_iou, count_from_confusion, to_nullable
 from segray.models.counts import compute_confusion
+from segray.models.folding import fold_norms
 from segray.models.precision import autocast
 from segray.models.prediction import predict_image
 from segray.schema import IMAGES_SCHEMA
 from segray.segment.ledger import MAX_DEATHS_PER_IMAGE, LedgerClient, Orders
+from segray.segment.profile import STEPS_TYPE, Step, Stopwatch
 from segray.transforms import pad_batch
 
-PREDICTED_SCHEMA = pa.schema([("fragment", pa.int64()), ("rows", pa.large_list(pa.struct(list(IMAGES_SCHEMA))))])
+PREDICTED_SCHEMA = pa.schema(
+    [
+        ("fragment", pa.int64()),
+        ("rows", pa.large_list(pa.struct(list(IMAGES_SCHEMA)))),
+        ("steps", STEPS_TYPE),
+    ]
+)
 
 
 @dataclass
@@ -55,6 +64,7 @@ class FragmentPredictor:
     ) -> None:
         self._ledger = ledger
         self._error: SegrayError | None = None
+        self._idle_since_s: float | None = None
         try:
             ledger.start_predictor()
             self._set_up(bundle_uri, bundle_sha256, settings, num_predictors_per_node)
@@ -74,7 +84,8 @@ class FragmentPredictor:
         self._classes = bundle.manifest.classes
         self._preprocessing = bundle.manifest.preprocessing
         self._image_size = bundle.manifest.image_size
-        self._model = bundle.model.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = fold_norms(bundle.model, self._image_size)
+        self._model = model.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Predict one fragment.
@@ -84,6 +95,9 @@ class FragmentPredictor:
         """
         if self._error is not None:
             raise self._error
+        watch = Stopwatch(time.process_time)
+        if self._idle_since_s is not None:
+            watch.add(Step.WAIT, time.perf_counter() - self._idle_since_s)
         decoded = batch.to_batches()[0]
         fragment = decoded["fragment"][0].as_py()
         rows = decoded["rows"][0].as_py()
@@ -94,16 +108,21 @@ class FragmentPredictor:
             usable[position].pixels = pixels[position]
             usable[position].truth = truth.as_buffer() if truth.is_valid else None
         if orders.is_careful:
-            self._predict_carefully(fragment, usable, orders)
+            self._predict_carefully(fragment, usable, orders, watch)
         else:
-            self._predict(usable)
-        for row in rows:
-            row["status"] = "ok" if row["error_kind"] is None else "error"
-        predicted = pa.table({"fragment": decoded["fragment"], "rows": [rows]}, schema=PREDICTED_SCHEMA)
+            self._predict(usable, watch)
+        with watch.measure(Step.COUNT):
+            for row in rows:
+                row["status"] = "ok" if row["error_kind"] is None else "error"
+            field = PREDICTED_SCHEMA.field("rows")
+            columns = {"fragment": decoded["fragment"], "rows": pa.array([rows], field.type)}
+        columns["steps"] = pa.array([decoded["steps"][0].as_py() + watch.to_rows()], STEPS_TYPE)
+        predicted = pa.table(columns, schema=PREDICTED_SCHEMA)
         self._ledger.end(fragment, orders)
+        self._idle_since_s = time.perf_counter()
         return predicted
 
-    def _predict_carefully(self, fragment: int, images: Sequence[_Usable], orders: Orders) -> None:
+    def _predict_carefully(self, fragment: int, images: Sequence[_Usable], orders: Orders, watch: Stopwatch) -> None:
         """Predict image after image: batches are padded, so that no bit of a result depends on its neighbours."""
         by_place = {image.index: image for image in images}
         for index in orders.sort(1 + max(by_place, default=-1)):
@@ -115,16 +134,19 @@ class FragmentPredictor:
                 image.row |= {"error_kind": str(FaultKind.FAILED), "error_message": message, "note": None}
             else:
                 self._ledger.enter(fragment, orders, index)
-                self._predict([image])
+                self._predict([image], watch)
         self._ledger.enter(fragment, orders, None)
 
-    def _predict(self, images: Sequence[_Usable]) -> None:
+    def _predict(self, images: Sequence[_Usable], watch: Stopwatch) -> None:
         """Add to the rows what depends on the prediction."""
         size = self._settings.batch_size
         for start in range(0, len(images), size):
             batch = images[start : start + size]
-            for image, logits_chw in zip(batch, self._compute_logits(batch), strict=True):
-                image.row |= self._finish(logits_chw, (image.row["height"], image.row["width"]), image.truth)
+            with watch.measure(Step.PREDICT):
+                logits_nchw = self._compute_logits(batch)
+            with watch.measure(Step.COUNT):  # of a GPU's model too, for here its results are waited for
+                for image, logits_chw in zip(batch, logits_nchw, strict=True):
+                    image.row |= self._finish(logits_chw, (image.row["height"], image.row["width"]), image.truth)
 
     def _compute_logits(self, images: Sequence[_Usable]) -> torch.Tensor:
         """Return the logits (n, C, h, w) of at most ``batch_size`` images; the pass has the same shape for any n."""

@@ -10,10 +10,13 @@ from segray.classes import ClassMap
 from segray.images import encode_mask_png
 from segray.schema import IMAGES_SCHEMA
 from segray.segment.plan import get_fragment_uri
+from segray.segment.profile import STEPS_TYPE, Step, Stopwatch
 from segray.storage import create_bytes, write_bytes
 
 _REPEATED = ["status", "error_kind", "mask_encoding"]
-WRITTEN_SCHEMA = pa.schema([("fragment", pa.int64()), ("num_ok", pa.int64()), ("num_errors", pa.int64())])
+WRITTEN_SCHEMA = pa.schema(
+    [("fragment", pa.int64()), ("num_ok", pa.int64()), ("num_errors", pa.int64()), ("steps", STEPS_TYPE)]
+)
 
 
 class FragmentWriter:
@@ -34,21 +37,31 @@ class FragmentWriter:
         """
         predicted = batch.to_batches()[0]
         fragment = predicted["fragment"][0].as_py()
-        rows = predicted["rows"].flatten()
-        table = pa.table(rows.flatten(), schema=IMAGES_SCHEMA)
-        if self._mask_encoding == "png":
-            table = self._encode_masks(table)
-        buffer = io.BytesIO()
-        # masks do not repeat: a dictionary of them would only cost
-        pq.write_table(table, buffer, compression="zstd", use_dictionary=_REPEATED, write_page_checksum=True)
+        watch = Stopwatch()
+        with watch.measure(Step.ENCODE):
+            table = pa.table(predicted["rows"].flatten().flatten(), schema=IMAGES_SCHEMA)
+            if self._mask_encoding == "png":
+                table = self._encode_masks(table)
+            buffer = io.BytesIO()
+            # masks do not repeat: a dictionary of them would only cost
+            pq.write_table(table, buffer, compression="zstd", use_dictionary=_REPEATED, write_page_checksum=True)
+        with watch.measure(Step.WRITE):
+            self._store(fragment, buffer)
+        num_errors = table["error_kind"].length() - table["error_kind"].null_count
+        written = {
+            "fragment": fragment,
+            "num_ok": len(table) - num_errors,
+            "num_errors": num_errors,
+            "steps": predicted["steps"][0].as_py() + watch.to_rows(),
+        }
+        return pa.Table.from_pylist([written], WRITTEN_SCHEMA)
+
+    def _store(self, fragment: int, content: io.BytesIO) -> None:
         uri = get_fragment_uri(self._output_uri, fragment)
         if fragment in self._replaced:
-            write_bytes(uri, buffer.getbuffer())
+            write_bytes(uri, content.getbuffer())
         else:  # whoever comes second leaves what is there: should the world have changed, one state of it is told
-            create_bytes(uri, buffer.getvalue())
-        num_errors = table["error_kind"].length() - table["error_kind"].null_count
-        counts = {"fragment": [fragment], "num_ok": [len(table) - num_errors], "num_errors": [num_errors]}
-        return pa.table(counts, schema=WRITTEN_SCHEMA)
+            create_bytes(uri, content.getvalue())
 
     def _encode_masks(self, table: pa.Table) -> pa.Table:
         columns = ("mask", "height", "width")

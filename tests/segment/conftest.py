@@ -15,7 +15,7 @@ from segray.segment.driver import run_segmentation
 from segray.segment.job import SegmentJob, SegmentOutcome
 
 NUM_IMAGES = 10
-SETTINGS = SegmentSettings(fragment_size=4, batch_size=3, precision="fp32")
+SETTINGS = SegmentSettings(fragment_size=4, batch_size=3, precision="fp32", num_predictors=1)
 
 
 def segment(

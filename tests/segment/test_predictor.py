@@ -13,6 +13,7 @@ from segray.errors import BundleError
 from segray.segment.decode import DecodedImage, pack_decoded
 from segray.segment.ledger import PREDICT
 from segray.segment.predictor import FragmentPredictor
+from segray.segment.profile import Stopwatch
 from tests.conftest import PET_CLASSES, SHAPE_SIZE, save_pet_bundle
 from tests.segment.local_ledger import LocalLedger
 
@@ -31,7 +32,7 @@ def bundle(bundle_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def predict(bundle: Path, decoded: list[DecodedImage]) -> list[dict[str, Any]]:
     predictor = FragmentPredictor(str(bundle), load_bundle(str(bundle)).sha256, SETTINGS, 1, LocalLedger(PREDICT))
-    rows: list[dict[str, Any]] = predictor(pack_decoded(7, decoded))["rows"][0].as_py()
+    rows: list[dict[str, Any]] = predictor(pack_decoded(7, decoded, Stopwatch()))["rows"][0].as_py()
     return rows
 
 
@@ -73,4 +74,4 @@ def test_a_bundle_that_was_replaced_is_refused_with_the_first_fragment(bundle: P
     (other / "bundle.json").write_text((other / "bundle.json").read_text() + "\n")
     predictor = FragmentPredictor(str(other), planned, SETTINGS, 1, LocalLedger(PREDICT))
     with pytest.raises(BundleError, match="replaced while the run was going on"):
-        predictor(pack_decoded(0, [make_image("a")]))
+        predictor(pack_decoded(0, [make_image("a")], Stopwatch()))

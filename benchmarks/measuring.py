@@ -1,0 +1,108 @@
+"""What every benchmark needs: the machine's description, processes measured from outside, a table and a JSON."""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import psutil
+from rich.console import Console
+from rich.table import Table
+
+_RESULTS = Path(__file__).parent / "results"
+_PACKAGES = ("ray", "torch", "torchvision", "segmentation-models-pytorch", "pyarrow", "numpy", "pillow")
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A process from its start to its end.
+
+    Attributes:
+        wall_s: Its time.
+        busy_core_s: Time that the machine's cores were busy meanwhile, whoever kept them so: Ray's processes too.
+        started_s: When it began, seconds since 1970.
+        output: What it printed, both streams.
+    """
+
+    wall_s: float
+    busy_core_s: float
+    started_s: float
+    output: str
+
+
+def describe_machine(*packages: str) -> dict[str, str]:
+    """Return what a figure has to be read with: processor, cores, memory, GPU, versions, date."""
+    names = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
+    processor = next((line.split(":")[1].strip() for line in names if line.startswith("model name")), "")
+    described = {
+        "date": time.strftime("%Y-%m-%d"),
+        "processor": processor or platform.processor() or platform.machine(),
+        "cores": str(psutil.cpu_count()),
+        "memory": f"{psutil.virtual_memory().total / 2**30:.0f} GiB",
+        "gpu": _describe_gpu(),
+        "python": platform.python_version(),
+    }
+    for package in (*_PACKAGES, *packages):
+        try:
+            described[package] = version(package)
+        except PackageNotFoundError:
+            described[package] = "none"
+    return described
+
+
+def _describe_gpu() -> str:
+    try:
+        asked = subprocess.run(
+            ["nvidia-smi", "--query-gpu=name,driver_version", "--format=csv,noheader"], capture_output=True, text=True
+        )
+    except OSError:
+        return "none"
+    return asked.stdout.strip() or "none"
+
+
+def count_busy_core_s() -> float:
+    """Return the seconds that all cores together have been busy since the machine started."""
+    times = psutil.cpu_times()
+    return float(sum(times) - times.idle - getattr(times, "iowait", 0) - getattr(times, "steal", 0))
+
+
+def run_measured(command: list[str], environment: dict[str, str] | None = None) -> Measured:
+    """Run a process to its end.
+
+    Raises:
+        SystemExit: It failed; with what it printed.
+    """
+    started_s, began, busy = time.time(), time.monotonic(), count_busy_core_s()
+    done = subprocess.run(
+        command,
+        env={**os.environ, **(environment or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    wall_s, busy = time.monotonic() - began, count_busy_core_s() - busy
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}\n{done.stdout}\nexit code {done.returncode}")
+    return Measured(wall_s, busy, started_s, done.stdout)
+
+
+def report(name: str, columns: list[str], rows: list[list[str]], figures: dict[str, Any], *packages: str) -> None:
+    """Print a table, and write it with the figures, the machine and the versions to ``results/<name>.json``."""
+    machine = describe_machine(*packages)
+    table = Table(*columns)
+    for row in rows:
+        table.add_row(*row)
+    console = Console(width=120)
+    console.print(table)
+    console.print(", ".join(f"{key} {value}" for key, value in machine.items()), highlight=False)
+    _RESULTS.mkdir(exist_ok=True)
+    content = {"machine": machine, **figures, "table": [dict(zip(columns, row, strict=True)) for row in rows]}
+    path = _RESULTS / f"{name}.json"
+    path.write_text(json.dumps(content, indent=1) + "\n")
+    console.print(f"written: {path}", highlight=False)

@@ -1,0 +1,145 @@
+"""How near `segray segment` comes to what the arithmetic allows, and how long it takes to begin.
+
+    python benchmarks/segment_bound.py [--num-images 2106] [--rounds 3]
+
+The bound is the number of cores over the core-seconds that an image needs: of the compiled bf16 model, of decoding and
+of encoding, each measured alone on the idle machine. The rate in steady state is that of the fragments of the middle of
+the run, by the times at which their files appeared; CPU outside the model is all that the machine was busy with
+meanwhile, less the model's own as its process counted it.
+"""
+
+import argparse
+import shutil
+import statistics
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from camvid import make_bundle, make_images
+from measuring import Measured, report, run_measured
+
+_FRAGMENT_SIZE = 32
+_BATCH_SIZE = 8
+
+
+def measure_model(bundle: Path) -> float:
+    """Return the core-seconds per image of the compiled bf16 model with its normalisation, on all cores."""
+    from segray.bundle import load_bundle
+    from segray.models.deployable import DeployableModel
+
+    loaded = load_bundle(str(bundle))
+    model = DeployableModel(loaded.model, loaded.manifest.preprocessing).to(memory_format=torch.channels_last)
+    compiled = torch.compile(model)
+    images = torch.randint(0, 255, (_BATCH_SIZE, *loaded.manifest.image_size, 3), dtype=torch.uint8)
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16):
+        for _ in range(3):
+            compiled(images)
+        times = [_time(lambda: compiled(images)) for _ in range(15)]
+    return statistics.median(times) * torch.get_num_threads() / _BATCH_SIZE
+
+
+def measure_decoding(paths: list[Path], size: tuple[int, int]) -> float:
+    """Return the core-seconds per image of decoding and resizing, in one thread."""
+    from segray.images import decode_image, resize_image
+
+    contents = [path.read_bytes() for path in paths]
+    return statistics.median(_time(lambda c=c: resize_image(decode_image(c), size)) for c in contents)
+
+
+def measure_encoding(written: Path) -> float:
+    """Return the core-seconds per image of writing masks and statistics to Parquet, in one thread."""
+    import io
+
+    from pyarrow import parquet as pq
+
+    table = pq.read_table(written)
+
+    def encode() -> None:
+        pq.write_table(table, io.BytesIO(), compression="zstd", use_dictionary=["status"], write_page_checksum=True)
+
+    return statistics.median(_time(encode) for _ in range(15)) / len(table)
+
+
+def _time(act: Any) -> float:
+    began = time.perf_counter()
+    act()
+    return time.perf_counter() - began
+
+
+def segment(bundle: Path, images: Path, output: Path, *overrides: str) -> Measured:
+    """Run the verb as a user does."""
+    shutil.rmtree(output, ignore_errors=True)
+    settings = [f"segment.fragment_size={_FRAGMENT_SIZE}", f"segment.batch_size={_BATCH_SIZE}", *overrides]
+    command = [str(Path(sys.executable).with_name("segray")), "segment", "--profile"]
+    command += ["--bundle", str(bundle), "--images", str(images), "--output", str(output)]
+    return run_measured(command + [part for setting in settings for part in ("--set", setting)])
+
+
+def get_written_times(output: Path) -> list[float]:
+    """Return when each fragment appeared, in that order, seconds since 1970."""
+    return sorted(path.stat().st_mtime for path in (output / "images").glob("part-*.parquet"))
+
+
+def compute_steady_rate(output: Path) -> float:
+    """Return images per second between the first tenth of the fragments and the last."""
+    times = get_written_times(output)
+    margin = max(2, len(times) // 10)
+    middle = times[margin:-margin]
+    return (len(middle) - 1) * _FRAGMENT_SIZE / (middle[-1] - middle[0])
+
+
+def main() -> None:
+    """Measure the parts, then the whole."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--num-images", type=int, default=2106)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--set", action="append", default=[], dest="overrides")
+    arguments = parser.parse_args()
+    bundle = make_bundle()
+    rows, figures = [], {}
+    for extension in ("png", "jpg"):
+        images = make_images(arguments.num_images, extension)
+        output = images.parent / "segmented"
+        rounds = []
+        for _ in range(arguments.rounds):
+            model_s = measure_model(bundle)
+            decoding_s = measure_decoding(sorted(images.iterdir())[:200], (352, 480))
+            run = segment(bundle, images, output, *arguments.overrides)
+            encoding_s = measure_encoding(next((output / "images").iterdir()))
+            rounds.append(
+                {
+                    "model_s": model_s,
+                    "decoding_s": decoding_s,
+                    "encoding_s": encoding_s,
+                    "rate": compute_steady_rate(output),
+                    "first_s": get_written_times(output)[0] - run.started_s,
+                    "wall_s": run.wall_s,
+                    "core_s": run.busy_core_s / arguments.num_images,
+                }
+            )
+            print(run.output)
+            print(rounds[-1], flush=True)
+        cores = torch.get_num_threads()
+        for one in rounds:
+            one["share"] = one["rate"] * (one["model_s"] + one["decoding_s"] + one["encoding_s"]) / cores
+        median = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
+        rows.append(
+            [
+                extension,
+                f"{1000 * median['model_s']:.1f}",
+                f"{1000 * median['decoding_s']:.2f}",
+                f"{1000 * median['encoding_s']:.2f}",
+                f"{median['rate']:.2f}",
+                f"{median['share']:.3f}",
+                f"{median['first_s']:.1f}",
+            ]
+        )
+        figures[extension] = rounds
+    columns = ["input", "model ms", "decode ms", "encode ms", "images/s", "share of the bound", "first fragment s"]
+    report("segment_bound", columns, rows, figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,105 @@
+"""`segray segment`, whole process, beside what one would write without it: the same images, network and machine.
+
+    python benchmarks/segment_rivals.py [--num-images 2106] [--rounds 3] [--only plain-fp32 spark …]
+
+A rival is a script under rivals/, and all write the same columns; segray writes more of them. One after the other, in
+turn, each from the start of its process to its end. PySpark is installed beside the environment at first.
+"""
+
+import argparse
+import shutil
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow.dataset as ds
+from camvid import make_bundle, make_images
+from measuring import report, run_measured
+from segment_bound import segment
+
+_RIVALS = Path(__file__).parent / "rivals"
+_SPARK = "pyspark==4.0.1"
+
+
+def build_commands(
+    bundle: Path, images: Path, output: Path, spark: Path
+) -> dict[str, tuple[list[str], dict[str, str]]]:
+    """Return the command line and environment of each rival."""
+    arguments = [str(bundle), str(images), str(output)]
+
+    def build(script: str, *options: str) -> list[str]:
+        return [sys.executable, str(_RIVALS / script), *arguments, *options]
+
+    return {
+        "script, fp32": (build("plain.py"), {}),
+        "script, bf16 and channels-last": (build("plain.py", "--precision", "bf16"), {}),
+        "Ray Data, as in its guide": (build("ray_data.py"), {"PYTHONPATH": str(_RIVALS)}),
+        "PySpark predict_batch_udf": (
+            build("spark.py"),
+            {"PYTHONPATH": f"{spark}:{_RIVALS}", "PYSPARK_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
+        ),
+    }
+
+
+def read_masks(output: Path) -> dict[str, bytes]:
+    """Return the masks that were written, by the names of the images."""
+    files = [str(path) for path in sorted(output.rglob("*.parquet")) if path.name != "summary.parquet"]
+    table = ds.dataset([path for path in files if "/plan/" not in path]).to_table(columns=["uri", "mask"])
+    return {
+        Path(uri).name: mask for uri, mask in zip(*(table[name].to_pylist() for name in ("uri", "mask")), strict=True)
+    }
+
+
+def compare(ours: dict[str, bytes], theirs: dict[str, bytes]) -> float:
+    """Return the share of pixels that are of the same class in both."""
+    assert ours.keys() == theirs.keys(), f"{len(ours)} images, {len(theirs)} of theirs"
+    pairs = [(np.frombuffer(ours[name], np.uint8), np.frombuffer(theirs[name], np.uint8)) for name in ours]
+    return sum(int((mine == other).sum()) for mine, other in pairs) / sum(mine.size for mine, _ in pairs)
+
+
+def main() -> None:
+    """Measure segray and its rivals in turn."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--num-images", type=int, default=2106)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", nargs="*", default=[])
+    arguments = parser.parse_args()
+    bundle, images = make_bundle(), make_images(arguments.num_images)
+    spark = images.parent / "packages"
+    if not spark.exists():
+        uv = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--target", str(spark)]
+        subprocess.run([*uv, _SPARK], check=True)
+    ours, theirs = images.parent / "segmented", images.parent / "rival"
+    times: dict[str, list[float]] = {"segray": []}
+    agreement = {}
+    for number in range(arguments.rounds):
+        times["segray"].append(segment(bundle, images, ours).wall_s)
+        print("segray", times["segray"][-1], flush=True)
+        for name, (command, environment) in build_commands(bundle, images, theirs, spark).items():
+            if arguments.only and not any(word in name for word in arguments.only):
+                continue
+            shutil.rmtree(theirs, ignore_errors=True)
+            times.setdefault(name, []).append(run_measured(command, environment).wall_s)
+            print(name, times[name][-1], flush=True)
+            if number == 0:
+                agreement[name] = compare(read_masks(ours), read_masks(theirs))
+    median = {name: statistics.median(values) for name, values in times.items()}
+    rows = [
+        [
+            name,
+            f"{seconds:.0f}",
+            f"{arguments.num_images / seconds:.1f}",
+            f"{seconds / median['segray']:.2f}",
+            f"{agreement[name]:.4%}" if name in agreement else "",
+        ]
+        for name, seconds in median.items()
+    ]
+    columns = ["whole process", "s", "images/s", "times as long as segray", "pixels of the same class"]
+    figures = {"num_images": arguments.num_images, "seconds": times, "agreement": agreement}
+    report("segment_rivals", columns, rows, figures, "pyspark")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""A training step with real data beside the same step with one batch that is there already.
+
+    python benchmarks/train_step.py [--rounds 5]
+
+The U-Net of jobs/camvid.yaml with its augmentation, in one process. Batches are read, decoded, augmented and stacked by
+the feed's threads on the same cores that compute; the synthetic batch costs nothing but the step. Twenty steps of each
+in turn; the first epoch, in which images are read and decoded, is told apart.
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator
+from itertools import repeat
+from pathlib import Path
+
+import torch
+from measuring import report
+
+from segray.augmentation import Augmentation
+from segray.config import TrainConfig, load_config
+from segray.losses import SegmentationLoss
+from segray.manifest import load_splits
+from segray.models.build import build_model
+from segray.train.feed import SampleStore, TrainBatch, iterate_training
+from segray.train.job import get_classes
+from segray.train.optimisation import build_optimizer
+from segray.train.steps import Learner, train_step
+from segray.transforms import Preprocessing
+
+_STEPS = 20
+
+
+def main() -> None:
+    """Measure both in turn."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=5)
+    rounds = parser.parse_args().rounds
+    config = load_config(TrainConfig, str(Path(__file__).parents[1] / "jobs/camvid.yaml"), [])
+    splits, classes, settings = load_splits(config.data), get_classes(config), config.train
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = build_model(config.model, classes.num_classes).to(device).to(memory_format=torch.channels_last).train()
+    learner = Learner(
+        replica=model,
+        loss=SegmentationLoss(config.loss, classes.ignore_index, None),
+        optimizer=build_optimizer(model, settings),
+        scaler=torch.amp.GradScaler(device.type, enabled=False),
+        preprocessing=Preprocessing(),
+        device=device,
+        precision=settings.precision,
+    )
+    batches = iterate_training(
+        splits.train,
+        SampleStore(classes, settings.cache_bytes),
+        Augmentation(config.augmentation, config.image_size, classes.ignore_index),
+        steps=range(10**6),
+        global_batch_size=settings.global_batch_size,
+        num_parts=1,
+        seed=0,
+        world_rank=0,
+        world_size=1,
+        num_threads=settings.num_decode_threads,
+    )
+    synthetic = next(batches)
+
+    def measure(batches: Iterator[list[TrainBatch]]) -> float:
+        began = time.perf_counter()
+        for _ in range(_STEPS):
+            train_step(learner, next(batches), lambda stage: None)
+        return (time.perf_counter() - began) / _STEPS
+
+    measure(repeat(synthetic))  # oneDNN chooses its kernels
+    num_passes = -(-len(splits.train) // (_STEPS * settings.global_batch_size))
+    first_s = statistics.median(measure(batches) for _ in range(num_passes))
+    times, synthetic_times = [], []
+    for _ in range(rounds):
+        synthetic_times.append(measure(repeat(synthetic)))
+        times.append(measure(batches))
+    real_s, synthetic_s = statistics.median(times), statistics.median(synthetic_times)
+    rows = [
+        ["one batch that is there", f"{1000 * synthetic_s:.0f}", "1.000"],
+        ["real, from the second epoch on", f"{1000 * real_s:.0f}", f"{real_s / synthetic_s:.3f}"],
+        ["real, first epoch", f"{1000 * first_s:.0f}", f"{first_s / synthetic_s:.3f}"],
+    ]
+    figures = {"real_s": times, "synthetic_s": synthetic_times, "first_s": first_s}
+    report("train_step", ["data", "ms per step", "ratio"], rows, figures)
+
+
+if __name__ == "__main__":
+    main()
