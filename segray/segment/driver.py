@@ -86,7 +86,8 @@ def _run_pending(
         with connect_ray(*_count_resources(job.settings)):
             from segray.segment.pipeline import choose_num_predictors, run_pipeline  # 6 s of imports: not before
 
-            settings = job.settings.model_copy(update={"num_predictors": choose_num_predictors(job.settings)})
+            num_predictors = choose_num_predictors(job.settings, len(pending))
+            settings = job.settings.model_copy(update={"num_predictors": num_predictors})
             _print_plan(settings, manifest, run, num_pending, console)
             profile, num_errors = Profile(settings.num_predictors or 0, started_s), 0
             for done in run_pipeline(

@@ -24,6 +24,7 @@ from segray.segment.writer import FragmentWriter
 _AGAIN = 100
 _MAX_WRITES = 10  # a writer holds no image that could kill it
 _PREDICTOR_BYTES = 2 * 2**30  # libraries, weights, and a batch of activations of a resnet18 U-Net: 1.3 GiB
+_FRAGMENTS_PER_PREDICTOR = 4
 _WRITE_CPUS = 0.25  # writing mostly waits
 _ONE_FRAGMENT: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
 
@@ -52,7 +53,7 @@ def run_pipeline(
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
     context.target_max_block_size = None  # a fragment is never cut
     context.raise_original_map_exception = True  # else only the text of a stage's error arrives here
-    num_predictors = choose_num_predictors(settings)
+    num_predictors = choose_num_predictors(settings, len(fragments))
     with translated_ray_errors("segmenting"):
         classes = manifest.classes
         ledger = start_ledger(num_predictors)
@@ -90,11 +91,12 @@ def run_pipeline(
         yield from written.iter_rows()
 
 
-def choose_num_predictors(settings: SegmentSettings) -> int:
+def choose_num_predictors(settings: SegmentSettings, num_fragments: int) -> int:
     """Return how many predictors there will be: as many as were asked for, or as the cluster of this moment can have.
 
     On CPUs one for each but an eighth, which decodes and writes, and two at least: a predictor of one thread is as fast
-    as the thread of a larger one, and never waits for another. Each is allowed for 2 GiB of the nodes' memory.
+    as the thread of a larger one, and never waits for another. Each is allowed for 2 GiB of the nodes' memory, and has
+    four fragments to make at least: it takes seconds to start.
     """
     if settings.num_predictors:
         return settings.num_predictors
@@ -103,7 +105,7 @@ def choose_num_predictors(settings: SegmentSettings) -> int:
         return max(1, int(resources.get("GPU", 0) / settings.num_gpus_per_predictor))
     num_cpus = int(resources.get("CPU", 0))
     num_in_memory = int(resources.get("memory", 0) / _PREDICTOR_BYTES)
-    return max(1, min(num_cpus - 2, num_cpus * 7 // 8, num_in_memory))
+    return max(1, min(num_cpus - 2, num_cpus * 7 // 8, num_in_memory, num_fragments // _FRAGMENTS_PER_PREDICTOR))
 
 
 def _count_predictors_per_node(num_predictors: int) -> int:

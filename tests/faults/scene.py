@@ -31,6 +31,7 @@ TIMEOUT_S = 300
 _NAMES = ["a b", "c#d", "e%20f", "g?h", "ü", ".dot", "_under", "sub/a b", "sub//x", "i+j", "k&l=m"]
 SETTINGS = {
     "fragment_size": FRAGMENT_SIZE,
+    "num_predictors": 1,
     "batch_size": 2,
     "precision": "fp32",
     "max_error_fraction": 1,
