@@ -43,10 +43,11 @@ def _encode_jpeg(path: Path) -> bytes:
 
 def make_bundle() -> Path:
     """Return a bundle of a resnet18 U-Net for 352x480, trained on CamVid for a few minutes; made once."""
-    bundle = _RUNS / "bundle-352x480"
+    output = _RUNS / "camvid-352x480"
+    bundle = output / "bundle"
     if not (bundle / "bundle.json").exists():
         settings = {
-            "output": bundle,
+            "output": output,
             "image_size": list(IMAGE_SIZE),
             "augmentation.scale": [0.5, 1.0],
             "train.num_epochs": 10,

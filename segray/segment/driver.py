@@ -1,5 +1,7 @@
 """From a bundle and images to a finished run folder; calling it again goes on, or finds it finished."""
 
+import importlib
+import threading
 import time
 
 from rich.console import Console
@@ -15,7 +17,6 @@ from segray.segment.inputs import open_sources
 from segray.segment.job import SegmentJob, SegmentOutcome
 from segray.segment.plan import count_images, remove_other_plans
 from segray.segment.profile import Profile, print_profile
-from segray.segment.report import build_report
 from segray.segment.run import format_run, get_run_uri, require_same_plan, write_if_changed
 from segray.segment.summary import build_summary, format_cell, format_summary_parquet, tally_fragments
 from segray.storage import join_uri, list_names, sweep_folder
@@ -65,6 +66,8 @@ def run_segmentation(job: SegmentJob, console: Console, with_profile: bool = Fal
         if run.pending or not run.is_complete or not list_names(output) >= _RESULTS:
             require_same_plan(output, run.plan)
             write_if_changed(join_uri(output, "summary.parquet"), format_summary_parquet(summary))
+            from segray.segment.report import build_report  # 1 s of matplotlib, which no image need wait for
+
             num_images = job.settings.num_report_images
             report = build_report(output, run.plan, summary, tally, manifest.classes, num_images)
             write_if_changed(join_uri(output, "report.html"), report)
@@ -83,8 +86,10 @@ def _run_pending(
     num_pending = int(count_images(job.output_uri, run.plan)[pending].sum())
     with build_bar(console, "images") as bar:
         task = bar.add_task("segment", total=num_pending, note="starting")
+        # Ray Data takes 2 s to import: while Ray starts its processes, which takes longer
+        threading.Thread(target=importlib.import_module, args=["segray.segment.pipeline"], daemon=True).start()
         with connect_ray(*_count_resources(job.settings)):
-            from segray.segment.pipeline import choose_num_predictors, run_pipeline  # 6 s of imports: not before
+            from segray.segment.pipeline import choose_num_predictors, run_pipeline
 
             num_predictors = choose_num_predictors(job.settings, len(pending))
             settings = job.settings.model_copy(update={"num_predictors": num_predictors})

@@ -1,0 +1,190 @@
+"""The model of docs/scale.md beside the real pipeline, with stages that sleep instead of working.
+
+    python benchmarks/scale_simulation.py
+
+Ray Data, the ledger, fragments, transport and Parquet are the real ones; decoding and the model are replaced by waits
+of a set length, so that many more workers fit on this machine than it has cores. First the driver alone: fragments
+whose stages do nothing. Then pipelines whose narrowest place is told beforehand: the predictors, decoding, the driver.
+"""
+
+import argparse
+import shutil
+import statistics
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import pyarrow as pa
+from measuring import report
+from segment_growth import make_tiny_bundle
+
+from segray.bundle import load_manifest
+from segray.cluster import connect_ray
+from segray.config import SegmentSettings
+from segray.schema import IMAGES_SCHEMA
+from segray.segment.decode import DecodedImage, FragmentDecoder, pack_decoded
+from segray.segment.ledger import LedgerClient
+from segray.segment.predictor import PREDICTED_SCHEMA
+from segray.segment.profile import Stopwatch
+
+_FOLDER = Path(__file__).parents[1] / "runs/benchmarks/scale"
+_NUM_CPUS = 32  # logical ones
+_SIZE_PX = 8
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A cluster that is made up.
+
+    Attributes:
+        name: Its narrowest place.
+        num_predictors: Actors with a model.
+        fragment_size: Images in each fragment.
+        num_fragments: How many there are.
+        decode_s: For an image, in one task; one task on each CPU that no predictor has.
+        predict_s: For an image, in one predictor.
+    """
+
+    name: str
+    num_predictors: int
+    fragment_size: int
+    num_fragments: int
+    decode_s: float
+    predict_s: float
+
+    def compute_rate(self, driver_fragments_per_s: float) -> tuple[float, str]:
+        """Return images per second as docs/scale.md reckons them, and what limits them."""
+        rates = {
+            "driver": driver_fragments_per_s * self.fragment_size,
+            "predictors": self.num_predictors / self.predict_s if self.predict_s else float("inf"),
+            "decoding": (_NUM_CPUS - self.num_predictors) / self.decode_s if self.decode_s else float("inf"),
+        }
+        narrowest = min(rates, key=lambda name: rates[name])
+        return rates[narrowest], narrowest
+
+
+_DRIVER_ALONE = Setting("nothing but the driver", 2, 1, 1500, 0.0, 0.0)
+_SETTINGS = (
+    Setting("predictors", 8, 32, 400, 0.005, 0.010),
+    Setting("decoding", 8, 32, 300, 0.050, 0.005),
+    Setting("predictors, large fragments", 8, 128, 120, 0.005, 0.010),
+    Setting("fragments too small", 8, 2, 1500, 0.001, 0.001),
+)
+
+
+class WaitingDecoder(FragmentDecoder):
+    """Waits as long as fetching and decoding a fragment would take."""
+
+    setting: Setting
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Make a fragment up."""
+        fragment = batch["fragment"][0].as_py()
+        orders = self._ledger.begin(fragment)
+        time.sleep(self.setting.decode_s * self.setting.fragment_size)
+        pixels = np.zeros((_SIZE_PX, _SIZE_PX, 3), np.uint8)
+        rows = [{"uri": f"{fragment}-{n}", "height": 1, "width": 1} for n in range(self.setting.fragment_size)]
+        packed = pack_decoded(fragment, [DecodedImage(row, pixels) for row in rows], Stopwatch())
+        self._ledger.end(fragment, orders)
+        return packed
+
+
+class WaitingPredictor:
+    """Waits as long as the model would take."""
+
+    def __init__(self, setting: Setting, ledger: LedgerClient) -> None:
+        self._setting = setting
+        self._ledger = ledger
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Make masks of one pixel up."""
+        fragment = batch["fragment"][0].as_py()
+        orders = self._ledger.begin(fragment)
+        time.sleep(self._setting.predict_s * self._setting.fragment_size)
+        blank = dict.fromkeys(IMAGES_SCHEMA.names)
+        rows = [
+            {**blank, **row, "status": "ok", "mask": b"\0", "mask_encoding": "raw", "pixel_count": [1, 0]}
+            for row in batch["rows"][0].as_py()
+        ]
+        self._ledger.end(fragment, orders)
+        return pa.Table.from_pylist([{"fragment": fragment, "rows": rows, "steps": []}], PREDICTED_SCHEMA)
+
+
+@contextmanager
+def made_up_stages(setting: Setting) -> Iterator[None]:
+    """Let the pipeline have waiting stages while the block runs."""
+    from segray.segment import pipeline
+
+    class Predictor(WaitingPredictor):
+        def __init__(self, *arguments: Any) -> None:
+            super().__init__(setting, arguments[-1])
+
+    class Decoder(WaitingDecoder):
+        pass
+
+    Decoder.setting = setting
+    with (
+        mock.patch.object(pipeline, "FragmentPredictor", Predictor),
+        mock.patch.object(pipeline, "FragmentDecoder", Decoder),
+    ):
+        yield
+
+
+def measure_rate(setting: Setting, bundle: Path) -> float:
+    """Return images per second of the middle eight tenths of a run's fragments."""
+    from segray.segment.pipeline import run_pipeline
+
+    output = _FOLDER / "out"
+    shutil.rmtree(output, ignore_errors=True)
+    manifest, sha256 = load_manifest(str(bundle))
+    settings = SegmentSettings(num_predictors=setting.num_predictors)
+    times = []
+    with made_up_stages(setting):
+        for _ in run_pipeline(
+            range(setting.num_fragments),
+            replaced=frozenset(),
+            output_uri=str(output),
+            cut_sha256="",
+            bundle_uri=str(bundle),
+            bundle_sha256=sha256,
+            manifest=manifest,
+            settings=settings,
+            has_truth=False,
+        ):
+            times.append(time.monotonic())
+    margin = len(times) // 10
+    middle = times[margin:-margin]
+    return (len(middle) - 1) * setting.fragment_size / (middle[-1] - middle[0])
+
+
+def main() -> None:
+    """Measure the driver alone, then each setting beside what is reckoned for it."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--rounds", type=int, default=3)
+    rounds = parser.parse_args().rounds
+    shutil.rmtree(_FOLDER, ignore_errors=True)
+    bundle = make_tiny_bundle(_FOLDER / "bundle")
+    figures: dict[str, Any] = {}
+    rows = []
+    with connect_ray(_NUM_CPUS):
+        alone = [measure_rate(_DRIVER_ALONE, bundle) for _ in range(rounds)]
+        driver_rate = statistics.median(alone)
+        figures["driver_fragments_per_s"] = alone
+        rows.append([_DRIVER_ALONE.name, "", f"{driver_rate:.0f}", "", ""])
+        for setting in _SETTINGS:
+            rates = [measure_rate(setting, bundle) for _ in range(rounds)]
+            expected, narrowest = setting.compute_rate(driver_rate)
+            rate = statistics.median(rates)
+            figures[setting.name] = {"images_per_s": rates, "expected": expected, "narrowest": narrowest}
+            rows.append([setting.name, f"{expected:.0f}", f"{rate:.0f}", f"{rate / expected:.2f}", narrowest])
+    report("scale_simulation", ["setting", "reckoned images/s", "measured", "ratio", "limit"], rows, figures)
+    shutil.rmtree(_FOLDER)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,118 @@
+"""A bundle's network on one device: batches of images to masks, statistics and counts."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from segray.bundle import load_bundle
+from segray.cluster import count_cores, get_last_line
+from segray.config import SegmentSettings
+from segray.errors import BundleError, ClusterError
+from segray.metrics import compute_dice, compute_iou, count_from_confusion, to_nullable
+from segray.models.counts import compute_confusion
+from segray.models.folding import fold_norms
+from segray.models.precision import autocast
+from segray.models.prediction import predict_image
+from segray.segment.profile import Step, Stopwatch
+from segray.transforms import pad_batch
+
+
+class Inference:
+    """The network of a bundle, ready to predict.
+
+    Args:
+        bundle_uri: The model.
+        bundle_sha256: What the run was planned with; a bundle that was replaced since is refused.
+        settings: ``batch_size`` and ``precision``; the GPU that Ray assigned is used if any was asked for.
+        num_predictors_per_node: Predictors that share the cores of a node where there is no GPU.
+
+    Attributes:
+        image_size: Height and width of the model's input.
+
+    Raises:
+        BundleError: The bundle cannot be used, or is another one.
+    """
+
+    def __init__(
+        self, bundle_uri: str, bundle_sha256: str, settings: SegmentSettings, num_predictors_per_node: int
+    ) -> None:
+        bundle = load_bundle(bundle_uri)
+        if bundle.sha256 != bundle_sha256:
+            raise BundleError(f"{bundle_uri}: replaced while the run was going on; restore it, or start another output")
+        self._device = torch.device("cuda" if settings.num_gpus_per_predictor > 0 else "cpu")
+        if self._device.type == "cpu":  # Ray gives an actor one thread
+            torch.set_num_threads(max(1, count_cores() // num_predictors_per_node))
+        self._batch_size = settings.batch_size
+        self._precision = settings.precision
+        self._classes = bundle.manifest.classes
+        self.image_size = bundle.manifest.image_size
+        self._preprocessing = bundle.manifest.preprocessing
+        model = fold_norms(bundle.model, self.image_size)
+        self._model = model.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+
+    def predict(
+        self,
+        images: Sequence[npt.NDArray[np.uint8]],
+        sizes: Sequence[tuple[int, int]],
+        truths: Sequence[Any],
+        watch: Stopwatch,
+    ) -> list[dict[str, Any]]:
+        """Return the columns of ``images`` that depend on a prediction, for each of at most ``batch_size`` images.
+
+        Args:
+            images: (h, w, 3) uint8 at the model's input size.
+            sizes: Height and width of each mask.
+            truths: Class-index map of each size as a buffer of the class map's index type; None without truth.
+            watch: Takes up the time.
+
+        Raises:
+            ClusterError: The GPU has too little memory.
+        """
+        with watch.measure(Step.PREDICT):
+            logits_nchw = self._compute_logits(images)
+        with watch.measure(Step.COUNT):  # of a GPU's model too, for here its results are waited for
+            return [
+                self._finish(logits_chw, size, truth)
+                for logits_chw, size, truth in zip(logits_nchw, sizes, truths, strict=True)
+            ]
+
+    def _compute_logits(self, images: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
+        """Return the logits (n, C, h, w) of at most ``batch_size`` images; the pass has the same shape for any n."""
+        padded = torch.from_numpy(pad_batch(np.stack(images), self._batch_size))
+        try:
+            with torch.inference_mode(), autocast(self._device, self._precision):
+                logits_nchw: torch.Tensor = self._model(self._preprocessing.apply(padded.to(self._device)))
+        except torch.OutOfMemoryError as error:
+            raise ClusterError(
+                f"the GPU has too little memory for {self._batch_size} images at a time: "
+                f"{get_last_line(error)}; lower segment.batch_size"
+            ) from error
+        return logits_nchw[: len(images)]
+
+    @torch.inference_mode()
+    def _finish(self, logits_chw: torch.Tensor, size: tuple[int, int], truth: Any) -> dict[str, Any]:
+        """Return the columns of one image that depend on its prediction."""
+        prediction = predict_image(logits_chw, size)
+        pixel_count = prediction.pixel_count.cpu().numpy()
+        present = pixel_count > 0
+        confidence = prediction.confidence_sum.cpu().numpy() / np.maximum(pixel_count, 1)
+        columns: dict[str, Any] = {
+            "mask": prediction.mask.cpu().numpy().astype(self._classes.mask_dtype).tobytes(),
+            "mask_encoding": "raw",
+            "pixel_count": pixel_count.tolist(),
+            "mean_confidence": to_nullable(np.where(present, confidence, np.nan)),
+            "entropy": prediction.entropy_sum.item() / (size[0] * size[1]),
+        }
+        if truth is None:
+            return columns
+        truth_hw = torch.from_numpy(np.frombuffer(truth, self._classes.index_dtype).reshape(size).copy())
+        classes = self._classes
+        confusion = compute_confusion(
+            truth_hw.to(self._device), prediction.mask, classes.num_classes, classes.ignore_index
+        )
+        counts = count_from_confusion(confusion.cpu().numpy())
+        scores = {"iou": to_nullable(compute_iou(counts)), "dice": to_nullable(compute_dice(counts))}
+        return {**columns, **{name: value.tolist() for name, value in counts._asdict().items()}, **scores}
