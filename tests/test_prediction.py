@@ -53,3 +53,21 @@ def test_certain_logits_have_no_entropy() -> None:
 def test_half_precision_logits_are_resized_in_single() -> None:
     half = LOGITS.bfloat16()
     assert torch.equal(compute_mask(half, (45, 77)), compute_mask(half.float(), (45, 77)))
+
+
+@pytest.mark.parametrize("num_classes", [2, 128, 129, 300])
+def test_any_number_of_classes_and_the_first_of_equal_ones(num_classes: int) -> None:
+    generator = torch.Generator().manual_seed(num_classes)
+    logits = torch.randint(0, 4, (num_classes, 9, 11), generator=generator).float()  # many are equal
+    expected = np.argmax(logits.numpy(), 0)  # the first, numpy's documentation says
+    got = predict_image(logits, (9, 11))
+    assert got.mask.dtype == (torch.uint8 if num_classes <= 256 else torch.int32)
+    assert np.array_equal(got.mask.numpy(), expected)
+    assert np.array_equal(compute_mask(logits, (9, 11)).numpy(), expected)
+    assert got.pixel_count.tolist() == np.bincount(expected.ravel(), minlength=num_classes).tolist()
+
+
+def test_logits_that_are_no_numbers_still_give_a_class() -> None:
+    logits = LOGITS.clone()
+    logits[2, 3, 4] = torch.nan
+    assert int(predict_image(logits, (12, 20)).mask.max()) < len(LOGITS)

@@ -3,6 +3,7 @@
 All sums are exact, so that no order of additions, no number of threads and no GPU's atomics can change a bit.
 """
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ _MAX_BAND_VALUES_ELSEWHERE = 2**26
 # Confidence and entropy are summed as multiples of 2^-24, float32's own resolution below 1: in float64 that is exact up
 # to 2^29 pixels, in whatever order they are added.
 _STEPS = 2**24
+_BITS_PER_NAT = 1 / math.log(2)
 
 
 class Prediction(NamedTuple):
@@ -36,7 +38,7 @@ class Prediction(NamedTuple):
 
 def compute_mask(logits_chw: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Return the argmax (H, W) int64 of the logits resized (bilinear) to ``size`` (height, width)."""
-    return torch.cat([band.argmax(0) for band in iterate_bands(logits_chw, size)])
+    return torch.cat([_find_highest(band.sub_(band.amax(0))).long() for band in iterate_bands(logits_chw, size)])
 
 
 def predict_image(logits_chw: torch.Tensor, size: tuple[int, int]) -> Prediction:
@@ -47,37 +49,55 @@ def predict_image(logits_chw: torch.Tensor, size: tuple[int, int]) -> Prediction
     entropy = torch.zeros((), dtype=torch.int64, device=device)
     masks = []
     for band in iterate_bands(logits_chw, size):
-        highest, mask = band.max(0)
+        below = band.sub_(band.amax(0))
+        mask = _find_highest(below)
         # softmax(z) = exp(z - highest) / total, of which the highest is 1 / total; the entropy is
-        # -sum(p log p) = log(total) - sum(exp(z - highest) (z - highest)) / total
-        below = band.sub_(highest)
-        exponential = below.exp()
+        # -sum(p log p) = log(total) - sum(exp(z - highest) (z - highest)) / total. In powers of 2, which take a
+        # quarter of the time.
+        bits = below.mul_(_BITS_PER_NAT)
+        exponential = bits.exp2()
         total = exponential.sum(0)
         steps = total.reciprocal().mul_(_STEPS).round_()
         flat = mask.flatten()
         pixel_count += torch.bincount(flat, minlength=num_classes)
         confidence += torch.bincount(flat, steps.flatten().double(), minlength=num_classes)
-        pixel_entropy = total.log().sub_(exponential.mul_(below).sum(0).div_(total))
-        entropy += pixel_entropy.mul_(_STEPS).round_().to(torch.int64).sum()
+        pixel_entropy = total.log2().sub_(exponential.mul_(bits).sum(0).div_(total))
+        entropy += pixel_entropy.mul_(_STEPS / _BITS_PER_NAT).round_().to(torch.int64).sum()
         masks.append(mask.to(torch.uint8 if num_classes <= 256 else torch.int32))
     return Prediction(torch.cat(masks), pixel_count, confidence / _STEPS, entropy.double() / _STEPS)
+
+
+def _find_highest(below_chw: torch.Tensor) -> torch.Tensor:
+    """Return the lowest index (H, W) of those that are 0, given logits less the highest of their pixel.
+
+    A fortieth of the time of torch's argmax over the first dimension. Where nothing is 0, for a logit is not a number,
+    it is the last index.
+    """
+    num_classes = below_chw.shape[0]
+    dtype = torch.uint8 if num_classes <= 128 else torch.int32
+    indices = torch.arange(num_classes, dtype=dtype, device=below_chw.device)[:, None, None]
+    # all others, which are true, come after the last index
+    return below_chw.bool().to(dtype).mul_(num_classes).add_(indices).amin(0).clamp_(max=num_classes - 1)
 
 
 def iterate_bands(logits_chw: torch.Tensor, size: tuple[int, int]) -> Iterator[torch.Tensor]:
     """Yield float32 logits (C, rows, W), resized bilinearly to ``size``, from top to bottom; they may be written to."""
     num_classes, in_height, in_width = logits_chw.shape
     height, width = size
-    logits_chw = logits_chw.float().contiguous()
-    max_values = MAX_BAND_VALUES.get(logits_chw.device.type, _MAX_BAND_VALUES_ELSEWHERE)
+    device = logits_chw.device
+    max_values = MAX_BAND_VALUES.get(device.type, _MAX_BAND_VALUES_ELSEWHERE)
     band_rows = max(1, max_values // (num_classes * width))
     # Bilinear resizing is separable: mix the two source rows of each target row, then stretch the band to its width.
-    source = ((torch.arange(height, device=logits_chw.device) + 0.5) * (in_height / height) - 0.5).clamp(min=0)
+    source = ((torch.arange(height) + 0.5) * (in_height / height) - 0.5).clamp(min=0)
     above = source.long().clamp(max=in_height - 1)
     below = (above + 1).clamp(max=in_height - 1)
     weight = (source - above).clamp(0, 1)[:, None]
     for top in range(0, height, band_rows):
-        rows = slice(top, top + band_rows)
-        mixed = torch.lerp(logits_chw[:, above[rows]], logits_chw[:, below[rows]], weight[rows])
+        rows = slice(top, min(top + band_rows, height))
+        first, last = int(above[top]), int(below[rows.stop - 1])
+        part = logits_chw[:, first : last + 1].contiguous().float()
+        mixed = part.index_select(1, (above[rows] - first).to(device))
+        mixed = mixed.lerp_(part.index_select(1, (below[rows] - first).to(device)), weight[rows].to(device))
         yield mixed if width == in_width else _stretch(mixed, width)
 
 
