@@ -9,8 +9,10 @@ import time
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from tempfile import TemporaryFile
 from typing import Any
 
+import numpy as np
 import psutil
 from rich.console import Console
 from rich.table import Table
@@ -28,12 +30,19 @@ class Measured:
         busy_core_s: Time that the machine's cores were busy meanwhile, whoever kept them so: Ray's processes too.
         started_s: When it began, seconds since 1970.
         output: What it printed, both streams.
+        samples: Twice a second the time, seconds since 1970, and ``count_busy_core_s``.
     """
 
     wall_s: float
     busy_core_s: float
     started_s: float
     output: str
+    samples: list[tuple[float, float]]
+
+    def count_busy_core_s(self, from_s: float, to_s: float) -> float:
+        """Return the seconds that the cores were busy between two times, seconds since 1970."""
+        times, busy = zip(*self.samples, strict=True)
+        return float(np.interp(to_s, times, busy) - np.interp(from_s, times, busy))
 
 
 def describe_machine(*packages: str) -> dict[str, str]:
@@ -78,18 +87,20 @@ def run_measured(command: list[str], environment: dict[str, str] | None = None) 
     Raises:
         SystemExit: It failed; with what it printed.
     """
-    started_s, began, busy = time.time(), time.monotonic(), count_busy_core_s()
-    done = subprocess.run(
-        command,
-        env={**os.environ, **(environment or {})},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
-    wall_s, busy = time.monotonic() - began, count_busy_core_s() - busy
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}\n{done.stdout}\nexit code {done.returncode}")
-    return Measured(wall_s, busy, started_s, done.stdout)
+    samples = [(time.time(), count_busy_core_s())]
+    with TemporaryFile("w+") as output:
+        process = subprocess.Popen(
+            command, env={**os.environ, **(environment or {})}, stdout=output, stderr=subprocess.STDOUT, text=True
+        )
+        while process.poll() is None:
+            time.sleep(0.5)
+            samples.append((time.time(), count_busy_core_s()))
+        output.seek(0)
+        text = output.read()
+    if process.returncode:
+        sys.exit(f"{' '.join(command)}\n{text}\nexit code {process.returncode}")
+    (started_s, busy), (ended_s, busy_at_end) = samples[0], samples[-1]
+    return Measured(ended_s - started_s, busy_at_end - busy, started_s, text, samples)
 
 
 def report(name: str, columns: list[str], rows: list[list[str]], figures: dict[str, Any], *packages: str) -> None:

@@ -19,7 +19,7 @@ _FORWARDED_VARIABLES = (
 )
 # A C library gives a large tensor back to the kernel when it is freed, and gets the next one page by page: up to half
 # of a forward pass on a CPU. With these, glibc's keeps what a worker has once used, in one arena for all its threads.
-_MEMORY_VARIABLES = {
+MEMORY_VARIABLES = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
@@ -84,7 +84,7 @@ def connect_ray(num_cpus: float = 0, num_gpus: float = 0) -> Iterator[None]:
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
         logical_cpus = max(MIN_LOCAL_CPUS, count_cores(), math.ceil(num_cpus))
         options |= {"address": "local", "num_cpus": logical_cpus, "include_dashboard": False}
-        for name, value in _MEMORY_VARIABLES.items():  # not by a runtime_env, which a private Ray would have to set up
+        for name, value in MEMORY_VARIABLES.items():  # not by a runtime_env, which a private Ray would have to set up
             os.environ.setdefault(name, value)
     try:
         ray.init(**options)
@@ -107,8 +107,8 @@ def _collect_forwarded_variables() -> dict[str, str]:
     """Return the variables that workers need, without those that the job gives them already: Ray refuses both."""
     job = json.loads(os.environ.get(_JOB_CONFIG_VARIABLE, "{}"))
     given = (job.get("runtime_env") or {}).get("env_vars") or {}
-    here = {name: os.environ[name] for name in (*_FORWARDED_VARIABLES, *_MEMORY_VARIABLES) if name in os.environ}
-    return {name: value for name, value in {**_MEMORY_VARIABLES, **here}.items() if name not in given}
+    here = {name: os.environ[name] for name in (*_FORWARDED_VARIABLES, *MEMORY_VARIABLES) if name in os.environ}
+    return {name: value for name, value in {**MEMORY_VARIABLES, **here}.items() if name not in given}
 
 
 @contextmanager

@@ -99,7 +99,9 @@ _MEANINGS = (
 
 
 @contextlib.contextmanager
-def open_image(content: bytes, formats: tuple[str, ...], max_px: int) -> Iterator[ImageFile]:
+def open_image(
+    content: bytes, formats: tuple[str, ...], max_px: int, at_least_px: int | None = None
+) -> Iterator[ImageFile]:
     """Give the first frame of an image file, its pixels loaded and turned as EXIF says.
 
     A context and not a plain call, so that what its use trips over, such as a conversion that Pillow does not have, is
@@ -109,6 +111,8 @@ def open_image(content: bytes, formats: tuple[str, ...], max_px: int) -> Iterato
         content: The whole file.
         formats: What is read, by the names of this module: ``PNG``, ``JPEG``, ``WebP``, ``BMP``, ``GIF``, ``TIFF``.
         max_px: Most pixels that are decoded.
+        at_least_px: A JPEG may come at a half, a quarter or an eighth of its size, no side shorter than this, if
+            that divides its sides; None: as it is.
 
     Raises:
         ImageFault: ``unreadable``, ``truncated``, ``unsupported`` or ``too_large``; also of any error inside the
@@ -124,7 +128,7 @@ def open_image(content: bytes, formats: tuple[str, ...], max_px: int) -> Iterato
     if reader is None or name not in formats:
         raise ImageFault(FaultKind.UNSUPPORTED, f"{name} file; convert it to one of {listed}")
     try:
-        yield _load(content, reader, max_px)
+        yield _load(content, reader, max_px, at_least_px)
     except (ImageFault, MemoryError):
         raise
     except Exception as error:  # a broken file raises whatever the format's parser trips over
@@ -133,19 +137,33 @@ def open_image(content: bytes, formats: tuple[str, ...], max_px: int) -> Iterato
         raise ImageFault(kind, f"{name}: {meaning}{told}") from error
 
 
+def read_shown_size(content: bytes) -> tuple[int, int]:
+    """Return height and width of an image file as it is shown, from its header.
+
+    Args:
+        content: A file that ``open_image`` opens.
+    """
+    header = _get_reader(content)(io.BytesIO(content))
+    return (header.width, header.height) if is_shown_turned(content) else (header.height, header.width)
+
+
 def is_shown_turned(content: bytes) -> bool:
     """Say whether the EXIF orientation of an image file swaps its height and width.
 
     Args:
         content: A file that ``open_image`` opens.
     """
-    reader = next(reader for _, start, reader in _KNOWN if reader and start.match(content))
+    reader = _get_reader(content)
     try:
         return reader(io.BytesIO(content)).getexif().get(ExifTags.Base.Orientation, 1) in _SWAPPING_ORIENTATIONS
     except MemoryError:
         raise
     except Exception:  # EXIF that cannot be read turns nothing
         return False
+
+
+def _get_reader(content: bytes) -> Callable[[io.BytesIO], ImageFile]:
+    return next(reader for _, start, reader in _KNOWN if reader and start.match(content))
 
 
 def _explain(name: str, content: bytes, error: Exception) -> tuple[FaultKind, str]:
@@ -185,13 +203,15 @@ def _is_cut(name: str, content: bytes) -> bool:
     return directory.next == first_at or end > len(content)
 
 
-def _load(content: bytes, reader: Callable[[io.BytesIO], ImageFile], max_px: int) -> ImageFile:
+def _load(content: bytes, reader: Callable[[io.BytesIO], ImageFile], max_px: int, at_least_px: int | None) -> ImageFile:
     image = reader(io.BytesIO(content))
     if image.width * image.height > max_px:
         size = f"{image.width}x{image.height}"
         raise ImageFault(
             FaultKind.TOO_LARGE, f"{size} pixels, more than the limit of {max_px}; see segment.max_image_px"
         )
+    if at_least_px is not None:
+        _reduce(image, at_least_px)
     image.load()
     if isinstance(image, PngImageFile):
         _check_png(content, image)
@@ -202,6 +222,15 @@ def _load(content: bytes, reader: Callable[[io.BytesIO], ImageFile], max_px: int
     except Exception:  # EXIF that cannot be read, or written again once the image is turned: viewers do not mind either
         pass
     return image
+
+
+def _reduce(image: ImageFile, at_least_px: int) -> None:
+    """Let a JPEG be decoded at a fraction of its size; of other formats ``draft`` takes no notice."""
+    for scale in (8, 4, 2):
+        is_whole = not (image.width % scale or image.height % scale)  # else a pixel's part would shift all others
+        if is_whole and min(image.size) // scale >= at_least_px:
+            image.draft(None, (image.width // scale, image.height // scale))
+            return
 
 
 def _check_png(content: bytes, image: PngImageFile) -> None:

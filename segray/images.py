@@ -11,7 +11,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from segray.classes import build_palette
 from segray.config import DEFAULT_MAX_IMAGE_PX
 from segray.errors import FaultKind, ImageFault
-from segray.image_files import open_image
+from segray.image_files import open_image, read_shown_size
 
 _IMAGE_FORMATS = ("PNG", "JPEG", "WebP", "BMP", "GIF", "TIFF")
 _MASK_FORMATS = ("PNG", "BMP", "GIF", "TIFF")
@@ -42,6 +42,21 @@ def decode_image_with_note(
     """Decode as ``decode_image``, and say what of the file is not in the array: ``first of 12 frames``, or None."""
     with open_image(content, _IMAGE_FORMATS, max_px) as image:
         return _to_rgb(image), _describe_frames(image)
+
+
+def decode_image_reduced(
+    content: bytes, max_px: int, size: tuple[int, int]
+) -> tuple[npt.NDArray[np.uint8], tuple[int, int], str | None]:
+    """Decode as ``decode_image_with_note``, but a JPEG that is much larger than ``size`` at a fraction of its own size.
+
+    The fraction is a half, a quarter or an eighth that divides the sides, of which none is then shorter than twice the
+    longer one of ``size`` (height, width). Resized to that, it is on average within a grey level of the whole one.
+
+    Returns:
+        The pixels, height and width of the whole image, and the note.
+    """
+    with open_image(content, _IMAGE_FORMATS, max_px, at_least_px=2 * max(size)) as image:
+        return _to_rgb(image), read_shown_size(content), _describe_frames(image)
 
 
 def decode_mask(content: bytes, max_px: int = DEFAULT_MAX_IMAGE_PX) -> npt.NDArray[np.integer]:

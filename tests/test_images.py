@@ -14,6 +14,7 @@ from segray.errors import FaultKind, ImageFault
 from segray.image_files import is_shown_turned
 from segray.images import (
     decode_image,
+    decode_image_reduced,
     decode_image_with_note,
     decode_mask,
     encode_mask_png,
@@ -273,3 +274,34 @@ def test_resizing_keeps_image_and_mask_aligned() -> None:
     image = np.repeat(mask[..., None] * np.uint8(255), 3, axis=2)
     small_image, small_mask = resize_image(image, (30, 40)), resize_mask(mask, (30, 40))
     np.testing.assert_array_equal(small_image[..., 0] > 127, small_mask == 1)
+
+
+def draw_waves(height: int, width: int) -> Image.Image:
+    """Draw something smooth in three colours, as photographs are."""
+    rows, columns = np.mgrid[:height, :width] / 60
+    waves = [np.sin(rows + phase) * np.cos(columns - phase) for phase in (0, 1, 2)]
+    return Image.fromarray((127 + 120 * np.stack(waves, -1)).astype(np.uint8))
+
+
+@pytest.mark.parametrize("orientation", [1, 6])
+def test_a_large_jpeg_is_reduced_to_twice_what_is_needed_and_looks_the_same(orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    content = encode(draw_waves(800, 1000), "JPEG", quality=90, exif=exif)
+    whole = decode_image(content)
+    reduced, size, note = decode_image_reduced(content, 10**6, (64, 96))
+    assert (size, note) == (whole.shape[:2], None)
+    assert sorted(reduced.shape[:2]) == [200, 250]  # an eighth would be less than 192
+    difference = resize_image(reduced, (64, 96)).astype(int) - resize_image(whole, (64, 96))
+    assert np.abs(difference).mean() < 0.3
+    assert np.abs(difference).max() <= 2
+    with pytest.raises(ImageFault, match="1000x800 pixels, more than the limit"):  # of the whole, before it is decoded
+        decode_image_reduced(content, 800 * 1000 - 1, (64, 96))
+
+
+@pytest.mark.parametrize(("file_format", "height"), [("PNG", 800), ("JPEG", 180), ("JPEG", 801)])
+def test_other_formats_small_images_and_sides_that_do_not_divide_are_not_reduced(file_format: str, height: int) -> None:
+    content = encode(draw_waves(height, 1000), file_format)
+    reduced, size, _ = decode_image_reduced(content, 10**6, (64, 96))
+    assert size == (height, 1000)
+    np.testing.assert_array_equal(reduced, decode_image(content))

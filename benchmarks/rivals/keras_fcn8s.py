@@ -46,20 +46,16 @@ def read(image_path: Any, mask_path: Any) -> tuple[Any, Any]:
     return keras.applications.vgg16.preprocess_input(image), mask
 
 
-class Rate(keras.callbacks.Callback):
-    """Prints images per second of each epoch."""
+def build_clock(num_images: int) -> Any:
+    """Build a callback that prints images per second of each epoch."""
+    began: list[float] = []
 
-    def __init__(self, num_images: int) -> None:
-        super().__init__()
-        self._num_images = num_images
+    def end(epoch: int, logs: Any) -> None:
+        print(f"\nimages/s {num_images / (time.perf_counter() - began[-1]):.3f}", flush=True)
 
-    def on_epoch_begin(self, epoch: int, logs: Any = None) -> None:
-        """Start the clock."""
-        self._began_s = time.perf_counter()
-
-    def on_epoch_end(self, epoch: int, logs: Any = None) -> None:
-        """Read it."""
-        print(f"\nimages/s {self._num_images / (time.perf_counter() - self._began_s):.3f}", flush=True)
+    return keras.callbacks.LambdaCallback(
+        on_epoch_begin=lambda epoch, logs: began.append(time.perf_counter()), on_epoch_end=end
+    )
 
 
 def main() -> None:
@@ -75,7 +71,7 @@ def main() -> None:
     pairs = tf.data.Dataset.from_tensor_slices(tuple(paths)).map(read, num_parallel_calls=tf.data.AUTOTUNE).cache()
     batches = pairs.shuffle(len(names)).batch(arguments.batch_size, drop_remainder=True).prefetch(tf.data.AUTOTUNE)
     num_images = len(names) // arguments.batch_size * arguments.batch_size
-    build_model().fit(batches, epochs=arguments.epochs, callbacks=[Rate(num_images)], verbose=2)
+    build_model().fit(batches, epochs=arguments.epochs, callbacks=[build_clock(num_images)], verbose=2)
 
 
 if __name__ == "__main__":

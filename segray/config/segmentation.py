@@ -21,6 +21,9 @@ class SegmentSettings(Section):
     )
     num_gpus_per_predictor: float = Field(0, ge=0)
     mask_encoding: Literal["raw", "png"] = "raw"
+    reduce_jpeg: bool = Field(
+        False, description="decode a JPEG that is much larger than the model's input at a fraction of its size"
+    )
     max_image_px: int = Field(DEFAULT_MAX_IMAGE_PX, ge=1, description="larger images become error rows: too_large")
     extensions: tuple[str, ...] = Field(IMAGE_EXTENSIONS, min_length=1, description="of images, in any case")
     recursive: bool = Field(True, description="also what is in folders below")

@@ -13,7 +13,7 @@ import pyarrow as pa
 from segray.classes import ClassMap
 from segray.config import SegmentSettings
 from segray.errors import FaultKind, ImageFault
-from segray.images import decode_image_with_note, resize_image
+from segray.images import decode_image_reduced, decode_image_with_note, resize_image
 from segray.samples import decode_truth, fetch_image, fetch_mask
 from segray.segment.ledger import MAX_DEATHS_PER_IMAGE, LedgerClient, Orders
 from segray.segment.plan import load_fragment
@@ -76,6 +76,7 @@ class FragmentDecoder:
         self._classes = classes
         self._image_size = image_size
         self._max_image_px = settings.max_image_px
+        self._reduces_jpeg = settings.reduce_jpeg
         self._num_fetch_threads = settings.num_fetch_threads
         self._has_truth = has_truth
         self._ledger = ledger
@@ -150,12 +151,19 @@ class FragmentDecoder:
         try:
             fetched = fetch()
             with watch.measure(Step.DECODE):
-                image, note = decode_image_with_note(fetched.image, self._max_image_px)
-                row |= {"height": image.shape[0], "width": image.shape[1], "note": note}
-                truth = self._decode_truth(fetched, image.shape[:2]) if self._has_truth else None
+                image, size, note = self._decode_image(fetched.image)
+                row |= {"height": size[0], "width": size[1], "note": note}
+                truth = self._decode_truth(fetched, size) if self._has_truth else None
                 return DecodedImage(row, resize_image(image, self._image_size), truth)
         except ImageFault as fault:
             return _fail(row, fault.kind, str(fault))
+
+    def _decode_image(self, content: bytes) -> tuple[npt.NDArray[np.uint8], tuple[int, ...], str | None]:
+        """Return an image, the height and width that its mask will have, and its note."""
+        if self._reduces_jpeg:
+            return decode_image_reduced(content, self._max_image_px, self._image_size)
+        image, note = decode_image_with_note(content, self._max_image_px)
+        return image, image.shape[:2], note
 
     def _decode_truth(self, fetched: _Fetched, size: tuple[int, ...]) -> npt.NDArray[np.integer]:
         if fetched.mask_fault is not None:

@@ -41,7 +41,8 @@ _STAGES = {
 }
 _REMEDIES = {
     Step.FETCH: "the store answers slowly: raise segment.num_fetch_threads",
-    Step.DECODE: "decoding: give the cluster more CPUs beside the predictors, or store JPEG instead of PNG",
+    Step.DECODE: "decoding: give the cluster more CPUs beside the predictors, store JPEG instead of PNG, or decode "
+    "large JPEG at a fraction of their size (segment.reduce_jpeg)",
     Step.PACK: "memory: lower segment.fragment_size",
     Step.ENCODE: "encoding: give the cluster more CPUs; segment.mask_encoding raw is faster than png",
     Step.WRITE: "the store takes fragments slowly: raise segment.fragment_size, so that they are fewer",
