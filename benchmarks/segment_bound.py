@@ -7,7 +7,8 @@ of encoding, each measured alone on the idle machine, with the allocator's setti
 it comes, the compiled model takes a seventh longer, and the bound would be lower. The rate in steady state is that of
 the fragments of the middle of the run, by the times at which their files appeared. CPU outside the model is all that
 the machine was busy with in that time, whoever kept it so, less what the predictors' processes counted for the model
-and for the statistics.
+and for the statistics; steps are what of it segray's own code counted: fetch, decode, pack, encode, write. The rest is
+Ray's processes, which take as much of the machine for few images as for many.
 """
 
 import argparse
@@ -85,7 +86,7 @@ def segment(bundle: Path, images: Path, output: Path, *overrides: str) -> Measur
 
 def read_core_ms(output: str, step: str) -> float:
     """Return the core-milliseconds per image of a step, from the table that ``--profile`` prints."""
-    found = re.search(rf"│ {step} +│ +[\d.]+ │ +([\d.]+) │", output)
+    found = re.search(rf"│ \w+ +│ {step} +│ +[\d.]+ │ +([\d.]+) │", output)
     assert found, output
     return float(found.group(1))
 
@@ -109,12 +110,14 @@ def measure_run(bundle: Path, images: Path, num_images: int, overrides: list[str
     print(run.output, flush=True)
     times = find_steady_times(output)
     num_steady, steady_s = (len(times) - 1) * _FRAGMENT_SIZE, times[-1] - times[0]
+    own_ms = sum(read_core_ms(run.output, step) for step in ("fetch", "decode", "pack", "encode", "write"))
     model_ms, statistics_ms = read_core_ms(run.output, "predict"), read_core_ms(run.output, "count")
     busy_ms = 1000 * run.count_busy_core_s(times[0], times[-1]) / num_steady
     return {
         "encoding_s": measure_encoding(next((output / "images").iterdir())),
         "images_per_s": num_steady / steady_s,
         "statistics_ms": statistics_ms,
+        "own_ms": own_ms,
         "outside_ms": busy_ms - model_ms - statistics_ms,
         "idle_share": 1 - busy_ms / 1000 * num_steady / steady_s / torch.get_num_threads(),
         "first_s": get_written_times(output)[0] - run.started_s,
@@ -148,10 +151,10 @@ def main() -> None:
             print(rounds[-1], flush=True)
         median = {name: statistics.median(one[name] for one in rounds) for name in rounds[0]}
         parts = [f"{1000 * median[name]:.2f}" for name in ("model_s", "decoding_s", "encoding_s")]
-        shown = [f"{median[name]:.2f}" for name in ("statistics_ms", "outside_ms", "images_per_s")]
+        shown = [f"{median[name]:.2f}" for name in ("statistics_ms", "own_ms", "outside_ms", "images_per_s")]
         rows.append([extension, *parts, *shown, f"{median['share']:.3f}", f"{median['first_s']:.1f}"])
         figures[extension] = rounds
-    columns = ["input", "model ms", "decode ms", "encode ms", "statistics ms", "CPU outside ms", "images/s"]
+    columns = ["input", "model ms", "decode ms", "encode ms", "statistics ms", "steps ms", "CPU outside ms", "images/s"]
     report("segment_bound", [*columns, "share of the bound", "first fragment s"], rows, figures)
 
 

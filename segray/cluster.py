@@ -24,6 +24,14 @@ MEMORY_VARIABLES = {
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
 }
+# Of a private Ray. Its metrics and lists of tasks have no reader, and cost a fiftieth of a core; of its health checks,
+# every 2 s by default, fit() waits for several.
+_PRIVATE_VARIABLES = {
+    "RAY_enable_metrics_collection": "0",
+    "RAY_task_events_report_interval_ms": "0",
+    "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+    **MEMORY_VARIABLES,  # not by a runtime_env, which a private Ray would have to set up
+}
 _JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`, for its driver
 
 
@@ -78,13 +86,11 @@ def connect_ray(num_cpus: float = 0, num_gpus: float = 0) -> Iterator[None]:
     if address:
         options |= {"address": address, "runtime_env": {"env_vars": _collect_forwarded_variables()}}
     else:
-        # default 2 s, and fit() waits for several of these
-        os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
         # a cluster of its own asks for a token, Ray's default where RAY_AUTH_MODE is not set; it need not announce that
         logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
         logical_cpus = max(MIN_LOCAL_CPUS, count_cores(), math.ceil(num_cpus))
         options |= {"address": "local", "num_cpus": logical_cpus, "include_dashboard": False}
-        for name, value in MEMORY_VARIABLES.items():  # not by a runtime_env, which a private Ray would have to set up
+        for name, value in _PRIVATE_VARIABLES.items():
             os.environ.setdefault(name, value)
     try:
         ray.init(**options)
