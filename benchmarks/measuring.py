@@ -17,7 +17,8 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
-_RESULTS = Path(__file__).parent / "results"
+_ROOT = Path(__file__).parents[1]
+_RESULTS = _ROOT / "benchmarks/results"
 _PACKAGES = ("ray", "torch", "torchvision", "segmentation-models-pytorch", "pyarrow", "numpy", "pillow")
 
 
@@ -82,7 +83,7 @@ def count_busy_core_s() -> float:
 
 
 def run_measured(command: list[str], environment: dict[str, str] | None = None) -> Measured:
-    """Run a process to its end.
+    """Run a process to its end, in the project's root.
 
     Raises:
         SystemExit: It failed; with what it printed.
@@ -90,7 +91,12 @@ def run_measured(command: list[str], environment: dict[str, str] | None = None) 
     samples = [(time.time(), count_busy_core_s())]
     with TemporaryFile("w+") as output:
         process = subprocess.Popen(
-            command, env={**os.environ, **(environment or {})}, stdout=output, stderr=subprocess.STDOUT, text=True
+            command,
+            cwd=_ROOT,
+            env={**os.environ, **(environment or {})},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            text=True,
         )
         while process.poll() is None:
             time.sleep(0.5)

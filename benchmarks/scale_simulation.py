@@ -3,8 +3,9 @@
     python benchmarks/scale_simulation.py
 
 Ray Data, the ledger, fragments, transport and Parquet are the real ones; decoding and the model are replaced by waits
-of a set length, so that many more workers fit on this machine than it has cores. First the driver alone: fragments
-whose stages do nothing. Then pipelines whose narrowest place is told beforehand: the predictors, decoding, the driver.
+of a set length, so that many more workers fit on this machine than it has cores. First fragments whose stages do
+nothing: how many of them a second all processes together hand on, on the cores that they share here, and how long the
+driver's process computes for one. Then pipelines whose narrowest place is told beforehand.
 """
 
 import argparse
@@ -57,10 +58,10 @@ class Setting:
     decode_s: float
     predict_s: float
 
-    def compute_rate(self, driver_fragments_per_s: float) -> tuple[float, str]:
+    def compute_rate(self, fragments_per_s: float) -> tuple[float, str]:
         """Return images per second as docs/scale.md reckons them, and what limits them."""
         rates = {
-            "driver": driver_fragments_per_s * self.fragment_size,
+            "handing on": fragments_per_s * self.fragment_size,
             "predictors": self.num_predictors / self.predict_s if self.predict_s else float("inf"),
             "decoding": (_NUM_CPUS - self.num_predictors) / self.decode_s if self.decode_s else float("inf"),
         }
@@ -68,7 +69,7 @@ class Setting:
         return rates[narrowest], narrowest
 
 
-_DRIVER_ALONE = Setting("nothing but the driver", 2, 1, 1500, 0.0, 0.0)
+_ALONE = Setting("stages that do nothing", 2, 1, 1500, 0.0, 0.0)
 _SETTINGS = (
     Setting("predictors", 8, 32, 400, 0.005, 0.010),
     Setting("decoding", 8, 32, 300, 0.050, 0.005),
@@ -135,8 +136,8 @@ def made_up_stages(setting: Setting) -> Iterator[None]:
         yield
 
 
-def measure_rate(setting: Setting, bundle: Path) -> float:
-    """Return images per second of the middle eight tenths of a run's fragments."""
+def measure_rate(setting: Setting, bundle: Path) -> tuple[float, float]:
+    """Return images per second of the middle eight tenths of a run's fragments, and the driver's seconds for each."""
     from segray.segment.pipeline import run_pipeline
 
     output = _FOLDER / "out"
@@ -156,10 +157,11 @@ def measure_rate(setting: Setting, bundle: Path) -> float:
             settings=settings,
             has_truth=False,
         ):
-            times.append(time.monotonic())
+            times.append((time.monotonic(), time.process_time()))
     margin = len(times) // 10
-    middle = times[margin:-margin]
-    return (len(middle) - 1) * setting.fragment_size / (middle[-1] - middle[0])
+    (began_s, began_core_s), (ended_s, ended_core_s) = times[margin], times[-margin - 1]
+    num_fragments = len(times) - 2 * margin - 1
+    return num_fragments * setting.fragment_size / (ended_s - began_s), (ended_core_s - began_core_s) / num_fragments
 
 
 def main() -> None:
@@ -172,15 +174,15 @@ def main() -> None:
     figures: dict[str, Any] = {}
     rows = []
     with connect_ray(_NUM_CPUS):
-        alone = [measure_rate(_DRIVER_ALONE, bundle) for _ in range(rounds)]
-        driver_rate = statistics.median(alone)
-        figures["driver_fragments_per_s"] = alone
-        rows.append([_DRIVER_ALONE.name, "", f"{driver_rate:.0f}", "", ""])
+        alone = [measure_rate(_ALONE, bundle) for _ in range(rounds)]
+        fragments_per_s, driver_s = (statistics.median(values) for values in zip(*alone, strict=True))
+        figures["alone"] = {"fragments_per_s, driver_s": alone}
+        rows.append([_ALONE.name, "", f"{fragments_per_s:.0f}", "", f"driver {1000 * driver_s:.1f} ms a fragment"])
         for setting in _SETTINGS:
-            rates = [measure_rate(setting, bundle) for _ in range(rounds)]
-            expected, narrowest = setting.compute_rate(driver_rate)
-            rate = statistics.median(rates)
-            figures[setting.name] = {"images_per_s": rates, "expected": expected, "narrowest": narrowest}
+            measured = [measure_rate(setting, bundle) for _ in range(rounds)]
+            expected, narrowest = setting.compute_rate(fragments_per_s)
+            rate = statistics.median(rate for rate, _ in measured)
+            figures[setting.name] = {"images_per_s, driver_s": measured, "expected": expected, "narrowest": narrowest}
             rows.append([setting.name, f"{expected:.0f}", f"{rate:.0f}", f"{rate / expected:.2f}", narrowest])
     report("scale_simulation", ["setting", "reckoned images/s", "measured", "ratio", "limit"], rows, figures)
     shutil.rmtree(_FOLDER)
