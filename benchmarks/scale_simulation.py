@@ -143,7 +143,6 @@ def measure_rate(setting: Setting, bundle: Path) -> tuple[float, float]:
     output = _FOLDER / "out"
     shutil.rmtree(output, ignore_errors=True)
     manifest, sha256 = load_manifest(str(bundle))
-    settings = SegmentSettings(num_predictors=setting.num_predictors)
     times = []
     with made_up_stages(setting):
         for _ in run_pipeline(
@@ -154,7 +153,8 @@ def measure_rate(setting: Setting, bundle: Path) -> tuple[float, float]:
             bundle_uri=str(bundle),
             bundle_sha256=sha256,
             manifest=manifest,
-            settings=settings,
+            settings=SegmentSettings(),
+            num_predictors=setting.num_predictors,
             has_truth=False,
         ):
             times.append((time.monotonic(), time.process_time()))

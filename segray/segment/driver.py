@@ -92,9 +92,8 @@ def _run_pending(
             from segray.segment.pipeline import choose_num_predictors, run_pipeline
 
             num_predictors = choose_num_predictors(job.settings, len(pending))
-            settings = job.settings.model_copy(update={"num_predictors": num_predictors})
-            _print_plan(settings, manifest, run, num_pending, console)
-            profile, num_errors = Profile(settings.num_predictors or 0, started_s), 0
+            _print_plan(job.settings, num_predictors, manifest, run, num_pending, console)
+            profile, num_errors = Profile(num_predictors, started_s), 0
             for done in run_pipeline(
                 pending,
                 replaced=run.replaced,
@@ -103,7 +102,8 @@ def _run_pending(
                 cut_sha256=run.plan.cut_sha256,
                 bundle_sha256=run.fingerprint.bundle_sha256,
                 manifest=manifest,
-                settings=settings,
+                settings=job.settings,
+                num_predictors=num_predictors,
                 has_truth=run.has_truth,
             ):
                 num_images = done["num_ok"] + done["num_errors"]
@@ -114,9 +114,13 @@ def _run_pending(
 
 
 def _print_plan(
-    settings: SegmentSettings, manifest: BundleManifest, run: BoundRun, num_pending: int, console: Console
+    settings: SegmentSettings,
+    num_predictors: int,
+    manifest: BundleManifest,
+    run: BoundRun,
+    num_pending: int,
+    console: Console,
 ) -> None:
-    num_predictors = settings.num_predictors or 0
     console.print(
         f"segmenting {num_pending} of {run.plan.num_images} images in {len(run.pending)} fragments, "
         f"{num_predictors} predictor{'s' if num_predictors > 1 else ''} "

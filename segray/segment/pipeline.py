@@ -39,6 +39,7 @@ def run_pipeline(
     bundle_sha256: str,
     manifest: BundleManifest,
     settings: SegmentSettings,
+    num_predictors: int,
     has_truth: bool,
 ) -> Iterator[dict[str, Any]]:
     """Make the given fragments of a planned run; yield a row of ``WRITTEN_SCHEMA`` as each is written.
@@ -52,8 +53,9 @@ def run_pipeline(
     # 2.60 deprecates max_retries, max_restarts and max_task_retries here, and has nothing in their place yet
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
     context.target_max_block_size = None  # a fragment is never cut
+    # by default half of the CPUs is dealt out to the stages in equal parts, and what writing leaves nobody else may use
+    context.op_resource_reservation_ratio = 0.1
     context.raise_original_map_exception = True  # else only the text of a stage's error arrives here
-    num_predictors = choose_num_predictors(settings, len(fragments))
     with translated_ray_errors("segmenting"):
         classes = manifest.classes
         ledger = start_ledger(num_predictors)
