@@ -4,8 +4,10 @@ import json
 import logging
 import math
 import os
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from tempfile import TemporaryFile
 from typing import Any
 
 from segray.errors import ClusterError, ConfigError, SegrayError, StorageError
@@ -32,6 +34,7 @@ _PRIVATE_VARIABLES = {
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     **MEMORY_VARIABLES,  # not by a runtime_env, which a private Ray would have to set up
 }
+_LOG_LEVEL_LINE = "Set ray log level from environment variable"
 _JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`, for its driver
 
 
@@ -93,7 +96,8 @@ def connect_ray(num_cpus: float = 0, num_gpus: float = 0) -> Iterator[None]:
         for name, value in _PRIVATE_VARIABLES.items():
             os.environ.setdefault(name, value)
     try:
-        ray.init(**options)
+        with nullcontext() if with_logs else _without_log_level_line():
+            ray.init(**options)
     except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
         where = f"Ray at RAY_ADDRESS={address} cannot be reached" if address else "a private Ray cannot be started"
         raise ClusterError(f"{where}: {get_last_line(error)}; check the address and RAY_AUTH_MODE") from error
@@ -107,6 +111,33 @@ def connect_ray(num_cpus: float = 0, num_gpus: float = 0) -> Iterator[None]:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _without_log_level_line() -> Iterator[None]:
+    """Keep the line off the terminal with which Ray's C++ says that it was told to be quiet.
+
+    It goes around Python's ``sys.stderr``; so what is written there while the block runs is held back, and all but that
+    line is written after it.
+    """
+    sys.stderr.flush()
+    terminal = os.dup(2)
+    with TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            held.seek(0)
+            sys.stderr.write(
+                "".join(
+                    line
+                    for line in held.read().decode(errors="replace").splitlines(keepends=True)
+                    if _LOG_LEVEL_LINE not in line
+                )
+            )
 
 
 def _collect_forwarded_variables() -> dict[str, str]:
