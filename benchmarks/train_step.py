@@ -22,9 +22,10 @@ from segray.config import TrainConfig, load_config
 from segray.losses import SegmentationLoss
 from segray.manifest import load_splits
 from segray.models.build import build_model
-from segray.train.feed import SampleStore, TrainBatch, iterate_training
+from segray.train.feed import TrainBatch, iterate_training
 from segray.train.job import get_classes
 from segray.train.optimisation import build_optimizer
+from segray.train.sample_store import SampleStore
 from segray.train.steps import Learner, train_step
 from segray.transforms import Preprocessing
 

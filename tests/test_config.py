@@ -137,7 +137,7 @@ def test_settings_that_only_change_the_speed_do_not_bind_a_run(tmp_path: Path) -
     listing = {"extensions", "recursive", "split", "relist"}  # bound through the plan that they make
     outcome = {"max_error_fraction", "num_report_images", "retry_errors"}
     assert SegmentSettings.model_fields.keys() - slow.segment.of_rows.keys() == speed | listing | outcome
-    speed = {"num_decode_threads", "cache_bytes"}
+    speed = {"num_decode_threads", "cache_bytes", "cache_disk_bytes"}
     faults = {"max_failures", "min_train_workers", "stall_timeout_s", "checkpoint_every_steps", "num_best_checkpoints"}
     assert TrainSettings.model_fields.keys() - slow.of_weights["train"].keys() == speed | faults
 

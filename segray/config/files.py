@@ -21,6 +21,7 @@ from segray.config.tuning import TuneSettings
 _NOT_OF_WEIGHTS = {
     "num_decode_threads",
     "cache_bytes",
+    "cache_disk_bytes",
     "max_failures",
     "min_train_workers",
     "stall_timeout_s",

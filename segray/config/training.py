@@ -166,6 +166,9 @@ class TrainSettings(Section):
     eval_batch_size: int = Field(8, ge=1, description="images per evaluation batch and worker")
     num_decode_threads: int = Field(2, ge=1, description="threads that read, decode and augment, in each worker")
     cache_bytes: int = Field(2**30, ge=0, description="memory of each worker for decoded samples")
+    cache_disk_bytes: int = Field(
+        0, ge=0, description="disk of each worker, in TMPDIR, for decoded samples beyond these"
+    )
 
     @model_validator(mode="after")
     def _check_batch(self) -> Self:

@@ -15,8 +15,8 @@ from segray.models.prediction import compute_mask
 from segray.pictures import Panel, draw_comparison, draw_confusion, draw_curves
 from segray.storage import get_file_name
 from segray.train.checkpoint import find_best_state, find_newest_history
-from segray.train.feed import load_labelled_image
 from segray.train.job import TrainJob
+from segray.train.sample_store import load_labelled_image
 from segray.train.tracking import format_metrics_csv
 
 _TEMPLATES = jinja2.Environment(

@@ -14,22 +14,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from threading import Lock
 from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from segray.augmentation import Augmentation
-from segray.classes import ClassMap
-from segray.errors import DataError, ImageFault
 from segray.images import resize_image
 from segray.manifest import Sample
-from segray.samples import read_image, read_truth
+from segray.train.sample_store import LabelledImage, SampleStore
 from segray.transforms import pad_batch
 
 _READ_AHEAD_BATCHES = 3
-LabelledImage = tuple[npt.NDArray[np.uint8], npt.NDArray[np.integer]]
 ItemT = TypeVar("ItemT")
 
 
@@ -87,52 +83,6 @@ def _draw_order(num_samples: int, seed: int, sample_pass: int) -> npt.NDArray[np
 def _build_generator(seed: int, position: int) -> np.random.Generator:
     """Return the generator of a sample's changes; the key keeps it apart from those of orders."""
     return np.random.default_rng(np.random.SeedSequence([seed, position], spawn_key=(1,)))
-
-
-def load_labelled_image(sample: Sample, classes: ClassMap) -> LabelledImage:
-    """Read an image (H, W, 3) uint8 and its class-index map (H, W), both at their own size.
-
-    Raises:
-        DataError: One of them cannot be used, or their sizes differ.
-        StorageError: The store refused or failed.
-    """
-    uri = sample.image_uri
-    try:
-        image = read_image(uri)
-        uri = sample.mask_uri
-        return image, read_truth(uri, image.shape[:2], classes)
-    except ImageFault as fault:
-        raise DataError(f"{uri}: {fault.kind}: {fault}; run segray check for all such files") from fault
-
-
-class SampleStore:
-    """Decoded samples, kept in memory as far as it reaches.
-
-    What is kept stays: an epoch looks at every sample once, so that throwing out the oldest would throw out each sample
-    just before it is wanted again.
-
-    Args:
-        classes: What the values in masks mean.
-        max_bytes: Memory for decoded samples.
-    """
-
-    def __init__(self, classes: ClassMap, max_bytes: int) -> None:
-        self._classes = classes
-        self._free_bytes = max_bytes
-        self._kept: dict[Sample, LabelledImage] = {}
-        self._lock = Lock()
-
-    def load(self, sample: Sample) -> LabelledImage:
-        """Return an image and its class-index map; see ``load_labelled_image``. Not to be written to."""
-        found = self._kept.get(sample)
-        if found is None:
-            found = load_labelled_image(sample, self._classes)
-            num_bytes = sum(part.nbytes for part in found)
-            with self._lock:
-                if num_bytes <= self._free_bytes and sample not in self._kept:
-                    self._free_bytes -= num_bytes
-                    self._kept[sample] = found
-        return found
 
 
 def iterate_training(

@@ -8,7 +8,8 @@ from segray.config import TrainConfig
 from segray.manifest import Sample
 from segray.pictures import LabelledPicture, draw_samples
 from segray.storage import get_file_name
-from segray.train.feed import SampleStore, iterate_training
+from segray.train.feed import iterate_training
+from segray.train.sample_store import SampleStore
 
 
 def draw_training(config: TrainConfig, samples: Sequence[Sample], classes: ClassMap, num_drawn: int) -> bytes:

@@ -23,11 +23,12 @@ from segray.losses import SegmentationLoss
 from segray.models.build import SegmentationModel, build_model
 from segray.models.precision import has_bf16
 from segray.train.checkpoint import TrainingState, find_newest_state, load_state
-from segray.train.feed import SampleStore, compute_num_steps
+from segray.train.feed import compute_num_steps
 from segray.train.job import TrainJob
 from segray.train.optimisation import WeightAverage, build_optimizer, build_schedule, get_highest_rate
 from segray.train.progress import ProgressPoster
 from segray.train.replica import build_replica
+from segray.train.sample_store import SampleStore
 from segray.train.stalls import Heartbeat
 from segray.train.steps import Learner
 
@@ -147,7 +148,7 @@ def set_up(job: TrainJob, heartbeat: Heartbeat) -> Trainer:
         schedule=schedule,
         average=average,
         learning_rate=get_highest_rate(optimizer),
-        store=SampleStore(job.classes, settings.cache_bytes),
+        store=SampleStore(job.classes, settings.cache_bytes, settings.cache_disk_bytes),
         augmentation=Augmentation(config.augmentation, config.image_size, job.classes.ignore_index),
         heartbeat=heartbeat,
         poster=poster,

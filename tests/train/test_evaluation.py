@@ -13,7 +13,8 @@ from segray.config import DataConfig, ModelConfig
 from segray.manifest import Sample, load_splits
 from segray.models.build import SegmentationModel, build_model
 from segray.train.evaluation import NUM_EXTREMES, EvaluationCounts, compute_scores, evaluate
-from segray.train.feed import SampleStore, iterate_evaluation, load_labelled_image
+from segray.train.feed import iterate_evaluation
+from segray.train.sample_store import SampleStore, load_labelled_image
 from segray.transforms import Preprocessing
 from tests.conftest import NUM_TEST, PET_CLASSES, SHAPE_SIZE
 from tests.train.learner import CPU

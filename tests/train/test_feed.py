@@ -1,5 +1,6 @@
 """The order of samples is data: the same for any number of workers, nothing dropped, nothing twice."""
 
+import os
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -14,14 +15,13 @@ from segray.errors import DataError
 from segray.images import resize_mask
 from segray.manifest import Sample, load_splits
 from segray.train.feed import (
-    SampleStore,
     TrainBatch,
     compute_num_steps,
     compute_step_order,
     iterate_evaluation,
     iterate_training,
-    load_labelled_image,
 )
+from segray.train.sample_store import SampleStore, load_labelled_image
 from tests.conftest import NUM_TRAIN, PET_CLASSES, SHAPE_SIZE
 
 SIZE = (SHAPE_SIZE, SHAPE_SIZE)
@@ -104,12 +104,14 @@ def test_the_cache_changes_nothing_but_the_number_of_reads(samples: list[Sample]
     assert read(samples, range(9), 1, cache_bytes=cache_bytes) == read(samples, range(9), 1)
 
 
-def test_the_cache_keeps_what_fits_and_no_more(samples: list[Sample], tmp_path: Path) -> None:
+@pytest.mark.parametrize("in_memory", [0, 1, 2])
+def test_the_cache_keeps_what_fits_and_no_more(samples: list[Sample], tmp_path: Path, in_memory: int) -> None:
     paths = [tmp_path / f"{number}.png" for number in range(3)]
     for path in paths:
         Image.open(samples[0].image_uri).save(path)
     copies = [Sample(str(path), samples[0].mask_uri) for path in paths]
-    store = SampleStore(PET_CLASSES, max_bytes=2 * 4 * SHAPE_SIZE**2)  # image and truth of two
+    num_bytes = 4 * SHAPE_SIZE**2  # of image and truth
+    store = SampleStore(PET_CLASSES, in_memory * num_bytes, max_disk_bytes=(2 - in_memory) * num_bytes)
     expected = [store.load(copy) for copy in copies]
     for path in paths:
         path.unlink()
@@ -119,6 +121,20 @@ def test_the_cache_keeps_what_fits_and_no_more(samples: list[Sample], tmp_path: 
         np.testing.assert_array_equal(again[1], truth)
     with pytest.raises(DataError, match=r"2\.png: missing"):
         store.load(copies[2])
+
+
+def test_a_full_disk_keeps_nothing_more_and_stops_nothing(
+    samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = SampleStore(PET_CLASSES, 0, max_disk_bytes=2**20)
+    first = store.load(samples[0])
+    monkeypatch.setattr(os, "pwrite", lambda *_: 3)  # of many bytes
+    second = store.load(samples[1])
+    monkeypatch.undo()
+    for _ in range(2):
+        for sample, expected in zip(samples, (first, second), strict=False):
+            for part, whole in zip(store.load(sample), expected, strict=True):
+                np.testing.assert_array_equal(part, whole)
 
 
 @pytest.mark.parametrize(("num_samples", "batch"), [(18, 4), (7, 3), (3, 8), (101, 16), (1, 2)])

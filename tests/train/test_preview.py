@@ -8,8 +8,9 @@ from segray.config import TrainConfig
 from segray.manifest import load_splits
 from segray.pictures import LabelledPicture, draw_samples
 from segray.storage import get_file_name
-from segray.train.feed import SampleStore, iterate_training
+from segray.train.feed import iterate_training
 from segray.train.preview import draw_training
+from segray.train.sample_store import SampleStore
 from tests.conftest import PET_CLASSES
 
 

@@ -16,7 +16,8 @@ from segray.manifest import Sample
 from segray.models.build import build_model
 from segray.models.norms import synchronise_norms
 from segray.train.evaluation import add_over_ranks, compute_scores, evaluate
-from segray.train.feed import SampleStore, iterate_evaluation
+from segray.train.feed import iterate_evaluation
+from segray.train.sample_store import SampleStore
 from segray.train.steps import NonFiniteLossError, settle_gradient_buckets, train_step
 from segray.transforms import Preprocessing
 from tests.conftest import PET_CLASSES

@@ -30,8 +30,9 @@ from segray.manifest import load_splits
 from segray.train.checkpoint import find_newest_state, list_checkpoints, load_state
 from segray.train.driver import run_training
 from segray.train.evaluation import compute_scores, evaluate
-from segray.train.feed import SampleStore, iterate_evaluation
+from segray.train.feed import iterate_evaluation
 from segray.train.job import get_classes
+from segray.train.sample_store import SampleStore
 from tests.conftest import NUM_TEST, NUM_TRAIN, PET_CLASSES, SHAPE_SIZE
 
 pytestmark = pytest.mark.usefixtures("ray_session")
