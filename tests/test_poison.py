@@ -113,7 +113,6 @@ def test_a_png_with_a_flipped_bit_is_a_fault_or_whole(name: str) -> None:
             np.testing.assert_array_equal(image, whole, err_msg=f"bit {bit} of byte {at}")
 
 
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads how much memory was used as Linux tells it")
 def test_poison_is_decoded_in_silence_and_in_little_memory() -> None:
     """In a process of its own: C libraries print by themselves, and pytest has its own filters of warnings."""
     script = """

@@ -107,9 +107,9 @@ def test_the_cache_changes_nothing_but_the_number_of_reads(samples: list[Sample]
 @pytest.mark.parametrize("in_memory", [0, 1, 2])
 def test_the_cache_keeps_what_fits_and_no_more(samples: list[Sample], tmp_path: Path, in_memory: int) -> None:
     paths = [tmp_path / f"{number}.png" for number in range(3)]
-    for path in paths:
-        Image.open(samples[0].image_uri).save(path)
-    copies = [Sample(str(path), samples[0].mask_uri) for path in paths]
+    for path, sample in zip(paths, samples, strict=False):
+        Image.open(sample.image_uri).save(path)
+    copies = [Sample(str(path), sample.mask_uri) for path, sample in zip(paths, samples, strict=False)]
     num_bytes = 4 * SHAPE_SIZE**2  # of image and truth
     store = SampleStore(PET_CLASSES, in_memory * num_bytes, max_disk_bytes=(2 - in_memory) * num_bytes)
     expected = [store.load(copy) for copy in copies]
