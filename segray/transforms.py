@@ -51,8 +51,8 @@ class Preprocessing(BaseModel):
         """Normalise (N, H, W, 3) uint8 to (N, 3, H, W) float32, channels last in memory, on the tensor's device."""
         import torch
 
-        mean = torch.tensor(self.mean, device=image_nhwc.device)
-        std = torch.tensor(self.std, device=image_nhwc.device)
+        # made here and copied without waiting, for a GPU may have much to do before that
+        mean, std = (torch.tensor(v).to(image_nhwc.device, non_blocking=True) for v in (self.mean, self.std))
         return normalize(image_nhwc, mean, std)
 
 

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional
 
 from segray.models import prediction
-from segray.models.prediction import compute_mask, predict_image
+from segray.models.prediction import compute_mask, predict_image, sum_by_bin, sum_by_comparing
 
 LOGITS = torch.randn(5, 12, 20, generator=torch.Generator().manual_seed(0)) * 3
 SIZES = [(12, 20), (45, 77), (7, 9), (1, 1), (100, 3)]
@@ -71,3 +71,15 @@ def test_logits_that_are_no_numbers_still_give_a_class() -> None:
     logits = LOGITS.clone()
     logits[2, 3, 4] = torch.nan
     assert int(predict_image(logits, (12, 20)).mask.max()) < len(LOGITS)
+
+
+@pytest.mark.parametrize("num_classes", [2, 200, 300])
+def test_what_a_gpu_sums_by_comparing_is_what_bins_give(num_classes: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.randint(0, num_classes - 1, (8, 9), generator=generator)  # of the last class there is no pixel
+    mask = mask.to(torch.uint8 if num_classes <= 128 else torch.int32)
+    steps = torch.randint(0, 2**24, (8, 9), generator=generator).float()
+    witnesses = sum_by_bin(mask, steps, num_classes)
+    for got, expected in zip(sum_by_comparing(mask, steps, num_classes), witnesses, strict=True):
+        assert got.dtype == expected.dtype
+        assert torch.equal(got, expected)

@@ -42,7 +42,10 @@ def compute_mask(logits_chw: torch.Tensor, size: tuple[int, int]) -> torch.Tenso
 
 
 def predict_image(logits_chw: torch.Tensor, size: tuple[int, int]) -> Prediction:
-    """Return mask and statistics of the logits (C, h, w) resized (bilinear) to ``size`` (height, width)."""
+    """Return mask and statistics of the logits (C, h, w) resized (bilinear) to ``size`` (height, width).
+
+    On a GPU it is queued: nothing here waits for a result. Image by image, as no bit may depend on its neighbours.
+    """
     num_classes, device = logits_chw.shape[0], logits_chw.device
     pixel_count = torch.zeros(num_classes, dtype=torch.int64, device=device)
     confidence = torch.zeros(num_classes, dtype=torch.float64, device=device)
@@ -58,13 +61,26 @@ def predict_image(logits_chw: torch.Tensor, size: tuple[int, int]) -> Prediction
         exponential = bits.exp2()
         total = exponential.sum(0)
         steps = total.reciprocal().mul_(_STEPS).round_()
-        flat = mask.flatten()
-        pixel_count += torch.bincount(flat, minlength=num_classes)
-        confidence += torch.bincount(flat, steps.flatten().double(), minlength=num_classes)
+        count, steps_sum = (sum_by_bin if device.type == "cpu" else sum_by_comparing)(mask, steps, num_classes)
+        pixel_count += count
+        confidence += steps_sum
         pixel_entropy = total.log2().sub_(exponential.mul_(bits).sum(0).div_(total))
         entropy += pixel_entropy.mul_(_STEPS / _BITS_PER_NAT).round_().to(torch.int64).sum()
         masks.append(mask.to(torch.uint8 if num_classes <= 256 else torch.int32))
     return Prediction(torch.cat(masks), pixel_count, confidence / _STEPS, entropy.double() / _STEPS)
+
+
+def sum_by_bin(mask: torch.Tensor, values: torch.Tensor, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Count the pixels (H, W) of each class, (C,) int64, and add up their values, (C,) float64."""
+    flat = mask.flatten()
+    count = torch.bincount(flat, minlength=num_classes)
+    return count, torch.bincount(flat, values.flatten().double(), minlength=num_classes)
+
+
+def sum_by_comparing(mask: torch.Tensor, values: torch.Tensor, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Do as ``sum_by_bin`` on a GPU, where that would wait for all that is queued, to learn how many bins there are."""
+    is_class = mask == torch.arange(num_classes, device=mask.device)[:, None, None]
+    return is_class.sum((1, 2)), torch.where(is_class, values, 0).sum((1, 2), dtype=torch.float64)
 
 
 def _find_highest(below_chw: torch.Tensor) -> torch.Tensor:
@@ -96,8 +112,9 @@ def iterate_bands(logits_chw: torch.Tensor, size: tuple[int, int]) -> Iterator[t
         rows = slice(top, min(top + band_rows, height))
         first, last = int(above[top]), int(below[rows.stop - 1])
         part = logits_chw[:, first : last + 1].contiguous().float()
-        mixed = part.index_select(1, (above[rows] - first).to(device))
-        mixed = mixed.lerp_(part.index_select(1, (below[rows] - first).to(device)), weight[rows].to(device))
+        parts = (above[rows] - first, below[rows] - first, weight[rows])
+        upper, lower, share = (values.to(device, non_blocking=True) for values in parts)
+        mixed = part.index_select(1, upper).lerp_(part.index_select(1, lower), share)
         yield mixed if width == in_width else _stretch(mixed, width)
 
 

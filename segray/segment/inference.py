@@ -1,6 +1,7 @@
 """A bundle's network on one device: batches of images to masks, statistics and counts."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -15,13 +16,29 @@ from segray.metrics import compute_dice, compute_iou, count_from_confusion, to_n
 from segray.models.counts import compute_confusion
 from segray.models.folding import fold_norms
 from segray.models.precision import autocast
-from segray.models.prediction import predict_image
+from segray.models.prediction import Prediction, predict_image
 from segray.segment.profile import Step, Stopwatch
 from segray.transforms import pad_batch
 
 
+@dataclass(frozen=True)
+class Launched:
+    """A batch under way.
+
+    Attributes:
+        predictions: Of each image, on the way to the processor's memory.
+        arrived: Happens when all are there; None where they are already.
+    """
+
+    predictions: list[Prediction]
+    arrived: torch.cuda.Event | None
+
+
 class Inference:
     """The network of a bundle, ready to predict.
+
+    A batch is launched, and finished later: on a GPU the next one is launched in between, so that it has something to
+    do while results are brought into rows.
 
     Args:
         bundle_uri: The model.
@@ -53,66 +70,78 @@ class Inference:
         model = fold_norms(bundle.model, self.image_size)
         self._model = model.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
 
-    def predict(
-        self,
-        images: Sequence[npt.NDArray[np.uint8]],
-        sizes: Sequence[tuple[int, int]],
-        truths: Sequence[Any],
-        watch: Stopwatch,
-    ) -> list[dict[str, Any]]:
-        """Return the columns of ``images`` that depend on a prediction, for each of at most ``batch_size`` images.
+    @torch.inference_mode()
+    def launch(
+        self, images: Sequence[npt.NDArray[np.uint8]], sizes: Sequence[tuple[int, int]], watch: Stopwatch
+    ) -> Launched:
+        """Begin with at most ``batch_size`` images; on a CPU they are predicted when this returns.
 
         Args:
             images: (h, w, 3) uint8 at the model's input size.
             sizes: Height and width of each mask.
-            truths: Class-index map of each size as a buffer of the class map's index type; None without truth.
             watch: Takes up the time.
 
         Raises:
             ClusterError: The GPU has too little memory.
         """
-        with watch.measure(Step.PREDICT):
-            logits_nchw = self._compute_logits(images)
-        with watch.measure(Step.COUNT):  # of a GPU's model too, for here its results are waited for
-            return [
-                self._finish(logits_chw, size, truth)
-                for logits_chw, size, truth in zip(logits_nchw, sizes, truths, strict=True)
-            ]
-
-    def _compute_logits(self, images: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
-        """Return the logits (n, C, h, w) of at most ``batch_size`` images; the pass has the same shape for any n."""
-        padded = torch.from_numpy(pad_batch(np.stack(images), self._batch_size))
         try:
-            with torch.inference_mode(), autocast(self._device, self._precision):
-                logits_nchw: torch.Tensor = self._model(self._preprocessing.apply(padded.to(self._device)))
+            with watch.measure(Step.PREDICT):
+                logits_nchw = self._compute_logits(images)
+            with watch.measure(Step.COUNT):
+                predictions = [predict_image(*one) for one in zip(logits_nchw, sizes, strict=True)]
         except torch.OutOfMemoryError as error:
             raise ClusterError(
                 f"the GPU has too little memory for {self._batch_size} images at a time: "
                 f"{get_last_line(error)}; lower segment.batch_size"
             ) from error
+        if self._device.type == "cpu":
+            return Launched(predictions, None)
+        fetched = [Prediction(*(part.to("cpu", non_blocking=True) for part in one)) for one in predictions]
+        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        arrived.record()
+        return Launched(fetched, arrived)
+
+    def _compute_logits(self, images: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
+        """Return the logits (n, C, h, w) of at most ``batch_size`` images; the pass has the same shape for any n."""
+        padded = torch.from_numpy(pad_batch(np.stack(images), self._batch_size))
+        if self._device.type == "cuda":  # only from pinned memory is a copy queued
+            padded = padded.pin_memory()
+        with autocast(self._device, self._precision):
+            pixels = padded.to(self._device, non_blocking=True)
+            logits_nchw: torch.Tensor = self._model(self._preprocessing.apply(pixels))
         return logits_nchw[: len(images)]
 
-    @torch.inference_mode()
-    def _finish(self, logits_chw: torch.Tensor, size: tuple[int, int], truth: Any) -> dict[str, Any]:
+    def finish(self, launched: Launched, truths: Sequence[Any], watch: Stopwatch) -> list[dict[str, Any]]:
+        """Return the columns of ``images`` that depend on a prediction, for each image of a batch.
+
+        Args:
+            launched: The batch.
+            truths: Class-index map of each mask's size as a buffer of the class map's index type; None without truth.
+            watch: Takes up the time.
+        """
+        with watch.measure(Step.COUNT):
+            if launched.arrived is not None:
+                launched.arrived.synchronize()
+            return [self._describe(*one) for one in zip(launched.predictions, truths, strict=True)]
+
+    def _describe(self, prediction: Prediction, truth: Any) -> dict[str, Any]:
         """Return the columns of one image that depend on its prediction."""
-        prediction = predict_image(logits_chw, size)
-        pixel_count = prediction.pixel_count.cpu().numpy()
+        classes = self._classes
+        pixel_count = prediction.pixel_count.numpy()
         present = pixel_count > 0
-        confidence = prediction.confidence_sum.cpu().numpy() / np.maximum(pixel_count, 1)
+        confidence = prediction.confidence_sum.numpy() / np.maximum(pixel_count, 1)
         columns: dict[str, Any] = {
-            "mask": prediction.mask.cpu().numpy().astype(self._classes.mask_dtype).tobytes(),
+            "mask": prediction.mask.numpy().astype(classes.mask_dtype, copy=False).tobytes(),
             "mask_encoding": "raw",
             "pixel_count": pixel_count.tolist(),
             "mean_confidence": to_nullable(np.where(present, confidence, np.nan)),
-            "entropy": prediction.entropy_sum.item() / (size[0] * size[1]),
+            "entropy": prediction.entropy_sum.item() / prediction.mask.numel(),
         }
         if truth is None:
             return columns
-        truth_hw = torch.from_numpy(np.frombuffer(truth, self._classes.index_dtype).reshape(size).copy())
-        classes = self._classes
-        confusion = compute_confusion(
-            truth_hw.to(self._device), prediction.mask, classes.num_classes, classes.ignore_index
-        )
-        counts = count_from_confusion(confusion.cpu().numpy())
+        size = prediction.mask.shape
+        truth_hw = torch.from_numpy(np.frombuffer(truth, classes.index_dtype).reshape(size).copy())
+        confusion = compute_confusion(truth_hw, prediction.mask, classes.num_classes, classes.ignore_index)
+        counts = count_from_confusion(confusion.numpy())
         scores = {"iou": to_nullable(compute_iou(counts)), "dice": to_nullable(compute_dice(counts))}
         return {**columns, **{name: value.tolist() for name, value in counts._asdict().items()}, **scores}

@@ -1,9 +1,12 @@
 """GPU (or CPU) stage: holds the model, and maps decoded fragments to finished rows with raw masks."""
 
+from __future__ import annotations
+
 import time
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
@@ -14,6 +17,9 @@ from segray.errors import FaultKind, SegrayError
 from segray.schema import IMAGES_SCHEMA
 from segray.segment.ledger import MAX_DEATHS_PER_IMAGE, LedgerClient, Orders
 from segray.segment.profile import STEPS_TYPE, Step, Stopwatch
+
+if TYPE_CHECKING:
+    from segray.segment.inference import Launched
 
 PREDICTED_SCHEMA = pa.schema(
     [
@@ -116,12 +122,18 @@ class FragmentPredictor:
         self._ledger.enter(fragment, orders, None)
 
     def _predict(self, images: Sequence[_Usable], watch: Stopwatch) -> None:
-        """Add to the rows what depends on the prediction."""
+        """Add to the rows what depends on the prediction; the next batch is launched before one is finished."""
+        under_way: deque[tuple[Sequence[_Usable], Launched]] = deque()
         for start in range(0, len(images), self._batch_size):
             batch = images[start : start + self._batch_size]
             sizes = [(image.row["height"], image.row["width"]) for image in batch]
-            columns = self._inference.predict(
-                [image.pixels for image in batch], sizes, [image.truth for image in batch], watch
-            )
-            for image, predicted in zip(batch, columns, strict=True):
-                image.row |= predicted
+            under_way.append((batch, self._inference.launch([image.pixels for image in batch], sizes, watch)))
+            if len(under_way) > 1:
+                self._finish(*under_way.popleft(), watch)
+        for batch, launched in under_way:
+            self._finish(batch, launched, watch)
+
+    def _finish(self, batch: Sequence[_Usable], launched: Launched, watch: Stopwatch) -> None:
+        columns = self._inference.finish(launched, [image.truth for image in batch], watch)
+        for image, predicted in zip(batch, columns, strict=True):
+            image.row |= predicted
