@@ -19,16 +19,16 @@ def make_images(num_images: int, extension: str = "png") -> Path:
 
     Args:
         num_images: How many.
-        extension: ``png``, the data set's own files, or ``jpg``, of quality 90.
+        extension: ``png``, the data set's own files, or ``jpg``, of quality 90 unless the data set is there as JPEG.
     """
     folder = _RUNS / f"images-{num_images}-{extension}"
-    originals = sorted((_CAMVID / "images").rglob("*.png"))
+    originals = sorted((_CAMVID / "images").rglob(f"*.{extension}")) or sorted((_CAMVID / "images").rglob("*.png"))
     if not originals:
         sys.exit(f"no images under {_CAMVID / 'images'}; put or link CamVid (360x480, SegNet tutorial's copy) there")
     if folder.exists() and sum(1 for _ in folder.iterdir()) == num_images:
         return folder
     folder.mkdir(parents=True, exist_ok=True)
-    contents = [path.read_bytes() if extension == "png" else _encode_jpeg(path) for path in originals]
+    contents = [path.read_bytes() if path.suffix == f".{extension}" else _encode_jpeg(path) for path in originals]
     for number in range(num_images):
         (folder / f"{number:06d}.{extension}").write_bytes(contents[number % len(contents)])
     return folder

@@ -55,7 +55,7 @@ def main() -> None:
     def count_theirs(metric: MulticlassConfusionMatrix) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
         def count(truth: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
             metric.reset()
-            metric.update(mask.long(), truth.long())
+            metric.update(mask, truth)
             counts: torch.Tensor = metric.compute()
             return counts
 

@@ -32,14 +32,16 @@ def build_commands(
     def build(script: str, *options: str) -> list[str]:
         return [sys.executable, str(_RIVALS / script), *arguments, *options]
 
+    bf16 = ("--precision", "bf16")
+    with_ray = {"PYTHONPATH": str(_RIVALS)}
+    with_spark = {"PYTHONPATH": f"{spark}:{_RIVALS}", "PYSPARK_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"}
     return {
         "script, fp32": (build("plain.py"), {}),
-        "script, bf16 and channels-last": (build("plain.py", "--precision", "bf16"), {}),
-        "Ray Data, as in its guide": (build("ray_data.py"), {"PYTHONPATH": str(_RIVALS)}),
-        "PySpark predict_batch_udf": (
-            build("spark.py"),
-            {"PYTHONPATH": f"{spark}:{_RIVALS}", "PYSPARK_PYTHON": sys.executable, "OMP_NUM_THREADS": "1"},
-        ),
+        "script, bf16 and channels-last": (build("plain.py", *bf16), {}),
+        "Ray Data, as in its guide": (build("ray_data.py"), with_ray),
+        "Ray Data, bf16 and channels-last, two actors": (build("ray_data.py", *bf16, "--num-actors", "2"), with_ray),
+        "PySpark predict_batch_udf": (build("spark.py", "fp32"), with_spark),
+        "PySpark, bf16 and channels-last": (build("spark.py", "bf16"), with_spark),
     }
 
 

@@ -76,13 +76,14 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=32)
     parser.add_argument("--precision", default="bf16")
     arguments = parser.parse_args()
-    rates: dict[str, list[float]] = {"Keras": [], "segray": []}
+    ours = f"segray, {arguments.precision}"
+    rates: dict[str, list[float]] = {"Keras, fp32": [], ours: []}
     for _ in range(arguments.rounds):
-        rates["Keras"] += train_keras(arguments.epochs, arguments.batch_size)
-        rates["segray"] += train_segray(arguments.epochs, arguments.batch_size, arguments.precision)
+        rates["Keras, fp32"] += train_keras(arguments.epochs, arguments.batch_size)
+        rates[ours] += train_segray(arguments.epochs, arguments.batch_size, arguments.precision)
         print(rates, flush=True)
     median = {name: statistics.median(values) for name, values in rates.items()}
-    rows = [[name, f"{rate:.2f}", f"{rate / median['Keras']:.2f}"] for name, rate in median.items()]
+    rows = [[name, f"{rate:.2f}", f"{rate / median['Keras, fp32']:.2f}"] for name, rate in median.items()]
     figures = {"images_per_s": rates, "batch_size": arguments.batch_size, "tensorflow": _TENSORFLOW}
     report("train_keras", ["training by", "images/s", "times Keras"], rows, figures)
 

@@ -1,12 +1,13 @@
 """One way to Ray: the cluster that ``RAY_ADDRESS`` names (a submitted job has it set), or a private one."""
 
+import ctypes
 import json
 import logging
 import math
 import os
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from tempfile import TemporaryFile
 from typing import Any
 
@@ -36,6 +37,12 @@ _PRIVATE_VARIABLES = {
 }
 _LOG_LEVEL_LINE = "Set ray log level from environment variable"
 _JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`, for its driver
+
+
+def release_memory() -> None:
+    """Give the system back what this process has freed; with ``MEMORY_VARIABLES`` the C library keeps it."""
+    with suppress(OSError, AttributeError):  # glibc alone has it, and alone needs it
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def is_submitted_job() -> bool:
@@ -96,9 +103,9 @@ def connect_ray(num_cpus: float = 0, num_gpus: float = 0) -> Iterator[None]:
         for name, value in _PRIVATE_VARIABLES.items():
             os.environ.setdefault(name, value)
     try:
-        with nullcontext() if with_logs else _without_log_level_line():
+        with nullcontext() if with_logs or "RAY_LOG_TO_STDERR" in os.environ else _without_log_level_line():
             ray.init(**options)
-    except (ray.exceptions.RayError, ConnectionError, RuntimeError, ValueError) as error:
+    except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
         where = f"Ray at RAY_ADDRESS={address} cannot be reached" if address else "a private Ray cannot be started"
         raise ClusterError(f"{where}: {get_last_line(error)}; check the address and RAY_AUTH_MODE") from error
     try:

@@ -137,33 +137,19 @@ def open_image(
         raise ImageFault(kind, f"{name}: {meaning}{told}") from error
 
 
-def read_shown_size(content: bytes) -> tuple[int, int]:
-    """Return height and width of an image file as it is shown, from its header.
-
-    Args:
-        content: A file that ``open_image`` opens.
-    """
-    header = _get_reader(content)(io.BytesIO(content))
-    return (header.width, header.height) if is_shown_turned(content) else (header.height, header.width)
-
-
 def is_shown_turned(content: bytes) -> bool:
     """Say whether the EXIF orientation of an image file swaps its height and width.
 
     Args:
         content: A file that ``open_image`` opens.
     """
-    reader = _get_reader(content)
+    reader = next(reader for _, start, reader in _KNOWN if reader and start.match(content))
     try:
         return reader(io.BytesIO(content)).getexif().get(ExifTags.Base.Orientation, 1) in _SWAPPING_ORIENTATIONS
     except MemoryError:
         raise
     except Exception:  # EXIF that cannot be read turns nothing
         return False
-
-
-def _get_reader(content: bytes) -> Callable[[io.BytesIO], ImageFile]:
-    return next(reader for _, start, reader in _KNOWN if reader and start.match(content))
 
 
 def _explain(name: str, content: bytes, error: Exception) -> tuple[FaultKind, str]:
@@ -231,6 +217,11 @@ def _reduce(image: ImageFile, at_least_px: int) -> None:
         if is_whole and min(image.size) // scale >= at_least_px:
             image.draft(None, (image.width // scale, image.height // scale))
             return
+
+
+def get_scale(image: ImageFile) -> int:
+    """Return how many times the sides of an image are those of what ``open_image`` gave of it; they divide exactly."""
+    return image.decoderconfig[0] if isinstance(image, JpegImageFile) and image.decoderconfig else 1
 
 
 def _check_png(content: bytes, image: PngImageFile) -> None:

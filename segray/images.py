@@ -11,7 +11,7 @@ from PIL.TiffImagePlugin import TiffImageFile
 from segray.classes import build_palette
 from segray.config import DEFAULT_MAX_IMAGE_PX
 from segray.errors import FaultKind, ImageFault
-from segray.image_files import open_image, read_shown_size
+from segray.image_files import get_scale, open_image
 
 _IMAGE_FORMATS = ("PNG", "JPEG", "WebP", "BMP", "GIF", "TIFF")
 _MASK_FORMATS = ("PNG", "BMP", "GIF", "TIFF")
@@ -56,7 +56,8 @@ def decode_image_reduced(
         The pixels, height and width of the whole image, and the note.
     """
     with open_image(content, _IMAGE_FORMATS, max_px, at_least_px=2 * max(size)) as image:
-        return _to_rgb(image), read_shown_size(content), _describe_frames(image)
+        scale, pixels = get_scale(image), _to_rgb(image)
+        return pixels, (scale * pixels.shape[0], scale * pixels.shape[1]), _describe_frames(image)
 
 
 def decode_mask(content: bytes, max_px: int = DEFAULT_MAX_IMAGE_PX) -> npt.NDArray[np.integer]:

@@ -299,6 +299,15 @@ def test_a_large_jpeg_is_reduced_to_twice_what_is_needed_and_looks_the_same(orie
         decode_image_reduced(content, 800 * 1000 - 1, (64, 96))
 
 
+@pytest.mark.parametrize("file_format", ["TIFF", "PNG", "WEBP"])
+def test_where_a_jpeg_would_be_reduced_others_turned_have_the_size_that_they_are_shown_at(file_format: str) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    content = encode(draw_waves(300, 400), file_format, exif=exif)
+    pixels, size, _ = decode_image_reduced(content, 10**6, (64, 96))
+    assert pixels.shape[:2] == size == decode_image(content).shape[:2] == (400, 300)
+
+
 @pytest.mark.parametrize(("file_format", "height"), [("PNG", 800), ("JPEG", 180), ("JPEG", 801)])
 def test_other_formats_small_images_and_sides_that_do_not_divide_are_not_reduced(file_format: str, height: int) -> None:
     content = encode(draw_waves(height, 1000), file_format)

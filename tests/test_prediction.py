@@ -67,10 +67,16 @@ def test_any_number_of_classes_and_the_first_of_equal_ones(num_classes: int) -> 
     assert got.pixel_count.tolist() == np.bincount(expected.ravel(), minlength=num_classes).tolist()
 
 
-def test_logits_that_are_no_numbers_still_give_a_class() -> None:
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_a_logit_that_is_not_finite_spoils_its_pixel_and_leaves_no_statistics(value: float) -> None:
     logits = LOGITS.clone()
-    logits[2, 3, 4] = torch.nan
-    assert int(predict_image(logits, (12, 20)).mask.max()) < len(LOGITS)
+    logits[2, 3, 4] = value
+    got = predict_image(logits, (12, 20))
+    assert int(got.mask.max()) < len(LOGITS)
+    assert got.entropy_sum.isnan()
+    assert got.confidence_sum.isnan().any()
+    is_spoiled = got.mask.long() != LOGITS.argmax(0)
+    assert is_spoiled.nonzero().tolist() in ([], [[3, 4]])
 
 
 @pytest.mark.parametrize("num_classes", [2, 200, 300])

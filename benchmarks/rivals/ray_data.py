@@ -1,9 +1,12 @@
 """Segment a folder with Ray Data as its guide shows it: read_images, map_batches over actors, write_parquet.
 
-python benchmarks/rivals/ray_data.py BUNDLE IMAGES OUTPUT
+python benchmarks/rivals/ray_data.py BUNDLE IMAGES OUTPUT --precision fp32|bf16 --num-actors 1
+
+The machine's cores are shared out over the actors.
 """
 
-import sys
+import argparse
+import os
 from typing import Any
 
 import numpy as np
@@ -16,9 +19,9 @@ from PIL import Image
 class Predictor:
     """An actor with the model."""
 
-    def __init__(self, bundle: str) -> None:
-        torch.set_num_threads(2)
-        self.model = Model(bundle, "fp32")
+    def __init__(self, bundle: str, precision: str, num_threads: int) -> None:
+        torch.set_num_threads(num_threads)
+        self.model = Model(bundle, precision)
 
     def __call__(self, batch: dict[str, Any]) -> dict[str, Any]:
         """Map images to rows."""
@@ -35,17 +38,24 @@ class Predictor:
 
 def main() -> None:
     """Read, predict, write."""
-    bundle, images, output = sys.argv[1:]
+    parser = argparse.ArgumentParser()
+    parser.add_argument("bundle")
+    parser.add_argument("images")
+    parser.add_argument("output")
+    parser.add_argument("--precision", choices=["fp32", "bf16"], default="fp32")
+    parser.add_argument("--num-actors", type=int, default=1)
+    arguments = parser.parse_args()
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False)
+    num_threads = max(1, (os.cpu_count() or 1) // arguments.num_actors)
     (
-        ray.data.read_images(images, mode="RGB", include_paths=True)
+        ray.data.read_images(arguments.images, mode="RGB", include_paths=True)
         .map_batches(
             Predictor,
-            fn_constructor_args=(bundle,),
+            fn_constructor_args=(arguments.bundle, arguments.precision, num_threads),
             batch_size=BATCH_SIZE,
-            compute=ray.data.ActorPoolStrategy(size=1),
+            compute=ray.data.ActorPoolStrategy(size=arguments.num_actors),
         )
-        .write_parquet(output)
+        .write_parquet(arguments.output)
     )
 
 

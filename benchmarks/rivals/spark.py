@@ -1,6 +1,6 @@
 """Segment a folder with PySpark as its guide shows it: binaryFile, predict_batch_udf, Parquet.
 
-python benchmarks/rivals/spark.py BUNDLE IMAGES OUTPUT
+python benchmarks/rivals/spark.py BUNDLE IMAGES OUTPUT fp32|bf16
 """
 
 import sys
@@ -22,14 +22,14 @@ _ROW = StructType(
 )
 
 
-def make_predict(bundle: str) -> Callable[[], Callable[[npt.NDArray[Any]], list[dict[str, Any]]]]:
+def make_predict(bundle: str, precision: str) -> Callable[[], Callable[[npt.NDArray[Any]], list[dict[str, Any]]]]:
     """Return what Spark calls once in each of its Python workers."""
 
     def make() -> Callable[[npt.NDArray[Any]], list[dict[str, Any]]]:
         import torch
         from model import Model
 
-        model = Model(bundle, "fp32")
+        model = Model(bundle, precision)
 
         def predict(contents: npt.NDArray[Any]) -> list[dict[str, Any]]:
             decoded = [model.decode(bytes(content)) for content in contents]
@@ -43,7 +43,7 @@ def make_predict(bundle: str) -> Callable[[], Callable[[npt.NDArray[Any]], list[
 
 def main() -> None:
     """Read, predict, write."""
-    bundle, images, output = sys.argv[1:]
+    bundle, images, output, precision = sys.argv[1:]
     spark = (
         SparkSession.builder.master("local[2]")
         .config("spark.driver.memory", "4g")
@@ -51,7 +51,7 @@ def main() -> None:
         .config("spark.sql.execution.arrow.maxRecordsPerBatch", "64")
         .getOrCreate()
     )
-    predict = predict_batch_udf(make_predict(bundle), return_type=_ROW, batch_size=8)
+    predict = predict_batch_udf(make_predict(bundle, precision), return_type=_ROW, batch_size=8)
     files = spark.read.format("binaryFile").load(images).select("path", "content")
     files.select("path", predict("content").alias("row")).select("path", "row.*").write.parquet(output)
     spark.stop()

@@ -15,6 +15,7 @@ class SegmentSettings(Section):
     fragment_bytes: int = Field(64 * 2**20, ge=1, description="most bytes of encoded images in one output file")
     batch_size: int = Field(8, ge=1, description="images per forward pass")
     precision: Literal["bf16", "fp32"] = "bf16"
+    compile: bool = Field(False, description="torch.compile: a slower start, and a C++ compiler on every node")
     num_fetch_threads: int = Field(16, ge=1, description="images of a fragment that are fetched at a time")
     num_predictors: int | None = Field(
         None, ge=1, description="processes that hold the model; null: one for each GPU, or nearly one for each CPU"

@@ -14,15 +14,15 @@ def fold_norms(model: SegmentationModel, image_size: tuple[int, int]) -> Segment
     ``BN(conv(x))`` of fixed statistics is a convolution with other weights; torch finds the pairs in a trace. A network
     that cannot be traced, or that comes out differently on an image of ``image_size``, stays as it is.
     """
-    own = model.network
-    try:
-        folded = fuse(own)
-    except Exception:  # tracing trips over whatever a network does that is not done with tensors
-        return model
-    probe = torch.randn(1, 3, *image_size, generator=torch.Generator().manual_seed(0))
-    with torch.inference_mode():
+    own, device = model.network, next(model.parameters()).device
+    probe = torch.randn(1, 3, *image_size, generator=torch.Generator().manual_seed(0)).to(device)
+    with torch.no_grad():
         expected = model(probe)
-        model.network = folded
-        if not (model(probe) - expected).abs().max() <= _TOLERANCE * expected.abs().max():
-            model.network = own
+        try:
+            model.network = fuse(own)
+            is_same = bool((model(probe) - expected).abs().max() <= _TOLERANCE * expected.abs().max())
+        except Exception:  # tracing trips over whatever a network does that is not done with tensors
+            is_same = False
+    if not is_same:
+        model.network = own
     return model

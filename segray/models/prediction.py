@@ -27,7 +27,8 @@ class Prediction(NamedTuple):
         mask: (H, W) class indices, uint8, or int32 above 256 classes.
         pixel_count: (C,) int64.
         confidence_sum: (C,) float64: softmax probability of the predicted class, summed over its pixels.
-        entropy_sum: Scalar float64: entropy of the softmax in nats, summed over all pixels.
+        entropy_sum: Scalar float64: entropy of the softmax in nats, summed over all pixels. Like confidence not a
+            number where a logit is not finite.
     """
 
     mask: torch.Tensor
@@ -38,7 +39,7 @@ class Prediction(NamedTuple):
 
 def compute_mask(logits_chw: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Return the argmax (H, W) int64 of the logits resized (bilinear) to ``size`` (height, width)."""
-    return torch.cat([_find_highest(band.sub_(band.amax(0))).long() for band in iterate_bands(logits_chw, size)])
+    return torch.cat([_find_highest(band, band.amax(0)).long() for band in iterate_bands(logits_chw, size)])
 
 
 def predict_image(logits_chw: torch.Tensor, size: tuple[int, int]) -> Prediction:
@@ -49,15 +50,15 @@ def predict_image(logits_chw: torch.Tensor, size: tuple[int, int]) -> Prediction
     num_classes, device = logits_chw.shape[0], logits_chw.device
     pixel_count = torch.zeros(num_classes, dtype=torch.int64, device=device)
     confidence = torch.zeros(num_classes, dtype=torch.float64, device=device)
-    entropy = torch.zeros((), dtype=torch.int64, device=device)
+    entropy = torch.zeros((), dtype=torch.float64, device=device)
     masks = []
     for band in iterate_bands(logits_chw, size):
-        below = band.sub_(band.amax(0))
-        mask = _find_highest(below)
+        highest = band.amax(0)
+        mask = _find_highest(band, highest)
         # softmax(z) = exp(z - highest) / total, of which the highest is 1 / total; the entropy is
         # -sum(p log p) = log(total) - sum(exp(z - highest) (z - highest)) / total. In powers of 2, which take a
         # quarter of the time.
-        bits = below.mul_(_BITS_PER_NAT)
+        bits = band.sub_(highest).mul_(_BITS_PER_NAT)
         exponential = bits.exp2()
         total = exponential.sum(0)
         steps = total.reciprocal().mul_(_STEPS).round_()
@@ -65,9 +66,9 @@ def predict_image(logits_chw: torch.Tensor, size: tuple[int, int]) -> Prediction
         pixel_count += count
         confidence += steps_sum
         pixel_entropy = total.log2().sub_(exponential.mul_(bits).sum(0).div_(total))
-        entropy += pixel_entropy.mul_(_STEPS / _BITS_PER_NAT).round_().to(torch.int64).sum()
+        entropy += pixel_entropy.mul_(_STEPS / _BITS_PER_NAT).round_().sum(dtype=torch.float64)
         masks.append(mask.to(torch.uint8 if num_classes <= 256 else torch.int32))
-    return Prediction(torch.cat(masks), pixel_count, confidence / _STEPS, entropy.double() / _STEPS)
+    return Prediction(torch.cat(masks), pixel_count, confidence / _STEPS, entropy / _STEPS)
 
 
 def sum_by_bin(mask: torch.Tensor, values: torch.Tensor, num_classes: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -83,17 +84,18 @@ def sum_by_comparing(mask: torch.Tensor, values: torch.Tensor, num_classes: int)
     return is_class.sum((1, 2)), torch.where(is_class, values, 0).sum((1, 2), dtype=torch.float64)
 
 
-def _find_highest(below_chw: torch.Tensor) -> torch.Tensor:
-    """Return the lowest index (H, W) of those that are 0, given logits less the highest of their pixel.
+def _find_highest(logits_chw: torch.Tensor, highest_hw: torch.Tensor) -> torch.Tensor:
+    """Return the lowest index (H, W) of those whose logit is the highest of their pixel.
 
-    A fortieth of the time of torch's argmax over the first dimension. Where nothing is 0, for a logit is not a number,
-    it is the last index.
+    A fortieth of the time of torch's argmax over the first dimension. Where none is, for a logit is not a number, it is
+    the last index.
     """
-    num_classes = below_chw.shape[0]
+    num_classes = logits_chw.shape[0]
     dtype = torch.uint8 if num_classes <= 128 else torch.int32
-    indices = torch.arange(num_classes, dtype=dtype, device=below_chw.device)[:, None, None]
+    indices = torch.arange(num_classes, dtype=dtype, device=logits_chw.device)[:, None, None]
     # all others, which are true, come after the last index
-    return below_chw.bool().to(dtype).mul_(num_classes).add_(indices).amin(0).clamp_(max=num_classes - 1)
+    is_other = logits_chw.ne(highest_hw)
+    return is_other.to(dtype).mul_(num_classes).add_(indices).amin(0).clamp_(max=num_classes - 1)
 
 
 def iterate_bands(logits_chw: torch.Tensor, size: tuple[int, int]) -> Iterator[torch.Tensor]:

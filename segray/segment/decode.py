@@ -1,8 +1,9 @@
 """CPU stage: a fragment number to images at the model's input size. A bad image becomes an error, not an exception."""
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from segray.classes import ClassMap
+from segray.cluster import release_memory
 from segray.config import SegmentSettings
 from segray.errors import FaultKind, ImageFault
 from segray.images import decode_image_reduced, decode_image_with_note, resize_image
@@ -19,6 +21,9 @@ from segray.segment.ledger import MAX_DEATHS_PER_IMAGE, LedgerClient, Orders
 from segray.segment.plan import load_fragment
 from segray.segment.profile import STEPS_TYPE, Step, Stopwatch
 
+_MAX_AHEAD_BYTES = 128 * 2**20  # of encoded files on their way or waiting, if all are like the largest so far
+_GUESSED_BYTES = 32 * 2**20  # of the first ones of a list, which says no sizes
+_LARGE_PX = 2**24  # images from here on leave more memory behind than a process that decodes should keep
 _ROW = pa.struct(
     [
         ("uri", pa.string()),
@@ -47,6 +52,10 @@ class _Fetched:
     image: bytes
     mask: bytes | None
     mask_fault: ImageFault | None = None
+
+    @property
+    def num_bytes(self) -> int:
+        return len(self.image) + len(self.mask or b"")
 
 
 @dataclass(frozen=True)
@@ -96,25 +105,40 @@ class FragmentDecoder:
         else:
             decoded = self._decode_all(planned, watch)
         packed = pack_decoded(fragment, decoded, watch)
+        if any((item.row.get("height") or 0) * (item.row.get("width") or 0) > _LARGE_PX for item in decoded):
+            release_memory()
         self._ledger.end(fragment, orders)
         return packed
 
     def _decode_all(self, planned: list[dict[str, Any]], watch: Stopwatch) -> list[DecodedImage]:
         """Fetch in many threads, which wait for the store, and decode in this one: the task has one CPU."""
-        pool, ahead = ThreadPoolExecutor(self._num_fetch_threads), self._num_fetch_threads
+        pool = ThreadPoolExecutor(self._num_fetch_threads)
+        fetching: deque[Future[_Fetched]] = deque()
         decoded: list[DecodedImage | None] = []
+        largest_bytes = max((image["size_bytes"] or 0 for image in planned), default=0)
         try:
-            waiting = deque(pool.submit(self._fetch, image, watch) for image in planned[:ahead])
             for number, image in enumerate(planned):
-                fetching = waiting.popleft()
-                waiting.extend(pool.submit(self._fetch, later, watch) for later in planned[number + ahead :][:1])
+                num_ahead = min(self._num_fetch_threads, _MAX_AHEAD_BYTES // (largest_bytes or _GUESSED_BYTES))
+                for later in planned[number + len(fetching) : number + max(1, num_ahead)]:
+                    fetching.append(pool.submit(self._fetch_beside, later, watch))
+                fetched = fetching.popleft()
                 try:
-                    decoded.append(self._decode(image, fetching.result, watch))
+                    decoded.append(self._decode(image, fetched.result, watch))
                 except MemoryError:  # beside others it was too much; alone it may do
                     decoded.append(None)
+                if fetched.exception() is None:
+                    largest_bytes = max(largest_bytes, fetched.result().num_bytes)
         finally:
             pool.shutdown(cancel_futures=True)
         return [item or self._decode_alone(image, watch) for item, image in zip(decoded, planned, strict=True)]
+
+    def _fetch_beside(self, image: dict[str, Any], watch: Stopwatch) -> _Fetched:
+        """Fetch in a thread of its own: that it waits is nothing that the stage waits for."""
+        began_s = time.thread_time()
+        try:
+            return self._fetch(image)
+        finally:
+            watch.add(Step.FETCH, 0, time.thread_time() - began_s)
 
     def _decode_carefully(
         self, fragment: int, planned: list[dict[str, Any]], orders: Orders, watch: Stopwatch
@@ -132,24 +156,24 @@ class FragmentDecoder:
 
     def _decode_alone(self, image: dict[str, Any], watch: Stopwatch) -> DecodedImage:
         try:
-            return self._decode(image, lambda: self._fetch(image, watch), watch)
+            return self._decode(image, lambda: self._fetch(image), watch)
         except MemoryError:
             return _fail(image, FaultKind.FAILED, "not enough memory to decode it; see segment.max_image_px")
 
-    def _fetch(self, planned: dict[str, Any], watch: Stopwatch) -> _Fetched:
-        with watch.measure(Step.FETCH):
-            image = fetch_image(planned["uri"], planned["etag"])
-            if not self._has_truth or planned["mask_uri"] is None:
-                return _Fetched(image, None)
-            try:
-                return _Fetched(image, fetch_mask(planned["mask_uri"], planned["mask_etag"]))
-            except ImageFault as fault:  # of the mask; what is wrong with the image comes first
-                return _Fetched(image, None, fault)
+    def _fetch(self, planned: dict[str, Any]) -> _Fetched:
+        image = fetch_image(planned["uri"], planned["etag"])
+        if not self._has_truth or planned["mask_uri"] is None:
+            return _Fetched(image, None)
+        try:
+            return _Fetched(image, fetch_mask(planned["mask_uri"], planned["mask_etag"]))
+        except ImageFault as fault:  # of the mask; what is wrong with the image comes first
+            return _Fetched(image, None, fault)
 
     def _decode(self, planned: dict[str, Any], fetch: Callable[[], _Fetched], watch: Stopwatch) -> DecodedImage:
         row: dict[str, Any] = {"uri": planned["uri"]}
         try:
-            fetched = fetch()
+            with watch.measure(Step.FETCH):
+                fetched = fetch()
             with watch.measure(Step.DECODE):
                 image, size, note = self._decode_image(fetched.image)
                 row |= {"height": size[0], "width": size[1], "note": note}

@@ -86,6 +86,8 @@ def _run_pending(
     num_pending = int(count_images(job.output_uri, run.plan)[pending].sum())
     with build_bar(console, "images") as bar:
         task = bar.add_task("segment", total=num_pending, note="starting")
+        import ray  # noqa: F401  whole, before two threads import parts of it
+
         # Ray Data takes 2 s to import: while Ray starts its processes, which takes longer
         threading.Thread(target=importlib.import_module, args=["segray.segment.pipeline"], daemon=True).start()
         with connect_ray(*_count_resources(job.settings)):

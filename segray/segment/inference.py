@@ -1,5 +1,6 @@
 """A bundle's network on one device: batches of images to masks, statistics and counts."""
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -43,7 +44,7 @@ class Inference:
     Args:
         bundle_uri: The model.
         bundle_sha256: What the run was planned with; a bundle that was replaced since is refused.
-        settings: ``batch_size`` and ``precision``; the GPU that Ray assigned is used if any was asked for.
+        settings: ``batch_size``, ``precision`` and ``compile``; the GPU that Ray assigned is used if any was asked for.
         num_predictors_per_node: Predictors that share the cores of a node where there is no GPU.
 
     Attributes:
@@ -51,6 +52,7 @@ class Inference:
 
     Raises:
         BundleError: The bundle cannot be used, or is another one.
+        ClusterError: The network cannot be compiled.
     """
 
     def __init__(
@@ -67,8 +69,27 @@ class Inference:
         self._classes = bundle.manifest.classes
         self.image_size = bundle.manifest.image_size
         self._preprocessing = bundle.manifest.preprocessing
-        model = fold_norms(bundle.model, self.image_size)
-        self._model = model.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model = bundle.model.to(self._device, memory_format=torch.channels_last)  # type: ignore[call-overload]
+        self._model = fold_norms(model, self.image_size)
+        self._run = self._apply
+        if settings.compile:
+            self._run = torch.compile(self._apply, dynamic=False)
+            self._compile()
+
+    def _apply(self, image_nhwc: torch.Tensor) -> torch.Tensor:
+        logits_nchw: torch.Tensor = self._model(self._preprocessing.apply(image_nhwc))
+        return logits_nchw
+
+    @torch.inference_mode()
+    def _compile(self) -> None:
+        """Compile the network for the one shape that it is called with."""
+        try:
+            self._compute_logits([np.zeros((*self.image_size, 3), np.uint8)])
+        except Exception as error:  # of the compilers that torch calls, or of torch's own
+            raise ClusterError(
+                f"the network cannot be compiled here: {get_last_line(error)}; have a C++ compiler on every node, or "
+                "set segment.compile: false"
+            ) from error
 
     @torch.inference_mode()
     def launch(
@@ -108,8 +129,7 @@ class Inference:
             padded = padded.pin_memory()
         with autocast(self._device, self._precision):
             pixels = padded.to(self._device, non_blocking=True)
-            logits_nchw: torch.Tensor = self._model(self._preprocessing.apply(pixels))
-        return logits_nchw[: len(images)]
+            return self._run(pixels)[: len(images)]
 
     def finish(self, launched: Launched, truths: Sequence[Any], watch: Stopwatch) -> list[dict[str, Any]]:
         """Return the columns of ``images`` that depend on a prediction, for each image of a batch.
@@ -130,12 +150,13 @@ class Inference:
         pixel_count = prediction.pixel_count.numpy()
         present = pixel_count > 0
         confidence = prediction.confidence_sum.numpy() / np.maximum(pixel_count, 1)
+        entropy = prediction.entropy_sum.item() / prediction.mask.numel()
         columns: dict[str, Any] = {
             "mask": prediction.mask.numpy().astype(classes.mask_dtype, copy=False).tobytes(),
             "mask_encoding": "raw",
             "pixel_count": pixel_count.tolist(),
             "mean_confidence": to_nullable(np.where(present, confidence, np.nan)),
-            "entropy": prediction.entropy_sum.item() / prediction.mask.numel(),
+            "entropy": entropy if math.isfinite(entropy) else None,
         }
         if truth is None:
             return columns

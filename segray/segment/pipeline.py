@@ -96,9 +96,9 @@ def run_pipeline(
 def choose_num_predictors(settings: SegmentSettings, num_fragments: int) -> int:
     """Return how many predictors there will be: as many as were asked for, or as the cluster of this moment can have.
 
-    On CPUs one for each but an eighth, which decodes and writes, and two at least: a predictor of one thread is as fast
-    as the thread of a larger one, and never waits for another. Each is allowed for 2 GiB of the nodes' memory, and has
-    four fragments to make at least: it takes seconds to start.
+    One for each GPU. On CPUs one for each but an eighth, two at least, which decode and write: a predictor of one
+    thread is as fast as the thread of a larger one, and never waits for another. Each is allowed for 2 GiB of the
+    nodes' memory, and has four fragments to make at least: it takes seconds to start.
     """
     if settings.num_predictors:
         return settings.num_predictors
@@ -111,5 +111,6 @@ def choose_num_predictors(settings: SegmentSettings, num_fragments: int) -> int:
 
 
 def _count_predictors_per_node(num_predictors: int) -> int:
-    num_nodes = sum(bool(node["Alive"]) for node in ray.nodes())
+    # a head that takes no work has no CPUs
+    num_nodes = sum(bool(node["Alive"] and node["Resources"].get("CPU")) for node in ray.nodes())
     return -(-num_predictors // max(1, num_nodes))

@@ -3,14 +3,15 @@
 import math
 import os
 from dataclasses import dataclass
-from tempfile import TemporaryFile
+from tempfile import TemporaryFile, gettempdir
 from threading import Lock
+from typing import IO
 
 import numpy as np
 import numpy.typing as npt
 
 from segray.classes import ClassMap
-from segray.errors import DataError, ImageFault
+from segray.errors import DataError, ImageFault, StorageError, flatten_message
 from segray.manifest import Sample
 from segray.samples import read_image, read_truth
 
@@ -83,8 +84,9 @@ class _DiskStore:
     def __init__(self, max_bytes: int) -> None:
         self._free_bytes = max_bytes
         self._end = 0
+        self._begun: set[Sample] = set()
         self._places: dict[Sample, _Place] = {}
-        self._file = TemporaryFile(prefix="segray-samples-") if max_bytes else None  # noqa: SIM115
+        self._file = _open_nameless() if max_bytes else None
         self._lock = Lock()
 
     def keep(self, sample: Sample, found: LabelledImage) -> None:
@@ -92,8 +94,9 @@ class _DiskStore:
         image, truth = found
         num_bytes = image.nbytes + truth.nbytes
         with self._lock:
-            if self._file is None or num_bytes > self._free_bytes:
+            if self._file is None or sample in self._begun or num_bytes > self._free_bytes:
                 return
+            self._begun.add(sample)
             self._free_bytes -= num_bytes
             offset, self._end = self._end, self._end + num_bytes
         try:
@@ -112,7 +115,22 @@ class _DiskStore:
             return None
         num_image_bytes = math.prod(place.image_shape)
         num_bytes = num_image_bytes + math.prod(place.truth_shape) * place.truth_dtype.itemsize
-        content = os.pread(self._file.fileno(), num_bytes, place.offset)
+        try:
+            content = os.pread(self._file.fileno(), num_bytes, place.offset)
+        except OSError:  # of a disk that fails: the source is still there
+            content = b""
+        if len(content) < num_bytes:
+            return None
         image = np.frombuffer(content, np.uint8, num_image_bytes).reshape(place.image_shape)
         truth = np.frombuffer(content, place.truth_dtype, offset=num_image_bytes).reshape(place.truth_shape)
         return image, truth
+
+
+def _open_nameless() -> IO[bytes]:
+    try:
+        return TemporaryFile(prefix="segray-samples-")
+    except OSError as error:
+        raise StorageError(
+            f"train.cache_disk_bytes: cannot write to {gettempdir()}: {flatten_message(error)}; name another folder in "
+            "TMPDIR, or set it to 0"
+        ) from error

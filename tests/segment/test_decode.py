@@ -1,12 +1,22 @@
-"""The decoder on its own: a large JPEG at a fraction of its size."""
+"""The decoder on its own: a large JPEG at a fraction of its size, and how files are read ahead."""
 
+import os
+import subprocess
+import sys
+import time
 from pathlib import Path
+from threading import Lock
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pytest
 from PIL import Image
 
+from segray.cluster import MEMORY_VARIABLES
 from segray.config import SegmentSettings
+from segray.samples import fetch_image
+from segray.segment import decode as decoding
 from segray.segment import plan
 from segray.segment.decode import FragmentDecoder
 from segray.segment.inputs import ListedImage
@@ -16,10 +26,10 @@ from tests.segment.local_ledger import LocalLedger
 
 
 def decode(folder: Path, settings: SegmentSettings) -> pa.Table:
-    """Decode a fragment of the one image in a folder, with its mask."""
+    """Decode a fragment of a folder's images, with their masks."""
     spool = folder / "spool"
     spool.mkdir(exist_ok=True)
-    images = [ListedImage(str(folder / "a.jpg"), mask_uri=str(folder / "a.png"))]
+    images = [ListedImage(str(path), mask_uri=str(path.with_suffix(".png"))) for path in sorted(folder.glob("*.jpg"))]
     frozen = plan.spool_plan(plan.cut_fragments(images, settings), spool)
     plan.save_plan(str(folder / "run"), frozen, spool)
     made = FragmentDecoder(
@@ -41,3 +51,72 @@ def test_a_reduced_jpeg_keeps_its_size_and_truth_and_nearly_its_pixels(tmp_path:
     images = [np.frombuffer(table["images"][0].as_py(), np.uint8).astype(int) for table in (whole, reduced)]
     difference = np.abs(images[0] - images[1])
     assert 0 < difference.mean() < 1  # it was indeed decoded otherwise
+
+
+class SlowStore:
+    """Fetches as the decoder does, but late; counts how many fetches there were at most at a time."""
+
+    def __init__(self, seconds: float) -> None:
+        self._seconds = seconds
+        self._lock, self._num_now, self.num_at_most = Lock(), 0, 0
+
+    def fetch(self, *arguments: Any) -> bytes:
+        with self._lock:
+            self._num_now += 1
+            self.num_at_most = max(self.num_at_most, self._num_now)
+        time.sleep(self._seconds)
+        try:
+            return fetch_image(*arguments)
+        finally:
+            with self._lock:
+                self._num_now -= 1
+
+
+@pytest.fixture
+def twelve(tmp_path: Path) -> Path:
+    generator = np.random.default_rng(0)
+    for number in range(12):
+        Image.fromarray(generator.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / f"{number:02d}.jpg")
+        Image.fromarray(np.full((8, 8), 1, np.uint8)).save(tmp_path / f"{number:02d}.png")
+    return tmp_path
+
+
+def test_only_what_the_stage_waits_for_counts_as_fetching(twelve: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    slow = SlowStore(0.05)
+    monkeypatch.setattr(decoding, "fetch_image", slow.fetch)
+    table = decode(twelve, SegmentSettings(num_fetch_threads=12))
+    wall_s = {step["step"]: step["wall_s"] for step in table["steps"][0].as_py()}
+    assert slow.num_at_most > 4  # after the first one, whose size was not known
+    assert 0.05 <= wall_s["fetch"] < 6 * 0.05
+
+
+def test_large_files_are_read_ahead_no_further_than_memory_allows(
+    twelve: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = decode(twelve, SegmentSettings())
+    slow = SlowStore(0.01)
+    monkeypatch.setattr(decoding, "fetch_image", slow.fetch)
+    monkeypatch.setattr(decoding, "_MAX_AHEAD_BYTES", 3 * max(path.stat().st_size for path in twelve.glob("*.jpg")))
+    monkeypatch.setattr(decoding, "_GUESSED_BYTES", 2**30)
+    table = decode(twelve, SegmentSettings())
+    assert slow.num_at_most <= 3
+    assert table["images"].equals(expected["images"])
+    assert table["rows"].equals(expected["rows"])
+
+
+def test_a_huge_image_leaves_no_memory_behind_in_its_process(tmp_path: Path) -> None:
+    Image.new("RGB", (9000, 9000)).save(tmp_path / "a.jpg")
+    Image.new("L", (9000, 9000), 1).save(tmp_path / "a.png")
+    script = """
+import sys, psutil
+from pathlib import Path
+from segray.config import SegmentSettings
+from tests.segment.test_decode import decode
+before = psutil.Process().memory_info().rss
+decode(Path(sys.argv[1]), SegmentSettings())
+print((psutil.Process().memory_info().rss - before) / 2**20)
+"""
+    environment = {**os.environ, **MEMORY_VARIABLES}
+    command = [sys.executable, "-c", script, str(tmp_path)]
+    printed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert float(printed) < 200  # MiB; its pixels alone are 232, its truth 77

@@ -6,10 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from segray.bundle import load_bundle
 from segray.config import SegmentSettings
-from segray.errors import BundleError
+from segray.errors import BundleError, ClusterError
 from segray.segment.decode import DecodedImage, pack_decoded
 from segray.segment.ledger import PREDICT
 from segray.segment.predictor import FragmentPredictor
@@ -30,8 +31,8 @@ def bundle(bundle_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def predict(bundle: Path, decoded: list[DecodedImage]) -> list[dict[str, Any]]:
-    predictor = FragmentPredictor(str(bundle), load_bundle(str(bundle)).sha256, SETTINGS, 1, LocalLedger(PREDICT))
+def predict(bundle: Path, decoded: list[DecodedImage], settings: SegmentSettings = SETTINGS) -> list[dict[str, Any]]:
+    predictor = FragmentPredictor(str(bundle), load_bundle(str(bundle)).sha256, settings, 1, LocalLedger(PREDICT))
     rows: list[dict[str, Any]] = predictor(pack_decoded(7, decoded, Stopwatch()))["rows"][0].as_py()
     return rows
 
@@ -75,3 +76,21 @@ def test_a_bundle_that_was_replaced_is_refused_with_the_first_fragment(bundle: P
     predictor = FragmentPredictor(str(other), planned, SETTINGS, 1, LocalLedger(PREDICT))
     with pytest.raises(BundleError, match="replaced while the run was going on"):
         predictor(pack_decoded(0, [make_image("a")], Stopwatch()))
+
+
+def test_a_compiled_network_says_the_same(bundle: Path) -> None:
+    images = [make_image("a"), make_image("bb"), make_image("ccc")]
+    compiled = predict(bundle, images, SETTINGS.model_copy(update={"compile": True}))
+    for row, expected in zip(compiled, predict(bundle, images), strict=True):
+        mask, whole = (np.frombuffer(one["mask"], np.uint8) for one in (row, expected))
+        assert (mask == whole).mean() > 0.99  # the last bits of its logits are others
+        assert row["entropy"] == pytest.approx(expected["entropy"], rel=1e-3)
+
+
+def test_a_node_without_a_compiler_is_told_so(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = SegmentSettings(batch_size=3, precision="fp32", compile=True)  # a shape that no cache of torch's has
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    monkeypatch.setenv("PATH", "")
+    torch.compiler.reset()
+    with pytest.raises(ClusterError, match=r"cannot be compiled here: .*; have a C\+\+ compiler on every node"):
+        predict(bundle, [make_image("a")], settings)

@@ -1,6 +1,8 @@
 """The order of samples is data: the same for any number of workers, nothing dropped, nothing twice."""
 
+import errno
 import os
+import tempfile
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -11,7 +13,7 @@ from PIL import Image
 
 from segray.augmentation import Augmentation
 from segray.config import AugmentationSettings, DataConfig
-from segray.errors import DataError
+from segray.errors import DataError, StorageError
 from segray.images import resize_mask
 from segray.manifest import Sample, load_splits
 from segray.train.feed import (
@@ -123,18 +125,34 @@ def test_the_cache_keeps_what_fits_and_no_more(samples: list[Sample], tmp_path: 
         store.load(copies[2])
 
 
+@pytest.mark.parametrize("is_short", [True, False])
 def test_a_full_disk_keeps_nothing_more_and_stops_nothing(
-    samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+    samples: list[Sample], is_short: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    def fail(*_: Any) -> int:
+        attempts.append(1)
+        if is_short:
+            return 3  # of many bytes
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    attempts: list[int] = []
     store = SampleStore(PET_CLASSES, 0, max_disk_bytes=2**20)
-    first = store.load(samples[0])
-    monkeypatch.setattr(os, "pwrite", lambda *_: 3)  # of many bytes
-    second = store.load(samples[1])
+    expected = [store.load(samples[0])]
+    monkeypatch.setattr(os, "pwrite", fail)
+    expected += [store.load(sample) for sample in samples[1:4]]
+    assert len(attempts) == 1
     monkeypatch.undo()
     for _ in range(2):
-        for sample, expected in zip(samples, (first, second), strict=False):
-            for part, whole in zip(store.load(sample), expected, strict=True):
-                np.testing.assert_array_equal(part, whole)
+        for sample, whole in zip(samples, expected, strict=False):
+            for part, expected_part in zip(store.load(sample), whole, strict=True):
+                np.testing.assert_array_equal(part, expected_part)
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(StorageError, match=r"train\.cache_disk_bytes: cannot write to .*gone.*TMPDIR"):
+        SampleStore(PET_CLASSES, 0, max_disk_bytes=1)
+    SampleStore(PET_CLASSES, 0)
 
 
 @pytest.mark.parametrize(("num_samples", "batch"), [(18, 4), (7, 3), (3, 8), (101, 16), (1, 2)])
