@@ -39,7 +39,7 @@ class Prediction(NamedTuple):
 
 def compute_mask(logits_chw: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
     """Return the argmax (H, W) int64 of the logits resized (bilinear) to ``size`` (height, width)."""
-    return torch.cat([_find_highest(band, band.amax(0)).long() for band in iterate_bands(logits_chw, size)])
+    return torch.cat([_find_highest(band.sub_(band.amax(0))).long() for band in iterate_bands(logits_chw, size)])
 
 
 def predict_image(logits_chw: torch.Tensor, size: tuple[int, int]) -> Prediction:
@@ -53,12 +53,12 @@ def predict_image(logits_chw: torch.Tensor, size: tuple[int, int]) -> Prediction
     entropy = torch.zeros((), dtype=torch.float64, device=device)
     masks = []
     for band in iterate_bands(logits_chw, size):
-        highest = band.amax(0)
-        mask = _find_highest(band, highest)
+        below = band.sub_(band.amax(0))
+        mask = _find_highest(below)
         # softmax(z) = exp(z - highest) / total, of which the highest is 1 / total; the entropy is
         # -sum(p log p) = log(total) - sum(exp(z - highest) (z - highest)) / total. In powers of 2, which take a
         # quarter of the time.
-        bits = band.sub_(highest).mul_(_BITS_PER_NAT)
+        bits = below.mul_(_BITS_PER_NAT)
         exponential = bits.exp2()
         total = exponential.sum(0)
         steps = total.reciprocal().mul_(_STEPS).round_()
@@ -84,18 +84,18 @@ def sum_by_comparing(mask: torch.Tensor, values: torch.Tensor, num_classes: int)
     return is_class.sum((1, 2)), torch.where(is_class, values, 0).sum((1, 2), dtype=torch.float64)
 
 
-def _find_highest(logits_chw: torch.Tensor, highest_hw: torch.Tensor) -> torch.Tensor:
-    """Return the lowest index (H, W) of those whose logit is the highest of their pixel.
+def _find_highest(below_chw: torch.Tensor) -> torch.Tensor:
+    """Return the lowest index (H, W) of those that are 0, given logits less the highest of their pixel.
 
-    A fortieth of the time of torch's argmax over the first dimension. Where none is, for a logit is not a number, it is
-    the last index.
+    A fortieth of the time of torch's argmax over the first dimension. Where nothing is 0, for a logit is not finite, it
+    is the last index.
     """
-    num_classes = logits_chw.shape[0]
+    num_classes = below_chw.shape[0]
     dtype = torch.uint8 if num_classes <= 128 else torch.int32
-    indices = torch.arange(num_classes, dtype=dtype, device=logits_chw.device)[:, None, None]
+    indices = torch.arange(num_classes, dtype=dtype, device=below_chw.device)[:, None, None]
     # all others, which are true, come after the last index
-    is_other = logits_chw.ne(highest_hw)
-    return is_other.to(dtype).mul_(num_classes).add_(indices).amin(0).clamp_(max=num_classes - 1)
+    is_other = below_chw.bool().view(torch.uint8).to(dtype)
+    return is_other.mul_(num_classes).add_(indices).amin(0).clamp_(max=num_classes - 1)
 
 
 def iterate_bands(logits_chw: torch.Tensor, size: tuple[int, int]) -> Iterator[torch.Tensor]:
@@ -113,7 +113,7 @@ def iterate_bands(logits_chw: torch.Tensor, size: tuple[int, int]) -> Iterator[t
     for top in range(0, height, band_rows):
         rows = slice(top, min(top + band_rows, height))
         first, last = int(above[top]), int(below[rows.stop - 1])
-        part = logits_chw[:, first : last + 1].contiguous().float()
+        part = logits_chw[:, first : last + 1].to(torch.float32, memory_format=torch.contiguous_format)
         parts = (above[rows] - first, below[rows] - first, weight[rows])
         upper, lower, share = (values.to(device, non_blocking=True) for values in parts)
         mixed = part.index_select(1, upper).lerp_(part.index_select(1, lower), share)
