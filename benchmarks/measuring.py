@@ -109,6 +109,12 @@ def run_measured(command: list[str], environment: dict[str, str] | None = None) 
     return Measured(ended_s - started_s, busy_at_end - busy, started_s, text, samples)
 
 
+def read_results(name: str) -> dict[str, Any]:
+    """Return what ``report`` wrote under a name."""
+    results: dict[str, Any] = json.loads((_RESULTS / f"{name}.json").read_text())
+    return results
+
+
 def report(name: str, columns: list[str], rows: list[list[str]], figures: dict[str, Any], *packages: str) -> None:
     """Print a table, and write it with the figures, the machine and the versions to ``results/<name>.json``."""
     machine = describe_machine(*packages)

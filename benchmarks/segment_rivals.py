@@ -14,9 +14,11 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
 import pyarrow.dataset as ds
 from camvid import make_bundle, make_images
-from measuring import report, run_measured
+from measuring import read_results, report, run_measured
 from segment_bound import segment
 
 _RIVALS = Path(__file__).parent / "rivals"
@@ -45,20 +47,25 @@ def build_commands(
     }
 
 
-def read_masks(output: Path) -> dict[str, bytes]:
-    """Return the masks that were written, by the names of the images."""
+def read_masks(output: Path) -> dict[str, npt.NDArray[np.uint8]]:
+    """Return the masks that were written, by the names of the images: from bytes, or from lists of numbers."""
     files = [str(path) for path in sorted(output.rglob("*.parquet")) if path.name != "summary.parquet"]
-    table = ds.dataset([path for path in files if "/plan/" not in path]).to_table(columns=["uri", "mask"])
-    return {
-        Path(uri).name: mask for uri, mask in zip(*(table[name].to_pylist() for name in ("uri", "mask")), strict=True)
-    }
+    dataset = ds.dataset([path for path in files if "/plan/" not in path])
+    uri = "uri" if "uri" in dataset.schema.names else "path"
+    masks = {}
+    for batch in dataset.to_batches(columns=[uri, "mask"]):
+        for name, mask in zip(batch[uri].to_pylist(), batch["mask"], strict=True):
+            is_list = pa.types.is_list(mask.type)
+            found = mask.values.to_numpy().view(np.uint8) if is_list else np.frombuffer(mask.as_py(), np.uint8)
+            masks[Path(name).name] = found
+    return masks
 
 
-def compare(ours: dict[str, bytes], theirs: dict[str, bytes]) -> float:
+def compare(ours: dict[str, npt.NDArray[np.uint8]], theirs: dict[str, npt.NDArray[np.uint8]]) -> float:
     """Return the share of pixels that are of the same class in both."""
     assert ours.keys() == theirs.keys(), f"{len(ours)} images, {len(theirs)} of theirs"
-    pairs = [(np.frombuffer(ours[name], np.uint8), np.frombuffer(theirs[name], np.uint8)) for name in ours]
-    return sum(int((mine == other).sum()) for mine, other in pairs) / sum(mine.size for mine, _ in pairs)
+    num_equal = sum(int((ours[name] == theirs[name]).sum()) for name in ours)
+    return num_equal / sum(mask.size for mask in ours.values())
 
 
 def main() -> None:
@@ -67,6 +74,7 @@ def main() -> None:
     parser.add_argument("--num-images", type=int, default=2106)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="*", default=[])
+    parser.add_argument("--add", action="store_true", help="to what results/ has of this machine already")
     arguments = parser.parse_args()
     bundle, images = make_bundle(), make_images(arguments.num_images)
     spark = images.parent / "packages"
@@ -74,8 +82,9 @@ def main() -> None:
         uv = [sys.executable, "-m", "uv", "pip", "install", "--quiet", "--target", str(spark)]
         subprocess.run([*uv, _SPARK], check=True)
     ours, theirs = images.parent / "segmented", images.parent / "rival"
-    times: dict[str, list[float]] = {"segray": []}
-    agreement = {}
+    earlier = read_results("segment_rivals") if arguments.add else {}
+    times: dict[str, list[float]] = {"segray": [], **earlier.get("seconds", {})}
+    agreement: dict[str, float] = earlier.get("agreement", {})
     for number in range(arguments.rounds):
         times["segray"].append(segment(bundle, images, ours).wall_s)
         print("segray", times["segray"][-1], flush=True)
@@ -99,8 +108,8 @@ def main() -> None:
         for name, seconds in median.items()
     ]
     columns = ["whole process", "s", "images/s", "times as long as segray", "pixels of the same class"]
-    figures = {"num_images": arguments.num_images, "seconds": times, "agreement": agreement}
-    report("segment_rivals", columns, rows, figures, "pyspark")
+    figures = {"num_images": arguments.num_images, "seconds": times, "agreement": agreement, "spark": _SPARK}
+    report("segment_rivals", columns, rows, figures)
 
 
 if __name__ == "__main__":

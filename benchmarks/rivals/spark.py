@@ -7,19 +7,26 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import numpy.typing as npt
 from pyspark.ml.functions import predict_batch_udf
 from pyspark.sql import SparkSession
-from pyspark.sql.types import ArrayType, BinaryType, IntegerType, LongType, StructField, StructType
+from pyspark.sql.types import ArrayType, ByteType, IntegerType, LongType, StructField, StructType
 
 _ROW = StructType(
     [
         StructField("height", IntegerType()),
         StructField("width", IntegerType()),
-        StructField("mask", BinaryType()),
+        StructField("mask", ArrayType(ByteType())),  # predict_batch_udf knows no bytes
         StructField("pixel_count", ArrayType(LongType())),
     ]
 )
+
+
+def _describe(row: dict[str, Any]) -> dict[str, Any]:
+    """Return a row as predict_batch_udf takes it."""
+    arrays = {"mask": np.frombuffer(row["mask"], np.int8), "pixel_count": np.array(row["pixel_count"], np.int64)}
+    return {"height": row["height"], "width": row["width"], **arrays}
 
 
 def make_predict(bundle: str, precision: str) -> Callable[[], Callable[[npt.NDArray[Any]], list[dict[str, Any]]]]:
@@ -34,7 +41,7 @@ def make_predict(bundle: str, precision: str) -> Callable[[], Callable[[npt.NDAr
         def predict(contents: npt.NDArray[Any]) -> list[dict[str, Any]]:
             decoded = [model.decode(bytes(content)) for content in contents]
             masks = model.predict(torch.stack([image for image, _ in decoded]), [size for _, size in decoded])
-            return [model.describe("", mask) for mask in masks]
+            return [_describe(model.describe("", mask)) for mask in masks]
 
         return predict
 

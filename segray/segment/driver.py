@@ -86,14 +86,14 @@ def _run_pending(
     num_pending = int(count_images(job.output_uri, run.plan)[pending].sum())
     with build_bar(console, "images") as bar:
         task = bar.add_task("segment", total=num_pending, note="starting")
-        import ray  # noqa: F401  whole, before two threads import parts of it
+        import ray  # whole, before two threads import parts of it
 
         # Ray Data takes 2 s to import: while Ray starts its processes, which takes longer
         threading.Thread(target=importlib.import_module, args=["segray.segment.pipeline"], daemon=True).start()
         with connect_ray(*_count_resources(job.settings)):
             from segray.segment.pipeline import choose_num_predictors, run_pipeline
 
-            num_predictors = choose_num_predictors(job.settings, len(pending))
+            num_predictors = choose_num_predictors(job.settings, len(pending), ray.cluster_resources())
             _print_plan(job.settings, num_predictors, manifest, run, num_pending, console)
             profile, num_errors = Profile(num_predictors, started_s), 0
             for done in run_pipeline(

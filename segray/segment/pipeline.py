@@ -6,7 +6,7 @@ model's input size, and masks and truth at the images' own; smaller fragments (`
 
 import logging
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import ray
@@ -93,18 +93,20 @@ def run_pipeline(
         yield from written.iter_rows()
 
 
-def choose_num_predictors(settings: SegmentSettings, num_fragments: int) -> int:
-    """Return how many predictors there will be: as many as were asked for, or as the cluster of this moment can have.
+def choose_num_predictors(settings: SegmentSettings, num_fragments: int, resources: Mapping[str, float]) -> int:
+    """Return how many predictors there will be: as many as were asked for, or as a cluster of these resources can have.
 
-    One for each GPU. On CPUs one for each but an eighth, two at least, which decode and write: a predictor of one
-    thread is as fast as the thread of a larger one, and never waits for another. Each is allowed for 2 GiB of the
-    nodes' memory, and has four fragments to make at least: it takes seconds to start.
+    One for each GPU, or several that share it. On CPUs one for each but an eighth, two at least, which decode and
+    write: a predictor of one thread is as fast as the thread of a larger one, and never waits for another. Each is
+    allowed for 2 GiB of the nodes' memory, and has four fragments to make at least: it takes seconds to start.
     """
     if settings.num_predictors:
         return settings.num_predictors
-    resources = ray.cluster_resources()
-    if settings.num_gpus_per_predictor:
-        return max(1, int(resources.get("GPU", 0) / settings.num_gpus_per_predictor))
+    share = settings.num_gpus_per_predictor
+    if share:
+        num_gpus = int(resources.get("GPU", 0))
+        num_fitting = num_gpus * int(1 / share) if share < 1 else int(num_gpus / share)  # none has parts of two GPUs
+        return max(1, min(num_fitting, num_fragments))
     num_cpus = int(resources.get("CPU", 0))
     num_in_memory = int(resources.get("memory", 0) / _PREDICTOR_BYTES)
     return max(1, min(num_cpus - 2, num_cpus * 7 // 8, num_in_memory, num_fragments // _FRAGMENTS_PER_PREDICTOR))
