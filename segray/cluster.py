@@ -45,6 +45,18 @@ def release_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def skip_exit_handlers() -> None:
+    """Let this process end without the exit handlers that C and C++ libraries have registered by now, Ray's among them.
+
+    In Ray 2.60 that one takes its event loop apart, and can wait for ever for a lock that lies in memory already freed.
+    Ray holds the process for dead by then; but it keeps its memory, and a GPU's, until somebody kills it. Of fifty
+    predictors two did so. When this acts, Python has been shut down, and so has the process's connection to Ray.
+    """
+    with suppress(OSError, AttributeError):  # glibc alone has it
+        libc = ctypes.CDLL(None)
+        libc.on_exit(libc._exit, None)  # what is registered last is called first, and with the exit status
+
+
 def is_submitted_job() -> bool:
     """Say whether this process is the driver of a ``ray job submit``."""
     return _JOB_CONFIG_VARIABLE in os.environ

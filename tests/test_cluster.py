@@ -2,6 +2,7 @@
 
 import json
 import resource
+import signal
 import subprocess
 import sys
 
@@ -114,3 +115,21 @@ def test_rays_own_errors_are_one_line(error: Exception, expected: type[Exception
     with pytest.raises(expected, match=message) as caught, translated_ray_errors("trying"):
         raise error
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("is_skipped", "expected"), [(False, -signal.SIGABRT), (True, 5)])
+def test_exit_handlers_of_libraries_are_skipped_and_the_status_is_kept(is_skipped: bool, expected: int) -> None:
+    script = """
+import atexit, ctypes, sys
+from segray.cluster import skip_exit_handlers
+libc = ctypes.CDLL(None)
+libc.on_exit(libc.abort, None)  # as Ray's handler goes wrong
+if sys.argv[1] == "True":
+    skip_exit_handlers()
+atexit.register(print, "Python's own are called")
+sys.exit(5)
+"""
+    command = [sys.executable, "-c", script, str(is_skipped)]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
+    assert ended.returncode == expected
+    assert ended.stdout == "Python's own are called\n"

@@ -12,6 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from segray.cluster import skip_exit_handlers
 from segray.config import SegmentSettings
 from segray.errors import FaultKind, SegrayError
 from segray.schema import IMAGES_SCHEMA
@@ -63,6 +64,7 @@ class FragmentPredictor:
         self._batch_size = settings.batch_size
         self._error: SegrayError | None = None
         self._idle_since_s: float | None = None
+        skip_exit_handlers()
         try:
             ledger.start_predictor()
             from segray.segment.inference import Inference  # 8 s of torch and smp, which the driver need not wait for
