@@ -1,6 +1,6 @@
 """Training with two workers of one thread beside one worker of one thread, by `segray train` itself.
 
-    python benchmarks/train_workers.py [--epochs 4]
+    python benchmarks/train_workers.py [--epochs 4] [--rounds 2] [--batch-size 8 32]
 
 CamVid's U-Net of jobs/camvid.yaml, on gloo. The single worker is given one core of the machine, the two have two.
 Images per second as the run's own metrics tell them, the median of the epochs after the first.
@@ -8,6 +8,7 @@ Images per second as the run's own metrics tell them, the median of the epochs a
 
 import argparse
 import csv
+import itertools
 import shutil
 import statistics
 import sys
@@ -19,13 +20,14 @@ _ROOT = Path(__file__).parents[1]
 _OUTPUT = _ROOT / "runs/benchmarks/workers"
 
 
-def train(num_workers: int, epochs: int) -> list[float]:
+def train(num_workers: int, epochs: int, batch_size: int) -> list[float]:
     """Return images per second of each epoch but the first."""
     shutil.rmtree(_OUTPUT, ignore_errors=True)
     cores = ",".join(str(core) for core in range(num_workers))
     settings = {
         "output": _OUTPUT,
         "train.num_train_workers": num_workers,
+        "train.global_batch_size": batch_size,
         "train.num_epochs": epochs,
         "train.eval_every_epochs": epochs,
     }
@@ -40,14 +42,21 @@ def main() -> None:
     """Measure one worker and two in turn."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int, default=4)
-    epochs = parser.parse_args().epochs
-    rates: dict[int, list[float]] = {1: [], 2: []}
-    for _ in range(2):
-        for number in rates:
-            rates[number] += train(number, epochs)
-    median = {number: statistics.median(values) for number, values in rates.items()}
-    rows = [[f"{number} of 1 thread", f"{rate:.2f}", f"{rate / median[1]:.2f}"] for number, rate in median.items()]
-    report("train_workers", ["workers", "images/s", "times one"], rows, {"images_per_s": rates})
+    parser.add_argument("--rounds", type=int, default=2)
+    parser.add_argument("--batch-size", type=int, nargs="+", default=[8, 32])
+    arguments = parser.parse_args()
+    rates: dict[tuple[int, int], list[float]] = {}
+    for _, batch_size, num_workers in itertools.product(range(arguments.rounds), arguments.batch_size, (1, 2)):
+        rates.setdefault((batch_size, num_workers), []).extend(train(num_workers, arguments.epochs, batch_size))
+    median = {key: statistics.median(values) for key, values in rates.items()}
+    rows = [
+        [str(batch_size), f"{number} of 1 thread", f"{rate:.2f}", f"{rate / median[batch_size, 1]:.2f}"]
+        for (batch_size, number), rate in median.items()
+    ]
+    figures = [
+        {"batch_size": size, "num_workers": number, "images_per_s": rate} for (size, number), rate in rates.items()
+    ]
+    report("train_workers", ["global batch", "workers", "images/s", "times one"], rows, {"runs": figures})
 
 
 if __name__ == "__main__":
