@@ -85,10 +85,11 @@ class Inference:
         """Compile the network for the one shape that it is called with."""
         try:
             self._compute_logits([np.zeros((*self.image_size, 3), np.uint8)])
-        except Exception as error:  # of the compilers that torch calls, or of torch's own
+        except Exception as error:  # of the compilers that torch calls, or of torch's own; it begins with what is wrong
+            wrong = (str(error) or type(error).__name__).splitlines()[0]
             raise ClusterError(
-                f"the network cannot be compiled here: {get_last_line(error)}; have a C++ compiler on every node, or "
-                "set segment.compile: false"
+                f"the network cannot be compiled here: {wrong}; have a C++ compiler on every node, or set "
+                "segment.compile: false"
             ) from error
 
     @torch.inference_mode()
