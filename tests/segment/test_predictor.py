@@ -51,6 +51,8 @@ def test_errors_stay_in_their_place_and_take_no_others_mask(bundle: Path) -> Non
     assert [row["status"] for row in rows] == ["error", "ok", "error", "ok", "ok", "error"]
     (alone,) = predict(bundle, [make_image("fffff")])
     assert rows[4] == alone
+    usable = [row for row in rows if row["status"] == "ok"]
+    assert [len(row["mask"]) for row in usable] == [row["height"] * row["width"] for row in usable]
     assert rows[1]["mask"] != alone["mask"]
     assert {row["mask"] for row in rows if row["status"] == "error"} == {None}
 
@@ -67,6 +69,15 @@ def test_a_class_that_is_nowhere_has_no_score_and_no_confidence(bundle: Path) ->
     (unscored,) = predict(bundle, [make_image("a", truth=PET_CLASSES.ignore_index)])
     assert unscored["iou"] == [None] * 3
     assert unscored["mask"] == row["mask"]
+
+
+def test_logits_that_are_not_finite_leave_a_mask_and_no_statistics(bundle: Path, tmp_path: Path) -> None:
+    weights = load_bundle(str(bundle)).model.state_dict()
+    weights["network.segmentation_head.0.bias"][0] = np.nan
+    save_pet_bundle(tmp_path, weights)
+    (row,) = predict(tmp_path, [make_image("a", truth=1)])
+    assert (row["entropy"], set(row["mean_confidence"])) == (None, {None})
+    assert sum(row["pixel_count"]) == len(row["mask"]) == row["height"] * row["width"]
 
 
 def test_a_bundle_that_was_replaced_is_refused_with_the_first_fragment(bundle: Path, tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from segray.train.feed import (
     iterate_evaluation,
     iterate_training,
 )
-from segray.train.sample_store import SampleStore, load_labelled_image
+from segray.train.sample_store import SampleStore, _DiskStore, load_labelled_image
 from tests.conftest import NUM_TRAIN, PET_CLASSES, SHAPE_SIZE
 
 SIZE = (SHAPE_SIZE, SHAPE_SIZE)
@@ -146,6 +146,18 @@ def test_a_full_disk_keeps_nothing_more_and_stops_nothing(
         for sample, whole in zip(samples, expected, strict=False):
             for part, expected_part in zip(store.load(sample), whole, strict=True):
                 np.testing.assert_array_equal(part, expected_part)
+
+
+def test_a_sample_that_two_threads_missed_takes_its_room_on_disk_once(samples: list[Sample]) -> None:
+    disk = _DiskStore(2 * 4 * SHAPE_SIZE**2)
+    found = [load_labelled_image(sample, PET_CLASSES) for sample in samples[:2]]
+    for sample, whole in ((samples[0], found[0]), (samples[0], found[0]), (samples[1], found[1])):
+        disk.keep(sample, whole)
+    for sample, whole in zip(samples, found, strict=False):
+        kept = disk.read(sample)
+        assert kept is not None
+        for part, expected in zip(kept, whole, strict=True):
+            np.testing.assert_array_equal(part, expected)
 
 
 def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
