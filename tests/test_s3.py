@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -16,6 +17,7 @@ from pyarrow import parquet as pq
 from segray import storage
 from segray.errors import ChangedFileError, MissingFileError, StorageError
 from segray.storage import files, s3
+from segray.storage.arrow import open_filesystem
 from tests.faults.object_store import ObjectStore
 from tests.faults.proxy import REFUSALS, Action, FaultProxy, Rule
 
@@ -236,3 +238,17 @@ def test_what_a_user_gets_wrong_is_one_line(
     assert done.returncode == 4
     assert done.stderr.count("\n") == 1
     assert re.match(rf"error: cannot list {re.escape(where)}/?: .*{message}", done.stderr), done.stderr
+
+
+def test_endpoint_and_region_of_a_profile_hold_for_reading_and_for_checkpoints(
+    bucket: str, proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    services = f"[services here]\ns3 =\n  endpoint_url = {proxy.endpoint}\n"
+    (tmp_path / "config").write_text(f"[default]\nregion = us-east-1\nservices = here\n{services}")
+    monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
+    for name in ("AWS_ENDPOINT_URL", "AWS_REGION"):
+        monkeypatch.delenv(name)
+    assert storage.read_bytes(f"{bucket}/in/a.png") == b"a.png"
+    filesystem, path = open_filesystem(f"{bucket}/in/a.png")
+    with filesystem.open_input_stream(path) as stream:
+        assert stream.read() == b"a.png"

@@ -1,6 +1,5 @@
 """Every other store that pyarrow knows: ``gs://``, ``abfs://``, ``hdfs://`` and their like."""
 
-import os
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -157,10 +156,13 @@ def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
 
 
 def _open_s3(bucket: str) -> fs.FileSystem:
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION")
-    location = urlsplit(endpoint) if endpoint else None
+    from botocore.exceptions import BotoCoreError
+
+    from segray.storage.s3 import find_place
+
     try:
+        endpoint, region = find_place()
+        location = urlsplit(endpoint) if endpoint else None
         return fs.S3FileSystem(
             region=region or ("us-east-1" if endpoint else fs.resolve_s3_region(bucket)),
             endpoint_override=location.netloc if location else None,
@@ -169,5 +171,5 @@ def _open_s3(bucket: str) -> fs.FileSystem:
             request_timeout=READ_TIMEOUT_S,
             retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=5),
         )
-    except OSError as error:
+    except (OSError, BotoCoreError) as error:
         raise StorageError(f"cannot open s3://{bucket}: {flatten_message(error)}") from error

@@ -18,6 +18,7 @@ import botocore.session
 import urllib3
 from botocore import exceptions as boto
 from botocore.config import Config
+from botocore.configprovider import ConfiguredEndpointProvider
 from botocore.exceptions import ClientError
 from botocore.parsers import ResponseParserError
 
@@ -212,8 +213,19 @@ class _UnknownRequestError(StorageError):
     """The store does not know this kind of request."""
 
 
+def find_place() -> tuple[str | None, str | None]:
+    """Return the endpoint of S3, or None where it is AWS's own, and the region, as environment and profile say them.
+
+    Raises:
+        botocore.exceptions.BotoCoreError: ``AWS_PROFILE`` names what is not there.
+    """
+    session = botocore.session.Session()
+    provider = ConfiguredEndpointProvider(session.full_config, session.get_scoped_config(), client_name="s3")
+    return provider.provide(), os.environ.get("AWS_REGION") or session.get_config_variable("region")
+
+
 def _build_client() -> Any:
-    endpoint = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
+    endpoint, region = find_place()
     config = Config(
         connect_timeout=CONNECT_TIMEOUT_S,
         read_timeout=READ_TIMEOUT_S,
@@ -225,7 +237,7 @@ def _build_client() -> Any:
     )
     session = botocore.session.Session()
     session.set_config_variable("metadata_service_num_attempts", 4)  # a cluster's workers all ask it at one moment
-    return boto3.session.Session(botocore_session=session).client("s3", config=config)
+    return boto3.session.Session(botocore_session=session).client("s3", region, config=config)
 
 
 def _get_etag(answer: dict[str, Any]) -> str | None:
