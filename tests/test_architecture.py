@@ -24,7 +24,7 @@ WALLS = {
     "pictures",
     "shapes",
 }
-HALL = {"bundle", "cluster", "export"}
+HALL = {"bundle", "capacity", "cluster", "export"}
 ROOMS = {"train", "segment"}
 ROOF = {"cli", "demo"}
 FLOORS = [GROUND, WALLS, HALL, ROOMS, ROOF]

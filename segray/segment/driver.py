@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from segray.bundle import BundleManifest, load_manifest, read_weights
+from segray.capacity import Capacity, describe_wait, read_capacity
 from segray.cluster import connect_ray, count_cores
 from segray.config import SegmentSettings
 from segray.errors import TooManyErrorRows
@@ -15,6 +16,7 @@ from segray.progress import build_bar
 from segray.segment.binding import BoundRun, bind_run
 from segray.segment.inputs import open_sources
 from segray.segment.job import SegmentJob, SegmentOutcome
+from segray.segment.placement import Predictors, place_predictors
 from segray.segment.plan import count_images, remove_other_plans
 from segray.segment.profile import Profile, print_profile
 from segray.segment.run import format_run, get_run_uri, require_same_plan, write_if_changed
@@ -91,11 +93,13 @@ def _run_pending(
         # Ray Data takes 2 s to import: while Ray starts its processes, which takes longer
         threading.Thread(target=importlib.import_module, args=["segray.segment.pipeline"], daemon=True).start()
         with connect_ray(*_count_resources(job.settings)):
-            from segray.segment.pipeline import choose_num_predictors, run_pipeline
+            capacity = read_capacity(ray.nodes())
+            predictors = place_predictors(job.settings, len(pending), capacity)
+            _print_plan(job.settings, predictors, manifest, run, num_pending, console)
+            _print_wait(predictors, job.settings, capacity, console)
+            from segray.segment.pipeline import run_pipeline
 
-            num_predictors = choose_num_predictors(job.settings, len(pending), ray.cluster_resources())
-            _print_plan(job.settings, num_predictors, manifest, run, num_pending, console)
-            profile, num_errors = Profile(num_predictors, started_s), 0
+            profile, num_errors = Profile(predictors.count, started_s), 0
             for done in run_pipeline(
                 pending,
                 replaced=run.replaced,
@@ -105,7 +109,7 @@ def _run_pending(
                 bundle_sha256=run.fingerprint.bundle_sha256,
                 manifest=manifest,
                 settings=job.settings,
-                num_predictors=num_predictors,
+                predictors=predictors,
                 has_truth=run.has_truth,
             ):
                 num_images = done["num_ok"] + done["num_errors"]
@@ -117,7 +121,7 @@ def _run_pending(
 
 def _print_plan(
     settings: SegmentSettings,
-    num_predictors: int,
+    predictors: Predictors,
     manifest: BundleManifest,
     run: BoundRun,
     num_pending: int,
@@ -125,11 +129,22 @@ def _print_plan(
 ) -> None:
     console.print(
         f"segmenting {num_pending} of {run.plan.num_images} images in {len(run.pending)} fragments, "
-        f"{num_predictors} predictor{'s' if num_predictors > 1 else ''} "
+        f"{predictors.count} predictor{'s' if predictors.count > 1 else ''} "
         f"on {'GPU' if settings.num_gpus_per_predictor else 'CPU'} ({settings.precision}), "
         f"{manifest.model.arch}/{manifest.model.encoder_name}, {len(manifest.class_names)} classes",
         highlight=False,
     )
+
+
+def _print_wait(predictors: Predictors, settings: SegmentSettings, capacity: Capacity, console: Console) -> None:
+    line = describe_wait(capacity, "predictors", predictors.needs, predictors.count)
+    if settings.num_predictors and predictors.count < settings.num_predictors:
+        line = (
+            f"segment.num_predictors: {settings.num_predictors} asked for, there can be {predictors.count}: "
+            f"{capacity.describe()}"
+        )
+    if line:
+        console.print(line, highlight=False)
 
 
 def _count_resources(settings: SegmentSettings) -> tuple[float, float]:

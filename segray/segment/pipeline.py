@@ -6,10 +6,10 @@ model's input size, and masks and truth at the images' own; smaller fragments (`
 
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-import ray
+import ray.data
 from ray.data import ActorPoolStrategy, DataContext
 
 from segray.bundle import BundleManifest
@@ -17,14 +17,13 @@ from segray.cluster import translated_ray_errors
 from segray.config import SegmentSettings
 from segray.segment.decode import FragmentDecoder
 from segray.segment.ledger import DECODE, PREDICT, LedgerClient, start_ledger
+from segray.segment.placement import Predictors
 from segray.segment.predictor import FragmentPredictor
 from segray.segment.writer import FragmentWriter
 
 # The ledger says when to stop, for it knows whether there is any progress; this is for what dies before it can ask.
 _AGAIN = 100
 _MAX_WRITES = 10  # a writer holds no image that could kill it
-_PREDICTOR_BYTES = 2 * 2**30  # libraries, weights, and a batch of activations of a resnet18 U-Net: 1.3 GiB
-_FRAGMENTS_PER_PREDICTOR = 4
 _WRITE_CPUS = 0.25  # writing mostly waits
 _ONE_FRAGMENT: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
 
@@ -39,7 +38,7 @@ def run_pipeline(
     bundle_sha256: str,
     manifest: BundleManifest,
     settings: SegmentSettings,
-    num_predictors: int,
+    predictors: Predictors,
     has_truth: bool,
 ) -> Iterator[dict[str, Any]]:
     """Make the given fragments of a planned run; yield a row of ``WRITTEN_SCHEMA`` as each is written.
@@ -58,7 +57,7 @@ def run_pipeline(
     context.raise_original_map_exception = True  # else only the text of a stage's error arrives here
     with translated_ray_errors("segmenting"):
         classes = manifest.classes
-        ledger = start_ledger(num_predictors)
+        ledger = start_ledger(predictors.count)
         decode = FragmentDecoder(
             output_uri,
             cut_sha256,
@@ -79,40 +78,15 @@ def run_pipeline(
                     bundle_uri,
                     bundle_sha256,
                     settings,
-                    _count_predictors_per_node(num_predictors),
+                    predictors.num_per_node,
                     LedgerClient(PREDICT, ledger),
                 ),
-                compute=ActorPoolStrategy(size=num_predictors),
-                num_cpus=1,
-                num_gpus=settings.num_gpus_per_predictor,
+                compute=ActorPoolStrategy(size=predictors.count),
+                num_cpus=predictors.needs["CPU"],
+                num_gpus=predictors.needs.get("GPU", 0),
                 max_restarts=_AGAIN,
                 max_task_retries=_AGAIN,
             )
             .map_batches(write, **_ONE_FRAGMENT, num_cpus=_WRITE_CPUS, max_retries=_MAX_WRITES)
         )
         yield from written.iter_rows()
-
-
-def choose_num_predictors(settings: SegmentSettings, num_fragments: int, resources: Mapping[str, float]) -> int:
-    """Return how many predictors there will be: as many as were asked for, or as a cluster of these resources can have.
-
-    One for each GPU, or several that share it. On CPUs one for each but an eighth, two at least, which decode and
-    write: a predictor of one thread is as fast as the thread of a larger one, and never waits for another. Each is
-    allowed for 2 GiB of the nodes' memory, and has four fragments to make at least: it takes seconds to start.
-    """
-    if settings.num_predictors:
-        return settings.num_predictors
-    share = settings.num_gpus_per_predictor
-    if share:
-        num_gpus = int(resources.get("GPU", 0))
-        num_fitting = num_gpus * int(1 / share) if share < 1 else int(num_gpus / share)  # none has parts of two GPUs
-        return max(1, min(num_fitting, num_fragments))
-    num_cpus = int(resources.get("CPU", 0))
-    num_in_memory = int(resources.get("memory", 0) / _PREDICTOR_BYTES)
-    return max(1, min(num_cpus - 2, num_cpus * 7 // 8, num_in_memory, num_fragments // _FRAGMENTS_PER_PREDICTOR))
-
-
-def _count_predictors_per_node(num_predictors: int) -> int:
-    # a head that takes no work has no CPUs
-    num_nodes = sum(bool(node["Alive"] and node["Resources"].get("CPU")) for node in ray.nodes())
-    return -(-num_predictors // max(1, num_nodes))

@@ -44,6 +44,7 @@ def run_training(config: TrainConfig, console: Console) -> str:
         return bundle_uri
     num_workers = config.train.num_train_workers
     with connect_ray(num_workers, num_workers if config.train.use_gpu else 0):
+        print_wait(config, console)
         job = build_job(config, splits, check_run(config, splits, console), run_uri)
         # 8 s of imports: not before the labels have been looked at
         from segray.train.bundling import write_bundle
@@ -58,6 +59,19 @@ def run_training(config: TrainConfig, console: Console) -> str:
             write_bundle(job, bundle_uri, console)
         remove_surplus(run_uri, config.train.num_best_checkpoints)
     return bundle_uri
+
+
+def print_wait(config: TrainConfig, console: Console) -> None:
+    """Say what the workers will wait for, if the connected cluster has no room for them at the moment.
+
+    Raises:
+        ClusterError: There will never be room for them.
+    """
+    from segray.train.placement import place_on_cluster  # and with it Ray: not before the input has been looked at
+
+    _, wait = place_on_cluster(config.train)
+    if wait:
+        console.print(wait, highlight=False)
 
 
 def check_run(config: TrainConfig, splits: Splits, console: Console) -> LabelReport:

@@ -22,6 +22,7 @@ from segray.storage.arrow import open_filesystem
 from segray.train.checkpoint import RUN_NAME, remove_surplus
 from segray.train.feed import compute_num_steps
 from segray.train.job import TrainJob, train_loop_per_worker
+from segray.train.placement import get_worker_needs, place_on_cluster
 from segray.train.progress import show_training
 
 _PATIENCE = 2  # times the stall timeout
@@ -37,6 +38,7 @@ def fit(job: TrainJob, output: str, console: Console, track: Callable[[list[dict
         track: Called with the metrics of new epochs; returns whether training goes on, for jobs that wait for leave.
 
     Raises:
+        ClusterError: There will never be room for the workers.
         TrainingError: The loss is not finite, workers were lost more often than allowed, or one of them stalled.
         SegrayError: What a worker raised.
     """
@@ -49,7 +51,7 @@ def fit(job: TrainJob, output: str, console: Console, track: Callable[[list[dict
     # a worker that stalls is ours to name: Ray and torch would give it up without a word of where it was
     os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(_PATIENCE * settings.stall_timeout_s)
     num_steps = compute_num_steps(len(job.splits.train), settings.global_batch_size) * settings.num_epochs
-    num_workers = settings.num_train_workers
+    num_workers, _ = place_on_cluster(settings)
     with show_training(console, num_steps, settings.stall_timeout_s, track) as board:
         trainer = ray.train.torch.TorchTrainer(
             train_loop_per_worker,
@@ -58,6 +60,7 @@ def fit(job: TrainJob, output: str, console: Console, track: Callable[[list[dict
             scaling_config=ray.train.ScalingConfig(
                 num_workers=(settings.min_train_workers, num_workers) if settings.min_train_workers else num_workers,
                 use_gpu=settings.use_gpu,
+                resources_per_worker=get_worker_needs(settings),
             ),
             run_config=ray.train.RunConfig(
                 name=RUN_NAME,

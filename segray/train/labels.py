@@ -197,12 +197,17 @@ def check_dataset(samples: Sequence[Sample], classes: ClassMap) -> Iterator[Labe
     running: list[Any] = []
     for start in range(0, len(samples), _CHUNK_SIZE):
         running.append(check.remote(samples[start : start + _CHUNK_SIZE], classes_ref))
-        if len(running) >= _MAX_CHUNKS_IN_FLIGHT:
+        while len(running) >= _count_usable_cpus():
             report += _fetch(running.pop(0))
             yield report
     for chunk in running:
         report += _fetch(chunk)
         yield report
+
+
+def _count_usable_cpus() -> int:
+    # no more than there are: for what waits an autoscaler would add nodes, which the training may have no use for
+    return min(_MAX_CHUNKS_IN_FLIGHT, max(1, int(ray.cluster_resources().get("CPU", 0))))
 
 
 def _fetch(chunk: Any) -> LabelReport:

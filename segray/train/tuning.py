@@ -31,7 +31,7 @@ from segray.manifest import load_splits
 from segray.progress import build_bar
 from segray.storage import join_uri, normalize_uri, write_bytes
 from segray.train.binding import Binding
-from segray.train.driver import check_network, check_run, describe_run
+from segray.train.driver import check_network, check_run, describe_run, print_wait
 from segray.train.search_space import check_space, draw_values, format_values, set_values
 from segray.train.trial import METRIC, TIME, Search, TrialRun
 
@@ -56,6 +56,7 @@ def run_search(config: TrainConfig, console: Console) -> str:
     console.print(describe_run(config, splits), highlight=False)
     num_workers = config.train.num_train_workers * config.tune.max_concurrent_trials
     with connect_ray(num_workers, num_workers if config.train.use_gpu else 0):
+        print_wait(config, console)
         report = check_run(config, splits, console)
         binding.write()
         board = _run_trials(Search(config, splits, report, output), console)

@@ -1,0 +1,154 @@
+"""What a cluster has, and what its autoscaler may add: work that can never be placed is refused, not waited for.
+
+Ray itself waits for ever. Its autoscaler does know what it cannot bring, but says so in a log that nobody reads.
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from segray.errors import ClusterError
+
+# `ray up` leaves its configuration there, on the head, where the drivers of submitted jobs run
+LAUNCH_CONFIG = Path("~/ray_bootstrap_config.yaml")
+_HEAD = "node:__internal_head__"
+_NODE_TYPE_LABEL = "ray.io/node-group"
+_SHOWN = ("CPU", "GPU")
+_EPSILON = 1e-9
+
+
+@dataclass(frozen=True)
+class NodeType:
+    """Nodes that may be added: how many, and what each of them would have; None where nobody knows that."""
+
+    name: str
+    resources: Mapping[str, float] | None
+    num_more: int
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """A cluster as it is, and as it may become.
+
+    Args:
+        nodes: Resources of every living node.
+        types: What may be added.
+        num_more: Most nodes that may be added, whatever their type.
+    """
+
+    nodes: tuple[Mapping[str, float], ...]
+    types: tuple[NodeType, ...] = ()
+    num_more: int = 0
+
+    def count(self, each: Mapping[str, float], *, with_more: bool = True) -> float:
+        """Return how many pieces of work that need so much each can run at a time, with nothing else on the cluster.
+
+        Infinity where nodes may be added of which it is not known what they have.
+        """
+        return sum(_count_on(node, each) for node in [*self.nodes, *(self._choose_more(each) if with_more else ())])
+
+    def count_most_on_one(self, each: Mapping[str, float]) -> float:
+        """Return how many such pieces of work one node may have, of the node that can hold most of them."""
+        return max((_count_on(node, each) for node in [*self.nodes, *self._choose_more(each)]), default=0)
+
+    def _choose_more(self, each: Mapping[str, float]) -> list[Mapping[str, float] | None]:
+        """Return the nodes that would be added for such work: of the types that hold most of it."""
+        ranked = sorted(self.types, key=lambda node_type: -_count_on(node_type.resources, each))
+        return [node_type.resources for node_type in ranked for _ in range(node_type.num_more)][: self.num_more]
+
+    def describe(self) -> str:
+        """Return in words what there is."""
+        total = {name: sum(node.get(name, 0) for node in self.nodes) for name in _SHOWN}
+        text = f"the cluster has {_format(total)} on {len(self.nodes)} node{'s' if len(self.nodes) != 1 else ''}"
+        types = [node_type for node_type in self.types if node_type.num_more]
+        if not types or not self.num_more:
+            return f"{text}, and may add none"
+        kinds = ", ".join(
+            f"{node_type.num_more} {node_type.name}"
+            + ("" if node_type.resources is None else f" ({_format(node_type.resources)})")
+            for node_type in types
+        )
+        limit = f"{self.num_more} of " if self.num_more < sum(node_type.num_more for node_type in types) else ""
+        return f"{text}, and may add {limit}{kinds}"
+
+
+def require_placeable(capacity: Capacity, what: str, each: Mapping[str, float], count: int, setting: str) -> None:
+    """Refuse work of which some can never be placed.
+
+    Args:
+        capacity: Of the cluster.
+        what: The work, in the plural.
+        each: Resources that one piece of it needs.
+        count: How many must run at a time.
+        setting: What asks for it, for the message.
+
+    Raises:
+        ClusterError: Names the resources asked for and what there is.
+    """
+    num_fitting = capacity.count(each)
+    if num_fitting < count:
+        raise ClusterError(
+            f"{setting}: {describe_work(count, what, each)} asked for, and {num_fitting:g} can ever be placed: "
+            f"{capacity.describe()}; ask for less, or let the cluster have more"
+        )
+
+
+def describe_work(count: int, what: str, each: Mapping[str, float]) -> str:
+    """Return in words how much of a cluster something needs."""
+    return f"{count} {what} of {' and '.join(f'{amount:g} {name}' for name, amount in each.items())} each"
+
+
+def describe_wait(capacity: Capacity, what: str, each: Mapping[str, float], count: int) -> str | None:
+    """Return in words what work will wait for, or None where the nodes of the moment have room for it."""
+    if capacity.count(each, with_more=False) >= count:
+        return None
+    return f"waiting for room for {describe_work(count, what, each)}: {capacity.describe()}"
+
+
+def read_capacity(nodes: Iterable[Mapping[str, Any]]) -> Capacity:
+    """Return the capacity of a cluster whose nodes these are, as ``ray.nodes()`` gives them.
+
+    What may be added is what the configuration of ``ray up`` says, found where the head is this machine.
+    """
+    alive = [node for node in nodes if node["Alive"]]
+    resources = tuple(node["Resources"] for node in alive)
+    path = LAUNCH_CONFIG.expanduser()
+    if not path.exists():
+        return Capacity(resources)
+    config = yaml.safe_load(path.read_text())
+    workers = [node for node in alive if _HEAD not in node["Resources"]]
+    types = []
+    for name, node_type in config["available_node_types"].items():
+        num_alive = sum(node.get("Labels", {}).get(_NODE_TYPE_LABEL) == name for node in workers)
+        most = node_type.get("max_workers", 0)
+        types.append(NodeType(name, _read_resources(node_type), max(0, most - num_alive)))
+    return Capacity(resources, tuple(types), max(0, config["max_workers"] - len(workers)))
+
+
+def _read_resources(node_type: Mapping[str, Any]) -> Mapping[str, float] | None:
+    # on-premises nodes have none there, and not every provider knows how much memory its machines have
+    resources = node_type.get("resources")
+    return {"memory": math.inf, **resources} if resources else None
+
+
+def _count_on(node: Mapping[str, float] | None, each: Mapping[str, float]) -> float:
+    """Return how many pieces of work fit on a node; a part of a GPU is never made of two."""
+    if node is None:
+        return math.inf
+    return min((_count_in(node.get(name, 0), amount) for name, amount in each.items() if amount), default=math.inf)
+
+
+def _count_in(amount: float, each: float) -> float:
+    if math.isinf(amount):
+        return math.inf
+    if each < 1:
+        return int(amount + _EPSILON) * int(1 / each + _EPSILON)
+    return int(amount / each + _EPSILON)
+
+
+def _format(resources: Mapping[str, float]) -> str:
+    return ", ".join(f"{resources.get(name, 0):g} {name}" for name in _SHOWN)
