@@ -1,4 +1,4 @@
-"""A real S3-compatible object store on loopback: OpenStack Swift with its s3api, which checks every signature."""
+"""A real S3-compatible object store: OpenStack Swift with its s3api, which checks every signature."""
 
 import ctypes
 import os
@@ -30,7 +30,7 @@ PR_SET_PDEATHSIG = 1
 
 COMMON_SETTINGS = """\
 [DEFAULT]
-bind_ip = 127.0.0.1
+bind_ip = {address}
 bind_port = {port}
 workers = 0
 user = {user}
@@ -94,9 +94,9 @@ default = yes
 MAKE_RINGS = """\
 import sys
 from swift.common.ring import RingBuilder
-for name, port in zip(sys.argv[1::2], sys.argv[2::2]):
+for name, port in zip(sys.argv[2::2], sys.argv[3::2]):
     builder = RingBuilder(4, 1, 0)
-    builder.add_dev(dict(region=1, zone=1, ip="127.0.0.1", port=int(port), device="device", weight=1.0))
+    builder.add_dev(dict(region=1, zone=1, ip=sys.argv[1], port=int(port), device="device", weight=1.0))
     builder.rebalance()
     builder.get_ring().save(name + ".ring.gz")
 """
@@ -113,10 +113,14 @@ def find_swift() -> Path:
 
 
 class ObjectStore:
-    """The store's servers, run below one folder that is theirs, from `__enter__` to `__exit__`."""
+    """The store's servers, run below one folder that is theirs, from `__enter__` to `__exit__`.
 
-    def __init__(self, root: Path) -> None:
+    They listen at one address: loopback, or one in a network of the tests' own.
+    """
+
+    def __init__(self, root: Path, address: str = "127.0.0.1") -> None:
         self.root = root
+        self._address = address
         self._bin = find_swift()
         self._port = find_free_ports(len(BACKENDS) + 2)
         self._processes: list[subprocess.Popen[bytes]] = []
@@ -124,7 +128,7 @@ class ObjectStore:
     @property
     def endpoint(self) -> str:
         """Where the store itself listens."""
-        return f"http://127.0.0.1:{self._port}"
+        return f"http://{self._address}:{self._port}"
 
     @property
     def environment(self) -> dict[str, str]:
@@ -172,6 +176,7 @@ class ObjectStore:
         cache_port = self._port + len(BACKENDS) + 1  # without memcached nothing listens there, which is only slower
         values = {
             "root": self.root,
+            "address": self._address,
             "user": pwd.getpwuid(os.getuid()).pw_name,
             "region": REGION,
             "account": ACCOUNT,
@@ -190,7 +195,8 @@ class ObjectStore:
             (self.root / f"{name}.conf").write_text(text)
 
         rings = [word for name in BACKENDS for word in (name, str(ports[name]))]
-        subprocess.run([self._bin / "python", "-c", MAKE_RINGS, *rings], cwd=self.root, env=self._environ(), check=True)
+        make_rings = [str(self._bin / "python"), "-c", MAKE_RINGS, self._address, *rings]
+        subprocess.run(make_rings, cwd=self.root, env=self._environ(), check=True)
         if memcached := shutil.which("memcached"):
             command = [memcached, "-l", "127.0.0.1", "-p", str(cache_port), "-U", "0"]
             self._spawn("memcached", command, user="nobody" if os.getuid() == 0 else None)
@@ -224,7 +230,7 @@ class ObjectStore:
         while time.monotonic() < deadline and all(process.poll() is None for process in self._processes):
             with suppress(OSError):
                 for port in ports:
-                    urllib.request.urlopen(f"http://127.0.0.1:{port}/healthcheck", timeout=5).close()
+                    urllib.request.urlopen(f"http://{self._address}:{port}/healthcheck", timeout=5).close()
                 return
             time.sleep(0.05)
         ended = [f"{process.args!r} ended" for process in self._processes if process.poll() is not None]

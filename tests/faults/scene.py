@@ -190,13 +190,7 @@ class Scene:
 
     def read_files(self, output: str) -> dict[str, bytes]:
         """Return the rows' files and the summary, straight from the store."""
-        client = self.store.client()
-        pages = client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{output}/")
-        keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
-        chosen = [key for key in keys if key.endswith(".parquet") and "/plan/" not in key]
-        return {
-            key.removeprefix(f"{output}/"): client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in chosen
-        }
+        return read_files(self.store, output)
 
     def read_json(self, output: str) -> Any:
         """Return the content of a run's run.json."""
@@ -240,6 +234,15 @@ class Clean:
     num_requests: int
     num_image_reads: int
     num_writes: int
+
+
+def read_files(store: ObjectStore, output: str) -> dict[str, bytes]:
+    """Return the rows' files and the summary of a run, by path below its folder."""
+    client = store.client()
+    pages = client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{output}/")
+    keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
+    chosen = [key for key in keys if key.endswith(".parquet") and "/plan/" not in key]
+    return {key.removeprefix(f"{output}/"): client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in chosen}
 
 
 def read_table(files: dict[str, bytes]) -> pa.Table:

@@ -1,0 +1,1 @@
+"""Clusters launched for real, on hosts that are namespaces of this machine."""

@@ -1,0 +1,189 @@
+"""cluster.yaml against moto's EC2: workers come when there is work, and go when there is none."""
+
+import json
+import re
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.cluster.calls import build_segment_call, list_image_uris
+from tests.cluster.cloud import Cloud
+from tests.cluster.conftest import ENVIRONMENT
+from tests.cluster.hosts import CLOUD, Hosts
+from tests.cluster.launcher import ROOT, Job, Launcher, wait_until
+from tests.faults.object_store import ACCOUNT, USER, ObjectStore
+from tests.faults.scene import BUCKET, read_files, read_table
+
+pytestmark = pytest.mark.slow
+
+HEAD, *WORKERS = ("n1", "n2", "n3", "n4")
+SMALL_NODE = " --object-store-memory=200000000 --memory=4000000000"
+IDLE_S = 20
+
+
+@pytest.fixture(scope="module")
+def cloud(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:  # hosts: their network
+    with Cloud(tmp_path_factory.mktemp("cloud") / "log") as cloud:
+        yield cloud
+
+
+def fit_to_hosts(config: dict[str, Any], hosts: Hosts, cloud: Cloud) -> dict[str, Any]:
+    """Return cluster.yaml for these hosts: its instances are theirs, and there is no container around Ray."""
+    text = json.dumps(config)
+    for place, value in (
+        ("ami of a deep-learning image with Docker and NVIDIA drivers", cloud.ids["ami"]),
+        ("name of your EC2 key pair", cloud.ids["key pair"]),
+        ("private subnet", cloud.ids["subnet"]),
+        ("security group that admits itself and SSH from where you run ray up", cloud.ids["security group"]),
+        ("path of the private key of that key pair", str(hosts.client_key)),
+    ):
+        assert f"<{place}>" in text
+        text = text.replace(f"<{place}>", value)
+    config = json.loads(text.replace("/home/ray/", "~/"))
+    options = config.pop("docker")["run_options"]
+    variables = [option.removeprefix("--env ") for option in options if option.startswith("--env ")]
+    config["auth"]["ssh_user"] = "root"
+    config["idle_timeout_minutes"] = IDLE_S / 60
+    config["max_workers"] = len(WORKERS)
+    # an instance that is a host has its address; so each worker is a node type of its own
+    types = config["available_node_types"]
+    spot = types.pop("gpu_spot")
+    del types["gpu_on_demand"]
+    types["head"]["node_config"]["PrivateIpAddress"] = hosts.get_address(HEAD)
+    for name in WORKERS:
+        node_config = {**spot["node_config"], "PrivateIpAddress": hosts.get_address(name)}
+        types[f"worker-{name}"] = {
+            **spot,
+            "node_config": node_config,
+            "max_workers": 1,
+            "resources": {"CPU": 1, "GPU": 0},
+        }
+    exported = f"export PATH={ENVIRONMENT}/bin:$PATH {' '.join(variables)}"
+    config["setup_commands"] = [f"grep -qs RAY_AUTH_MODE ~/.bashrc || echo '{exported}' >> ~/.bashrc"]
+    for name in ("head_start_ray_commands", "worker_start_ray_commands"):
+        config[name] = [command + SMALL_NODE if "ray start" in command else command for command in config[name]]
+    return config
+
+
+@pytest.fixture(scope="module")
+def cluster(hosts: Hosts, cloud: Cloud, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    config = fit_to_hosts(yaml.safe_load((ROOT / "cluster.yaml").read_text()), hosts, cloud)
+    keys = {"AWS_ACCESS_KEY_ID": "ADMIN", "AWS_SECRET_ACCESS_KEY": "not-a-secret", "AWS_ENDPOINT_URL": CLOUD}
+    launcher = Launcher(tmp_path_factory.mktemp("aws"), config, keys)
+    try:
+        launcher.up()
+        yield launcher
+    finally:
+        launcher.end()
+        for name in (HEAD, *WORKERS):
+            hosts.end_processes(name)
+
+
+def test_nothing_is_started_but_the_head(cluster: Launcher, cloud: Cloud) -> None:
+    (head,) = cloud.find_instances()
+    assert head["PrivateIpAddress"] == "10.77.0.1"
+    assert head["IamInstanceProfile"]["Arn"].endswith("/segray-head")
+    assert head["MetadataOptions"]["HttpTokens"] == "required"
+    assert "1 head" in cluster.run_on_head("ray status")
+
+
+def watch_workers(cloud: Cloud, job: Job) -> set[frozenset[str]]:
+    """Return every set of workers that was there at a time, until the job ends."""
+    seen: set[frozenset[str]] = set()
+
+    def look() -> bool:
+        seen.add(frozenset(cloud.find_workers()))
+        return job.process.poll() is not None
+
+    wait_until(look, "the end of the job", timeout_s=300)
+    return seen
+
+
+def test_a_segmentation_brings_workers_up_from_none_and_they_go_again(
+    cluster: Launcher, cloud: Cloud, store: ObjectStore
+) -> None:
+    call = build_segment_call("segmented/from-zero", fragment_size=1, num_predictors=2)
+    job = cluster.submit(*call)
+    seen = watch_workers(cloud, job)
+    assert job.process.returncode == 0, job.text
+    assert (
+        "waiting for room for 2 predictors of 1 CPU each: the cluster has 0 CPU, 0 GPU on 1 node, and may" in job.text
+    )
+    assert len(max(seen, key=len)) >= 2
+    rows = read_table(read_files(store, "segmented/from-zero"))["uri"].to_pylist()
+    assert sorted(rows) == sorted(list_image_uris(store))
+    wait_until(lambda: not cloud.find_workers(), "the end of all workers", timeout_s=IDLE_S + 90)
+    assert len(cloud.find_instances()) == 1, "the head alone is still paid for"
+
+
+def test_a_training_asks_for_exactly_its_workers(cluster: Launcher, cloud: Cloud, training_data: str) -> None:
+    job = cluster.submit("jobs/train.py", training_data, "--set", f"output=s3://{BUCKET}/trained-on-aws")
+    seen = watch_workers(cloud, job)
+    assert job.process.returncode == 0, job.text
+    assert max(map(len, seen)) == 2, seen
+
+
+@pytest.mark.parametrize(
+    ("arguments", "line"),
+    [
+        (
+            ["jobs/train.py", "{training}", "--set", "train.num_train_workers=5", "--set", "train.global_batch_size=5"],
+            "error: train.num_train_workers: 5 training workers of 1 CPU each asked for, and 3 can ever be placed: ",
+        ),
+        (
+            [*build_segment_call("never"), "--set", "segment.num_gpus_per_predictor=1"],
+            "error: segment.num_gpus_per_predictor: 1 predictors of 1 CPU and 1 GPU each asked for, and 0 can ever be ",
+        ),
+    ],
+    ids=["train", "segment"],
+)
+def test_a_job_that_can_never_be_placed_says_so_within_a_minute(
+    cluster: Launcher, cloud: Cloud, training_data: str, arguments: list[str], line: str
+) -> None:
+    wait_until(lambda: not cloud.find_workers(), "the end of all workers", timeout_s=IDLE_S + 90)
+    began_s = time.monotonic()
+    job = cluster.run(*(argument.format(training=training_data) for argument in arguments))
+    assert time.monotonic() - began_s < 60
+    assert job.process.returncode != 0
+    assert line in job.text
+    assert "the cluster has 0 CPU, 0 GPU on 1 node, and may add 1 worker-n2 (1 CPU, 0 GPU)" in job.text
+    assert not cloud.find_workers()
+
+
+def test_the_head_has_done_nothing_that_its_policy_does_not_name(cluster: Launcher, cloud: Cloud) -> None:
+    policy = json.loads(cloud.fill_in("head-policy.json"))["Statement"]
+    allowed = {action for statement in policy for action in [statement["Action"]]}
+    calls = cloud.read_calls(f"{ACCOUNT}:{USER}")
+    assert {f"ec2:{call['Action'][0]}" for call in calls} | {"iam:PassRole"} == allowed
+    (start,) = (statement for statement in policy if statement["Sid"] == "StartWorkersOfThisCluster")
+    (note,) = (statement for statement in policy if statement["Sid"] == "NoteTheStateOfWorkersInTheirTags")
+    for call in calls:
+        values = {name: value[0] for name, value in call.items()}
+        if values["Action"] == "RunInstances":
+            tags = read_tags(values, "TagSpecification.1.")
+            assert {
+                "aws:RequestTag/ray-cluster-name": tags["ray-cluster-name"],
+                "aws:RequestTag/ray-node-type": tags["ray-node-type"],
+                "ec2:InstanceType": values["InstanceType"],
+                "ec2:MetadataHttpTokens": values["MetadataOptions.HttpTokens"],
+            } == start["Condition"]["StringEquals"]
+            profile = start["Condition"]["ArnEquals"]["ec2:InstanceProfile"]
+            assert profile.endswith(f":instance-profile/{values['IamInstanceProfile.Name']}")
+        if values["Action"] == "CreateTags":
+            keys = note["Condition"]["ForAllValues:StringEquals"]["aws:TagKeys"]
+            assert read_tags(values, "").keys() <= set(keys)
+
+
+def read_tags(values: dict[str, str], prefix: str) -> dict[str, str]:
+    """Return the tags of an EC2 call's parameters."""
+    numbers = {match.group(1) for name in values if (match := re.match(rf"{re.escape(prefix)}Tag\.(\d+)\.Key", name))}
+    return {values[f"{prefix}Tag.{number}.Key"]: values[f"{prefix}Tag.{number}.Value"] for number in numbers}
+
+
+def test_ray_down_ends_what_is_paid_for(cluster: Launcher, cloud: Cloud) -> None:
+    cluster.down()
+    assert not cloud.find_instances("pending", "running", "stopping", "stopped")
+    assert cloud.find_instances("terminated")

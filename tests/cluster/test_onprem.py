@@ -1,0 +1,179 @@
+"""Three machines of one's own: `ray up`, both jobs with the token, nodes that die and a cable that is pulled."""
+
+import io
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import grpc
+import psutil
+import pyarrow as pa
+import pytest
+import yaml
+from pyarrow import csv
+
+from tests.cluster.calls import NUM_EPOCHS, build_segment_call, list_keys
+from tests.cluster.conftest import ENVIRONMENT, shrink_nodes
+from tests.cluster.hosts import Hosts
+from tests.cluster.launcher import ROOT, Launcher, wait_until
+from tests.faults.object_store import ObjectStore
+from tests.faults.scene import BUCKET, read_files, require_invariant
+
+pytestmark = pytest.mark.slow
+
+HEAD, *WORKERS = NAMES = ("n1", "n2", "n3")
+
+
+@pytest.fixture(scope="module")
+def cluster(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
+    config = yaml.safe_load((ROOT / "clusters" / "onprem.yaml").read_text())
+    config["provider"] |= {
+        "head_ip": hosts.get_address(HEAD),
+        "worker_ips": [hosts.get_address(name) for name in WORKERS],
+    }
+    config["auth"] = {"ssh_user": "root", "ssh_private_key": str(hosts.client_key)}
+    *_, path_command = config["setup_commands"]
+    config["setup_commands"] = [f"ln -sfn {ENVIRONMENT} ~/segray-env", path_command]
+    for name in ("head_start_ray_commands", "worker_start_ray_commands"):
+        config[name] = shrink_nodes(config[name])
+    launcher = Launcher(tmp_path_factory.mktemp("onprem"), config, {"RAY_UP_enable_autoscaler_v2": "0"})
+    try:
+        launcher.up()
+        wait_for_raylets(hosts)
+        yield launcher
+    finally:
+        launcher.end()
+        for name in NAMES:
+            hosts.end_processes(name)
+
+
+def wait_for_raylets(hosts: Hosts) -> None:
+    wait_until(lambda: all(hosts.find_processes(name, "raylet/raylet") for name in NAMES), "Ray on all hosts")
+
+
+def find_worker_with(hosts: Hosts, title: str) -> str:
+    """Return a host other than the head that has such a process, or just another one than the head."""
+    return next((name for name in WORKERS if hosts.find_processes(name, title)), WORKERS[0])
+
+
+@pytest.fixture(scope="module")
+def clean(cluster: Launcher, store: ObjectStore) -> dict[str, bytes]:
+    job = cluster.run(*build_segment_call("segmented/clean"))
+    assert job.process.returncode == 0, job.text
+    return read_files(store, "segmented/clean")
+
+
+def test_training_on_two_nodes_goes_on_when_one_of_them_dies(
+    cluster: Launcher, hosts: Hosts, store: ObjectStore, training_data: str
+) -> None:
+    job = cluster.submit("jobs/train.py", training_data)
+    wait_until(lambda: "epoch  2/" in job.text, "two epochs", job=job)
+    ranks = {name for name in NAMES if hosts.find_processes(name, "RayTrainWorker")}
+    assert len(ranks) == 2, "the two workers are on two nodes"
+    hosts.kill_raylet(max(ranks))  # n1 is the head
+    assert job.wait() == 0, job.text
+    begun = [int(epoch) for epoch in re.findall(r"going on after epoch (\d+)", job.text)]
+    assert len(begun) == 1, job.text
+    assert begun[0] >= 2, "it went on from its newest checkpoint, and not from the first step"
+    body = store.client().get_object(Bucket=BUCKET, Key="trained/metrics.csv")["Body"].read()
+    epochs: pa.Table = csv.read_csv(io.BytesIO(body))
+    assert epochs["epoch"].to_pylist() == list(range(1, NUM_EPOCHS + 1))
+    assert len(list_keys(store, "trained/bundle/model.safetensors")) == 1
+    wait_for_raylets(hosts)  # Ray's autoscaler has started the node again
+
+
+def test_segmentation_loses_and_doubles_nothing_when_a_node_dies(
+    cluster: Launcher, hosts: Hosts, store: ObjectStore, clean: dict[str, bytes]
+) -> None:
+    job = cluster.submit(*build_segment_call("segmented/killed"))
+    wait_until(lambda: list_keys(store, "segmented/killed/images/"), "the first fragment", job=job)
+    hosts.kill_raylet(find_worker_with(hosts, "FragmentPredictor"))
+    assert len(list_keys(store, "segmented/killed/images/")) < len(clean) - 2, "killed before it was nearly done"
+    assert job.wait() == 0, job.text
+    require_invariant(read_files(store, "segmented/killed"), clean)
+    wait_for_raylets(hosts)
+
+
+def test_segmentation_loses_and_doubles_nothing_when_a_cable_is_pulled(
+    cluster: Launcher, hosts: Hosts, store: ObjectStore, clean: dict[str, bytes]
+) -> None:
+    job = cluster.submit(*build_segment_call("segmented/cut"))
+    wait_until(lambda: list_keys(store, "segmented/cut/images/"), "the first fragment", job=job)
+    name = find_worker_with(hosts, "FragmentPredictor")
+    hosts.pull_cable(name)
+    try:
+        assert job.wait() == 0, job.text
+        require_invariant(read_files(store, "segmented/cut"), clean)
+    finally:
+        hosts.plug_in_cable(name)
+    # whatever was still at work there has come back into the network by now, and may have written
+    wait_for_raylets(hosts)
+    require_invariant(read_files(store, "segmented/cut"), clean)
+
+
+@pytest.mark.parametrize(
+    "environment", [{"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "0" * 64}], ids=["without", "wrong"]
+)
+def test_without_the_token_a_job_is_refused(cluster: Launcher, tmp_path: Path, environment: dict[str, str]) -> None:
+    job = cluster.run("jobs/train.py", "--help", HOME=str(tmp_path), **environment)
+    assert job.process.returncode != 0
+    assert re.search("Unauthorized|Authentication token is missing|InvalidAuthToken", job.text), job.text
+    assert "submitted successfully" not in job.text
+
+
+# one method of each service that Ray's processes offer to one another; without a token nobody gets as far as arguments
+_METHODS = [
+    "NodeManagerService/GetNodeStats",
+    "ObjectManagerService/Pull",
+    "CoreWorkerService/GetCoreWorkerStats",
+    "JobInfoGcsService/GetAllJobInfo",
+    "ReporterService/GetTraceback",
+    "LogService/ListLogs",
+    "RayletDataStreamer/Datapath",
+]
+
+
+def probe(address: str) -> str:
+    """Ask a port without a token, by HTTP and then by gRPC; return what it answers."""
+    try:
+        with urllib.request.urlopen(f"http://{address}/", timeout=3) as answer:
+            kind = urllib.request.urlopen(f"http://{address}/metrics", timeout=3).headers["Content-Type"]
+            return "metrics" if kind.startswith("text/plain; version=") else f"HTTP {answer.status}"
+    except urllib.error.HTTPError as error:
+        return "refused" if error.code == 401 else f"HTTP {error.code}"
+    except Exception:  # no HTTP: half a dozen errors say so
+        pass
+    answers: set[Any] = set()
+    with grpc.insecure_channel(address) as channel:
+        for method in _METHODS:
+            try:
+                channel.unary_unary(f"/ray.rpc.{method}")(b"", timeout=5)
+                answers.add(method)
+            except grpc.RpcError as error:
+                answers.add(error.code())
+    answers.discard(grpc.StatusCode.UNIMPLEMENTED)
+    return "refused" if answers == {grpc.StatusCode.UNAUTHENTICATED} else str(answers)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_no_port_but_ssh_and_metrics_answers_without_the_token(hosts: Hosts) -> None:
+    answers: dict[str, set[str]] = {}
+    for name in NAMES:
+        for port in hosts.find_open_ports(name):
+            answers.setdefault(probe(f"{hosts.get_address(name)}:{port}"), set()).add(f"{name}:{port}")
+    assert answers.keys() == {"refused", "metrics"}, answers
+    assert len(answers["refused"]) >= 5 * len(NAMES)
+    with pytest.raises(OSError, match="refused"):
+        urllib.request.urlopen(f"http://{hosts.get_address(HEAD)}:8265/", timeout=3)
+
+
+def test_ray_down_leaves_nothing_running(cluster: Launcher, hosts: Hosts) -> None:
+    cluster.down()
+
+    def find_left() -> list[psutil.Process]:
+        return [process for name in NAMES for process in hosts.find_processes(name, "ray")]
+
+    wait_until(lambda: not find_left(), "the end of every process of Ray", timeout_s=60)

@@ -1,0 +1,365 @@
+"""Every file that makes a cluster: accepted by who reads it, nothing open to the world, Ray pinned, no secret in it."""
+
+import copy
+import gzip
+import json
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import pytest
+import yaml
+from ray.autoscaler._private.kuberay.autoscaling_config import _derive_autoscaling_config_from_ray_cr
+from ray.autoscaler._private.util import prepare_config, validate_config
+from ray.autoscaler.v2.instance_manager.config import AutoscalingConfig
+from ray.autoscaler.v2.scheduler import ResourceDemandScheduler, SchedulingRequest
+from ray.autoscaler.v2.utils import ResourceRequestUtil
+from ray.core.generated.autoscaler_pb2 import ResourceRequestByCount
+
+ROOT = Path(__file__).parent.parent
+LAUNCHED = ["cluster.yaml", "clusters/gcp.yaml", "clusters/onprem.yaml"]
+CLOUDS = LAUNCHED[:2]
+APPLIED = ["clusters/kuberay.yaml", "clusters/kuberay-job.yaml"]
+POLICIES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "clusters" / "aws").iterdir())
+ALL = [*LAUNCHED, *APPLIED, *POLICIES, "Containerfile"]
+(PINNED,) = re.findall(r"ray\[[a-z,]+\]==([\d.]+)", (ROOT / "pyproject.toml").read_text())
+
+
+def load(name: str) -> dict[str, Any]:
+    values: dict[str, Any] = yaml.safe_load((ROOT / name).read_text())
+    return values
+
+
+def load_ray_object(name: str) -> dict[str, Any]:
+    """Return the object of KubeRay in a file of several."""
+    documents = yaml.safe_load_all((ROOT / name).read_text())
+    (found,) = [document for document in documents if document["apiVersion"] == "ray.io/v1"]
+    return dict(found)
+
+
+def get_cluster_spec(ray_object: dict[str, Any]) -> dict[str, Any]:
+    return dict(ray_object["spec"].get("rayClusterSpec") or ray_object["spec"])
+
+
+def list_pods(spec: dict[str, Any]) -> list[dict[str, Any]]:
+    return [group["template"]["spec"] for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]]
+
+
+def test_no_file_that_makes_a_cluster_is_left_out() -> None:
+    there = {str(path.relative_to(ROOT)) for path in (ROOT / "clusters").rglob("*") if path.is_file()}
+    assert there | {"cluster.yaml", "Containerfile"} == set(ALL)
+
+
+# What Ray's launcher reads
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_rays_launcher_accepts_it(name: str) -> None:
+    prepared = prepare_config(load(name))
+    validate_config(prepared)
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_ray_would_refuse_a_mistake(name: str) -> None:
+    with pytest.raises(Exception, match="head_node_type"):
+        validate_config(prepare_config({**load(name), "head_node_type": "nothing"}))
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_workers_come_and_go_and_the_head_does_no_work(name: str) -> None:
+    types = dict(prepare_config(load(name))["available_node_types"])
+    head = types.pop("head")
+    assert (head["max_workers"], head["resources"]) == (0, {"CPU": 0})
+    assert {(node["min_workers"], node["max_workers"]) for node in types.values()} == {(0, 8)}
+    is_spot = [
+        "InstanceMarketOptions" in node["node_config"]
+        or "provisioningModel" in node["node_config"].get("scheduling", ())
+        for node in types.values()
+    ]
+    assert sorted(is_spot) == [False, True]
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_spot_comes_first_and_the_other_type_where_there_is_none(name: str) -> None:
+    def choose(**availability: float) -> str:
+        config = prepare_config({**load(name), "auth": {"ssh_user": "nobody"}})
+        for node_type in config["available_node_types"].values():
+            node_type["resources"] = node_type["resources"] or {"CPU": 8, "GPU": 1}  # Ray asks AWS for them
+        scaling = AutoscalingConfig(config, skip_content_hash=True)
+        demand = ResourceRequestByCount(request=ResourceRequestUtil.make({"GPU": 1}), count=1)
+        reply = ResourceDemandScheduler(None).schedule(
+            SchedulingRequest(
+                node_type_configs=scaling.get_node_type_configs(),
+                max_num_nodes=scaling.get_max_num_nodes(),
+                disable_launch_config_check=True,
+                resource_requests=[demand],
+                recoverable_resource_availabilities=availability,
+            )
+        )
+        (launch,) = reply.to_launch
+        return re.sub("[-_]", " ", launch.instance_type)
+
+    assert choose() == "gpu spot"
+    name_of_spot = next(key for key in load(name)["available_node_types"] if key.endswith("spot"))
+    assert choose(**{name_of_spot: 0.5}) == "gpu on demand"
+
+
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_what_ray_starts_asks_for_a_token_and_shows_its_dashboard_to_the_head_alone(name: str) -> None:
+    config = load(name)
+    options = config.get("docker", {}).get("run_options", [])
+    for kind in ("head", "worker"):
+        (start,) = [command for command in config[f"{kind}_start_ray_commands"] if "ray start" in command]
+        for variable in (
+            "RAY_AUTH_MODE=token",
+            "RAY_USAGE_STATS_ENABLED=0",
+            "RAY_grpc_client_keepalive_time_ms=20000",
+            "RAY_grpc_client_keepalive_timeout_ms=30000",
+        ):
+            assert variable in start.partition("ray start")[0].split() or f"--env {variable}" in options
+        assert ("--dashboard-host=127.0.0.1" in start) == (kind == "head")
+    assert "~/.ray/auth_token" in config["file_mounts"].values()
+
+
+# What is open to whom
+
+
+def check_addresses(name: str, text: str) -> None:
+    assert "0.0.0.0" not in text, f"{name}: open to the world"
+    assert "::/0" not in text, f"{name}: open to the world"
+
+
+def check_pins(name: str, text: str) -> None:
+    images = re.findall(r"[\w./-]*rayproject/ray:(\S+)|(?<![\w/])image: \S*segray:\S*ray(\S+)", text)
+    versions = {tag or ray for tag, ray in images}
+    declared = re.findall(r"(?:rayVersion: |RAY_VERSION=)(\S+)", text)
+    for version in [*versions, *declared]:
+        assert version.replace("${RAY_VERSION}", PINNED).startswith(PINNED), f"{name}: Ray {version}, not {PINNED}"
+    assert not re.search(r"pip install[^&\n]*(?<![\w/.-])ray(?![\w/.-])", text), f"{name}: a Ray of its own"
+
+
+def check_secrets(name: str, text: str) -> None:
+    for what, pattern in {
+        "an access key of AWS": r"\b(AKIA|ASIA)[A-Z0-9]{16}\b",
+        "a private key": r"BEGIN [A-Z ]*PRIVATE KEY",
+        "a key of a service account": r"\"private_key(_id)?\"",
+        "a long random string": r"\b[0-9a-fA-F]{32,}\b|\b(?=\w*\d)(?=\w*[a-z])(?=\w*[A-Z])\w{40,}\b",
+        "a value of something secret": r"(?i)(secret_access_key|password|auth_token|api_key)\s*[=:]\s*[^\s~<$/]",
+    }.items():
+        assert not re.search(pattern, text), f"{name}: {what}"
+
+
+CHECKS = [check_addresses, check_pins, check_secrets]
+
+
+@pytest.mark.parametrize("name", ALL)
+@pytest.mark.parametrize("check", CHECKS)
+def test_it_is_closed_pinned_and_without_secrets(check: Callable[[str, str], None], name: str) -> None:
+    check(name, (ROOT / name).read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "before", "after"),
+    [
+        ("cluster.yaml", "--dashboard-host=127.0.0.1", "--dashboard-host=0.0.0.0"),
+        ("cluster.yaml", f"ray:{PINNED}-py311-gpu", "ray:latest-gpu"),
+        ("cluster.yaml", "pip install uv", "pip install -U ray && pip install uv"),
+        ("clusters/gcp.yaml", f"ray:{PINNED}-py311-cpu", "ray:2.59.0-py311-cpu"),
+        ("clusters/kuberay.yaml", f"rayVersion: {PINNED}", "rayVersion: 2.59.0"),
+        ("clusters/kuberay.yaml", f"-ray{PINNED}", "-ray2.59.0"),
+        ("clusters/kuberay-job.yaml", 'value: "20000"', "value: " + "3f" * 32),
+        ("cluster.yaml", "~/.ray/auth_token  #", "x  # auth_token: 3f3f3f"),
+        ("Containerfile", "RAY_AUTH_MODE=token", "AWS_ACCESS_KEY_ID=AKIA" + "ABCDEFGH12345678"),
+        ("Containerfile", f"RAY_VERSION={PINNED}", "RAY_VERSION=2.59.0"),
+    ],
+)
+def test_the_checks_would_see_it(name: str, before: str, after: str) -> None:
+    text = (ROOT / name).read_text()
+    assert before in text
+    broken = text.replace(before, after)
+
+    def check_all() -> None:
+        for check in CHECKS:
+            check(name, broken)
+
+    with pytest.raises(AssertionError, match=name):
+        check_all()
+
+
+@pytest.mark.parametrize("name", CLOUDS)
+def test_nodes_have_no_address_outside(name: str) -> None:
+    config = load(name)
+    assert config["provider"]["use_internal_ips"] is True
+    assert config["provider"]["cache_stopped_nodes"] is False  # a stopped node keeps its disk
+    assert config["auth"]["ssh_private_key"].startswith("<")  # without, Ray makes a key of its own
+    for node_type in config["available_node_types"].values():
+        for interface in node_type["node_config"].get("networkInterfaces", ()):
+            assert not interface.get("accessConfigs"), "an external address"
+
+
+def test_instances_have_the_second_metadata_service_and_groups_and_roles_of_their_own() -> None:
+    types = load("cluster.yaml")["available_node_types"]
+    for node_type in types.values():
+        node = node_type["node_config"]
+        assert node["MetadataOptions"]["HttpTokens"] == "required"
+        assert node["SecurityGroupIds"]  # without, Ray makes a group that admits SSH from everywhere
+        assert node["BlockDeviceMappings"][0]["Ebs"]["Encrypted"] is True
+    profiles = {name: node_type["node_config"]["IamInstanceProfile"]["Name"] for name, node_type in types.items()}
+    assert profiles == {"head": "segray-head", "gpu_spot": "segray-worker", "gpu_on_demand": "segray-worker"}
+
+
+def test_machines_at_google_have_accounts_of_their_own_and_no_keys_of_the_project() -> None:
+    types = load("clusters/gcp.yaml")["available_node_types"]
+    accounts = {name: node_type["node_config"]["serviceAccounts"][0]["email"] for name, node_type in types.items()}
+    assert accounts["head"] != accounts["gpu-spot"] == accounts["gpu-on-demand"]
+    for node_type in types.values():
+        node = node_type["node_config"]
+        assert {"key": "block-project-ssh-keys", "value": "true"} in node["metadata"]["items"]
+        assert node["shieldedInstanceConfig"]["enableSecureBoot"] is True
+
+
+@pytest.mark.parametrize("name", POLICIES)
+def test_a_policy_names_what_it_allows(name: str) -> None:
+    document = json.loads((ROOT / name).read_text())
+    assert document["Version"] == "2012-10-17"
+    for statement in document["Statement"]:
+        assert statement["Effect"] == "Allow"
+        actions = statement["Action"] if isinstance(statement["Action"], list) else [statement["Action"]]
+        assert not any("*" in action for action in actions)
+        if statement.get("Resource") == "*":
+            assert all(action.startswith("ec2:Describe") for action in actions)  # which knows no resources
+
+
+def test_workers_may_do_nothing_but_use_the_bucket() -> None:
+    document = json.loads((ROOT / "clusters/aws/worker-policy.json").read_text())
+    resources = {statement["Resource"].partition("/")[0] for statement in document["Statement"]}
+    assert resources == {"arn:aws:s3:::<bucket>"}
+
+
+# What Kubernetes reads
+
+# of later versions of KubeRay than the schema: 1.3 (autoscaler's version, backoffLimit), 1.5.1 (authOptions)
+_LATER: dict[str, Any] = {
+    "authOptions": {
+        "type": "object",
+        "properties": {"mode": {"enum": ["token", "disabled"]}, "secretName": {"type": "string"}},
+    },
+    "autoscalerOptions.version": {"enum": ["v1", "v2"]},
+}
+
+
+def build_schema(kind: str) -> dict[str, Any]:
+    """Return the published schema of a kind, with what later versions have added, and closed to unknown fields."""
+    schemas = json.loads(gzip.decompress((ROOT / "tests" / "schemas" / "kuberay.json.gz").read_bytes()))
+    schema: dict[str, Any] = schemas[kind]
+    spec = schema["properties"]["spec"]
+    if kind == "RayJob":
+        spec["properties"]["backoffLimit"] = {"type": "integer"}
+        spec = spec["properties"]["rayClusterSpec"]
+    spec["properties"]["authOptions"] = _LATER["authOptions"]
+    spec["properties"]["autoscalerOptions"]["properties"]["version"] = _LATER["autoscalerOptions.version"]
+    for part in walk(schema):
+        if "properties" in part:
+            part["additionalProperties"] = False
+    return schema
+
+
+def walk(schema: Any) -> Iterator[dict[str, Any]]:
+    if isinstance(schema, dict):
+        if isinstance(schema.get("type"), str):
+            yield schema
+        for value in schema.values():
+            yield from walk(value)
+    elif isinstance(schema, list):
+        for value in schema:
+            yield from walk(value)
+
+
+@pytest.mark.parametrize("name", APPLIED)
+def test_kubernetes_accepts_it(name: str) -> None:
+    ray_object = load_ray_object(name)
+    jsonschema.Draft7Validator(build_schema(ray_object["kind"])).validate(ray_object)
+
+
+@pytest.mark.parametrize(
+    ("path", "value"),
+    [
+        ("headGroupSpec.rayStartParams.num-cpus", 0),
+        ("workerGroupSpecs.0.minReplicas", "0"),
+        ("workerGroupSpecs.0.minReplica", 0),
+        ("authOptions.mode", "tokens"),
+        ("enableInTreeAutoscaling", "yes"),
+    ],
+)
+def test_the_schema_would_see_a_mistake(path: str, value: object) -> None:
+    broken: Any = copy.deepcopy(load_ray_object("clusters/kuberay.yaml"))
+    *parents, last = ["spec", *path.split(".")]
+    place = broken
+    for part in parents:
+        place = place[int(part)] if part.isdigit() else place[part]
+    place[last] = value
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.Draft7Validator(build_schema("RayCluster")).validate(broken)
+
+
+@pytest.mark.parametrize("name", APPLIED)
+def test_rays_autoscaler_understands_it(name: str) -> None:
+    ray_object = load_ray_object(name)
+    metadata = {**ray_object["metadata"], "namespace": "segray"}
+    derived = _derive_autoscaling_config_from_ray_cr({"metadata": metadata, "spec": get_cluster_spec(ray_object)})
+    groups = derived["available_node_types"]
+    assert groups["headgroup"]["resources"]["CPU"] == 0
+    gpu = groups["gpu"]
+    assert (gpu["min_workers"], gpu["max_workers"]) == (0, 8)
+    assert (gpu["resources"]["CPU"], gpu["resources"]["GPU"]) == (8, 1)
+
+
+@pytest.mark.parametrize("name", APPLIED)
+def test_pods_ask_for_a_token_and_can_do_little(name: str) -> None:
+    spec = get_cluster_spec(load_ray_object(name))
+    assert spec["authOptions"] == {"mode": "token"}
+    assert spec["enableInTreeAutoscaling"] is True
+    assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
+    for pod in list_pods(spec):
+        (container,) = pod["containers"]
+        context = container["securityContext"]
+        assert (context["runAsNonRoot"], context["allowPrivilegeEscalation"]) == (True, False)
+        assert context["capabilities"] == {"drop": ["ALL"]}
+        assert container["resources"]["requests"] == container["resources"]["limits"]
+        assert {"name": "RAY_grpc_client_keepalive_time_ms", "value": "20000"} in container["env"]
+    for pod in list_pods(spec)[1:]:
+        assert pod["automountServiceAccountToken"] is False  # the head's autoscaler needs one
+
+
+def test_only_the_clusters_own_pods_and_the_operator_are_let_in() -> None:
+    documents = list(yaml.safe_load_all((ROOT / "clusters/kuberay.yaml").read_text()))
+    (policy,) = [document for document in documents if document["kind"] == "NetworkPolicy"]
+    (cluster,) = [document for document in documents if document["kind"] == "RayCluster"]
+    selected = {"matchLabels": {"ray.io/cluster": cluster["metadata"]["name"]}}
+    assert policy["spec"]["podSelector"] == selected
+    (rule,) = policy["spec"]["ingress"]
+    assert [peer["podSelector"] for peer in rule["from"]] == [
+        selected,
+        {"matchLabels": {"app.kubernetes.io/name": "kuberay-operator"}},
+    ]
+
+
+def test_a_job_leaves_no_cluster_behind() -> None:
+    spec = load_ray_object("clusters/kuberay-job.yaml")["spec"]
+    assert spec["shutdownAfterJobFinishes"] is True
+    assert "clusterSelector" not in spec
+    assert Path(ROOT / spec["entrypoint"].split()[1]).exists()
+
+
+# The image
+
+
+def test_the_container_file_copies_what_is_there_and_what_its_builder_is_sent() -> None:
+    lines = (ROOT / "Containerfile").read_text().splitlines()
+    copied = [word for line in lines if line.startswith("COPY") for word in line.split()[2:-1]]
+    sent = {line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"}
+    assert set(copied) == sent
+    assert all((ROOT / path).exists() for path in copied)
+    assert [line for line in lines if line.startswith("USER")][-1] == "USER ray"
