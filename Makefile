@@ -1,9 +1,9 @@
 # make setup: everything into .venv.   make demo: the whole job, 2 minutes.   make test: checks and tests, 30 minutes.
-# make test-faults: every fault, half an hour.
+# make test-faults: every fault, half an hour.   make test-cluster: clusters launched for real, as root, 15 minutes.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: setup demo test test-faults check lock clean
+.PHONY: setup demo test test-faults test-cluster wheel check lock clean
 
 setup: .venv/installed
 
@@ -32,10 +32,24 @@ test: check .venv-swift/installed
 test-faults: setup .venv-swift/installed
 	$(BIN)/pytest tests/faults tests/train/test_tuning.py --durations=0
 
+# cluster.yaml and clusters/onprem.yaml launched, on hosts that are network namespaces: Linux, and root, or all are skipped
+test-cluster: setup .venv-swift/installed .venv-moto/installed
+	tests/cluster/install.sh
+	$(BIN)/pytest tests/cluster --durations=0
+
+# into dist/, by way of a source archive: a folder build/ that lies about has no part in it
+wheel: setup
+	$(BIN)/uv build --quiet --out-dir dist
+
 # The tests' object store has an environment of its own: its dependencies are not ours.
 .venv-swift/installed: tests/faults/object_store.txt
 	test -x .venv-swift/bin/python || $(PYTHON) -m venv .venv-swift
 	.venv-swift/bin/python -m pip install --quiet --requirement tests/faults/object_store.txt
+	touch $@
+
+.venv-moto/installed: tests/cluster/moto.txt
+	test -x .venv-moto/bin/python || $(PYTHON) -m venv .venv-moto
+	.venv-moto/bin/python -m pip install --quiet --requirement tests/cluster/moto.txt
 	touch $@
 
 # after a change of dependencies in pyproject.toml; names no package index
@@ -44,4 +58,4 @@ lock:
 	  --custom-compile-command "make lock" --upgrade pyproject.toml --output-file requirements.txt
 
 clean:
-	rm -rf .venv .venv-swift build *.egg-info runs/demo
+	rm -rf .venv .venv-swift .venv-moto build dist *.egg-info runs/demo

@@ -1,7 +1,8 @@
-"""`ray job submit` of both job files, to a head on this machine that asks for a token, as the README says it."""
+"""segray as it is shipped: its wheel in a bare environment, and there a head that takes jobs from who has the token."""
 
 import json
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 from pyarrow import parquet as pq
 
 ROOT = Path(__file__).parent.parent
-RAY = str(Path(sys.executable).parent / "ray")
+BIN = Path(sys.executable).parent
 _START_TIMEOUT_S = 60
 _JOB_TIMEOUT_S = 240
 
@@ -28,19 +29,51 @@ def find_free_ports(count: int) -> list[int]:
 
 
 @pytest.fixture(scope="module")
-def job_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+def bare_environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Build the wheel as `make wheel` does, install it with what it asks for, and return the folder of commands."""
+    uv, folder = str(BIN / "uv"), tmp_path_factory.mktemp("wheel")
+    python = folder / "env" / "bin" / "python"
+    install = [uv, "pip", "install", "--quiet", f"--python={python}", f"--constraint={ROOT / 'requirements.txt'}"]
+    commands: list[list[str]] = [
+        [uv, "build", "--quiet", f"--out-dir={folder}", str(ROOT)],
+        [uv, "venv", "--quiet", f"--python={sys.executable}", str(folder / "env")],
+        [*install, str(folder / "segray-0.1.0-py3-none-any.whl")],
+    ]
+    for command in commands:
+        subprocess.run(command, check=True, timeout=600)
+    return python.parent
+
+
+def test_the_wheel_alone_gives_the_command(bare_environment: Path, tmp_path: Path) -> None:
+    command = [str(bare_environment / "segray"), "--help"]
+    done = subprocess.run(command, cwd=tmp_path, env={}, capture_output=True, text=True, check=True)
+    assert all(f" {verb} " in done.stdout for verb in ("train", "tune", "segment", "status", "check", "export", "demo"))
+    missing = subprocess.run([str(bare_environment / "python"), "-c", "import pytest"], stderr=subprocess.DEVNULL)
+    assert missing.returncode == 1, "nothing of the tests is in it"
+
+
+@pytest.fixture(scope="module")
+def job_environment(bare_environment: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
     """A head in the foreground, ended by its own process group; the environment with which jobs reach it."""
     folder = tmp_path_factory.mktemp("head")
     (folder / "token").write_text("0123456789abcdef" * 4)
     port, dashboard_port, agent_port, client_port = find_free_ports(4)
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_")},
-        "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "PATH": f"{bare_environment}:{os.environ['PATH']}",
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
     }
-    command = [RAY, "start", "--head", "--block", "--num-cpus=4", "--node-ip-address=127.0.0.1", f"--port={port}"]
+    command = [
+        str(bare_environment / "ray"),
+        "start",
+        "--head",
+        "--block",
+        "--num-cpus=4",
+        "--node-ip-address=127.0.0.1",
+        f"--port={port}",
+    ]
     command += ["--dashboard-host=127.0.0.1", f"--dashboard-port={dashboard_port}", "--disable-usage-stats"]
     command += [f"--dashboard-agent-listen-port={agent_port}", f"--ray-client-server-port={client_port}"]
     with (folder / "log").open("w") as log:
@@ -57,10 +90,10 @@ def job_environment(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[s
         head.wait()
 
 
-def submit(environment: dict[str, str], *arguments: str) -> subprocess.CompletedProcess[str]:
+def submit(environment: dict[str, str], *arguments: str, working_dir: Path = ROOT) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [RAY, "job", "submit", "--working-dir", ".", "--", "python", *arguments],
-        cwd=ROOT,
+        [str(BIN / "ray"), "job", "submit", "--working-dir", ".", "--", *arguments],
+        cwd=working_dir,
         env=environment,
         capture_output=True,
         text=True,
@@ -69,31 +102,42 @@ def submit(environment: dict[str, str], *arguments: str) -> subprocess.Completed
     )
 
 
-def test_both_jobs_run_from_the_working_directory(
+def test_a_job_runs_from_the_tree_and_the_next_one_from_the_wheel(
     job_environment: dict[str, str], shapes_root: Path, tmp_path: Path
 ) -> None:
     settings = [f"data.layout.oxford_iiit_pet.root={shapes_root}", "image_size=[64, 64]", "train.num_epochs=1"]
     settings += [f"output={tmp_path}/train"]
     overrides = [part for setting in settings for part in ("--set", setting)]
-    trained = submit(job_environment, "jobs/train.py", "jobs/train.yaml", *overrides)
+    trained = submit(job_environment, "python", "jobs/train.py", "jobs/train.yaml", *overrides)
     assert trained.returncode == 0, trained.stdout + trained.stderr
     assert f"bundle: {tmp_path}/train/bundle" in trained.stdout
     arguments = ["--bundle", f"{tmp_path}/train/bundle", "--images", f"{shapes_root}/images", "--output"]
-    segmented = submit(job_environment, "jobs/segment.py", "jobs/segment.yaml", *arguments, f"{tmp_path}/segmented")
+    shutil.copytree(ROOT / "jobs", tmp_path / "elsewhere" / "jobs")  # and no segray beside it
+    command = ["python", "jobs/segment.py", "jobs/segment.yaml", *arguments, f"{tmp_path}/segmented"]
+    segmented = submit(job_environment, *command, working_dir=tmp_path / "elsewhere")
     assert segmented.returncode == 0, segmented.stdout + segmented.stderr
     assert "25 images segmented, 0 not" in segmented.stdout
     assert json.loads((tmp_path / "segmented" / "run.json").read_text())["status"] == "complete"
     assert sum(pq.read_metadata(path).num_rows for path in tmp_path.glob("segmented/images/*.parquet")) == 25
 
 
+def test_the_command_itself_can_be_a_job(job_environment: dict[str, str], tmp_path: Path) -> None:
+    failed = submit(job_environment, "segray", "train", "street.yaml", working_dir=tmp_path)
+    assert failed.returncode != 0
+    assert "error: street.yaml" in failed.stdout
+
+
 def test_a_mistake_in_a_job_is_its_exit_code_and_line(job_environment: dict[str, str]) -> None:
-    failed = submit(job_environment, "jobs/segment.py", "--bundle", "/none", "--images", "x", "--output", "/out")
+    failed = submit(
+        job_environment, "python", "jobs/segment.py", "--bundle", "/none", "--images", "x", "--output", "/out"
+    )
     assert failed.returncode != 0
     assert "error: --images: x is relative" in failed.stdout + failed.stderr
 
 
 def test_without_the_token_a_job_is_refused(job_environment: dict[str, str], tmp_path: Path) -> None:
     (tmp_path / "token").write_text("f" * 64)
-    refused = submit({**job_environment, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}, "jobs/train.py", "--help")
+    wrong = {**job_environment, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
+    refused = submit(wrong, "python", "jobs/train.py", "--help")
     assert refused.returncode != 0
     assert "Unauth" in refused.stdout + refused.stderr or "token" in refused.stdout + refused.stderr

@@ -22,8 +22,8 @@ _START_TIMEOUT_S = 30
 
 
 def find_moto() -> Path:
-    """Return moto's server; it has an environment of its own, as its dependencies are not ours."""
-    path = ROOT / ".venv-moto" / "bin" / "moto_server"
+    """Return the Python that has moto; it has an environment of its own, as its dependencies are not ours."""
+    path = ROOT / ".venv-moto" / "bin" / "python"
     if not path.exists():
         raise FileNotFoundError(f"no EC2 for the tests: {path} is not there; make test-cluster installs it")
     return path
@@ -39,7 +39,14 @@ class Cloud:
     def __enter__(self) -> Self:
         with self._log.open("wb") as log:
             self._server = subprocess.Popen(
-                [find_moto(), "-H", OWN_ADDRESS, "-p", CLOUD.rpartition(":")[2]],
+                [
+                    find_moto(),
+                    Path(__file__).with_name("moto_server.py"),
+                    "-H",
+                    OWN_ADDRESS,
+                    "-p",
+                    CLOUD.rpartition(":")[2],
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -85,7 +92,7 @@ class Cloud:
         for line in self._call("recorder/download-recording").splitlines():
             request = json.loads(line)
             if f"Credential={access_key}/" in request["headers"].get("Authorization", ""):
-                calls.append(parse_qs(request["body"]))
+                calls.append(parse_qs(base64.b64decode(request["body"]).decode()))
         return calls
 
     def _call(self, path: str) -> str:

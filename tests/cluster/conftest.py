@@ -20,7 +20,7 @@ ENVIRONMENT = ROOT / ".venv"  # of which every host has a link: 5 GB are not ins
 SMALL_NODE = " --num-cpus=1 --object-store-memory=200000000 --memory=4000000000"
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def world(bundle_dir: Path) -> Iterator[tuple[Hosts, ObjectStore]]:
     if os.getuid() != 0:
         pytest.skip("hosts are network namespaces, and only root makes them")
@@ -37,17 +37,17 @@ def world(bundle_dir: Path) -> Iterator[tuple[Hosts, ObjectStore]]:
             yield hosts, store
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def hosts(world: tuple[Hosts, ObjectStore]) -> Hosts:
     return world[0]
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def store(world: tuple[Hosts, ObjectStore]) -> ObjectStore:
     return world[1]
 
 
-@pytest.fixture(scope="package")
+@pytest.fixture(scope="module")
 def training_data(store: ObjectStore, shapes_root: Path) -> str:
     """Put labelled images into the bucket, and a configuration that trains on two nodes; return its URI."""
     client = store.client()
