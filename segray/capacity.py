@@ -72,7 +72,7 @@ class Capacity:
             + ("" if node_type.resources is None else f" ({_format(node_type.resources)})")
             for node_type in types
         )
-        limit = f"{self.num_more} of " if self.num_more < sum(node_type.num_more for node_type in types) else ""
+        limit = f"{self.num_more} out of " if self.num_more < sum(node_type.num_more for node_type in types) else ""
         return f"{text}, and may add {limit}{kinds}"
 
 

@@ -1,6 +1,8 @@
 """EC2 and IAM as moto has them, for `ray up` with provider aws: its instances are the hosts with their addresses."""
 
+import base64
 import json
+import os
 import re
 import subprocess
 import time
@@ -37,16 +39,11 @@ class Cloud:
         self.ids: dict[str, str] = {}
 
     def __enter__(self) -> Self:
+        server = [find_moto(), Path(__file__).with_name("moto_server.py")]
         with self._log.open("wb") as log:
             self._server = subprocess.Popen(
-                [
-                    find_moto(),
-                    Path(__file__).with_name("moto_server.py"),
-                    "-H",
-                    OWN_ADDRESS,
-                    "-p",
-                    CLOUD.rpartition(":")[2],
-                ],
+                [*server, "-H", OWN_ADDRESS, "-p", CLOUD.rpartition(":")[2]],
+                env={**os.environ, "MOTO_RECORDER_FILEPATH": str(self._log.with_name("calls"))},
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
