@@ -7,8 +7,9 @@ import time
 from rich.console import Console
 from rich.table import Table
 
+from segray.autoscaling import find_capacity, reported_shortage
 from segray.bundle import BundleManifest, load_manifest, read_weights
-from segray.capacity import Capacity, describe_wait, read_capacity
+from segray.capacity import Capacity, describe_wait
 from segray.cluster import connect_ray, count_cores
 from segray.config import SegmentSettings
 from segray.errors import TooManyErrorRows
@@ -88,12 +89,11 @@ def _run_pending(
     num_pending = int(count_images(job.output_uri, run.plan)[pending].sum())
     with build_bar(console, "images") as bar:
         task = bar.add_task("segment", total=num_pending, note="starting")
-        import ray  # whole, before two threads import parts of it
 
         # Ray Data takes 2 s to import: while Ray starts its processes, which takes longer
         threading.Thread(target=importlib.import_module, args=["segray.segment.pipeline"], daemon=True).start()
-        with connect_ray(*_count_resources(job.settings)):
-            capacity = read_capacity(ray.nodes())
+        with connect_ray(*_count_resources(job.settings)), reported_shortage(console):
+            capacity = find_capacity()
             predictors = place_predictors(job.settings, len(pending), capacity)
             _print_plan(job.settings, predictors, manifest, run, num_pending, console)
             _print_wait(predictors, job.settings, capacity, console)

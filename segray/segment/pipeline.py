@@ -11,10 +11,12 @@ from typing import Any
 
 import ray.data
 from ray.data import ActorPoolStrategy, DataContext
+from ray.data.exceptions import ExecutionTimeoutError
 
 from segray.bundle import BundleManifest
 from segray.cluster import translated_ray_errors
 from segray.config import SegmentSettings
+from segray.errors import ClusterError
 from segray.segment.decode import FragmentDecoder
 from segray.segment.ledger import DECODE, PREDICT, LedgerClient, start_ledger
 from segray.segment.placement import Predictors
@@ -44,6 +46,7 @@ def run_pipeline(
     """Make the given fragments of a planned run; yield a row of ``WRITTEN_SCHEMA`` as each is written.
 
     Raises:
+        ClusterError: Nothing has moved for half an hour.
         SegrayError: What a stage raised; fragments that were written stay, and need not be made again.
     """
     context = DataContext.get_current()
@@ -89,4 +92,10 @@ def run_pipeline(
             )
             .map_batches(write, **_ONE_FRAGMENT, num_cpus=_WRITE_CPUS, max_retries=_MAX_WRITES)
         )
-        yield from written.iter_rows()
+        try:
+            yield from written.iter_rows()
+        except ExecutionTimeoutError as error:
+            raise ClusterError(
+                f"nothing has moved for {context.execution_no_progress_timeout_s / 60:.0f} minutes: the cluster has no "
+                "room, or a process hangs; `ray status` says which, and the same call goes on"
+            ) from error

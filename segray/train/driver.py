@@ -5,6 +5,7 @@ import numpy.typing as npt
 import torch
 from rich.console import Console
 
+from segray.autoscaling import reported_shortage
 from segray.bundle import has_bundle
 from segray.cluster import connect_ray
 from segray.config import TrainConfig
@@ -19,6 +20,7 @@ from segray.train.checkpoint import RUN_NAME, find_newest_history, list_checkpoi
 from segray.train.findings import print_warnings
 from segray.train.job import TrainJob, get_classes
 from segray.train.labels import LabelReport, require_learnable
+from segray.train.placement import place_on_cluster
 from segray.transforms import Preprocessing
 
 _BINDING_NAME = "train.json"
@@ -43,7 +45,7 @@ def run_training(config: TrainConfig, console: Console) -> str:
         console.print("this run is complete; nothing to do", highlight=False)
         return bundle_uri
     num_workers = config.train.num_train_workers
-    with connect_ray(num_workers, num_workers if config.train.use_gpu else 0):
+    with connect_ray(num_workers, num_workers if config.train.use_gpu else 0), reported_shortage(console):
         print_wait(config, console)
         job = build_job(config, splits, check_run(config, splits, console), run_uri)
         # 8 s of imports: not before the labels have been looked at
@@ -67,8 +69,6 @@ def print_wait(config: TrainConfig, console: Console) -> None:
     Raises:
         ClusterError: There will never be room for them.
     """
-    from segray.train.placement import place_on_cluster  # and with it Ray: not before the input has been looked at
-
     _, wait = place_on_cluster(config.train)
     if wait:
         console.print(wait, highlight=False)

@@ -1,8 +1,7 @@
 """How many training workers there can be, and whether a cluster has room for them."""
 
-import ray
-
-from segray.capacity import Capacity, describe_wait, read_capacity, require_placeable
+from segray.autoscaling import find_capacity
+from segray.capacity import Capacity, describe_wait, require_placeable
 from segray.config.training import TrainSettings
 
 _LABEL_CHECK = {"CPU": 1}
@@ -36,6 +35,6 @@ def place_on_cluster(settings: TrainSettings) -> tuple[int, str | None]:
     Raises:
         ClusterError: There will never be room for them.
     """
-    capacity = read_capacity(ray.nodes())
+    capacity = find_capacity()
     num_workers = place_workers(settings, capacity)
     return num_workers, describe_wait(capacity, "training workers", get_worker_needs(settings), num_workers)

@@ -1,6 +1,8 @@
 """What a person does at host ctl: `ray up`, the tunnel of `ray dashboard`, `ray job submit`, `ray down`."""
 
+import json
 import os
+import re
 import secrets
 import signal
 import socket
@@ -76,10 +78,19 @@ class Launcher:
         """Run a command on the head by `ray exec`; return what it printed."""
         return self._run("exec", str(self._config), command, timeout_s=60)
 
-    def submit(self, *arguments: str, working_dir: Path = ROOT, **environment: str) -> Job:
-        """Start `ray job submit -- python ARGUMENTS`; an empty variable is taken out of the environment."""
-        merged = {name: value for name, value in {**self.environment, **environment}.items() if value}
-        command = [str(_BIN / "ray"), "job", "submit", "--working-dir", str(working_dir), "--", "python", *arguments]
+    def submit(self, *arguments: str, variables: dict[str, str] | None = None, **environment: str) -> Job:
+        """Start `ray job submit -- python ARGUMENTS` from the tree.
+
+        Args:
+            arguments: Of Python.
+            variables: Environment variables of the job.
+            environment: More of the command itself.
+        """
+        merged = {**self.environment, **environment}
+        command = [str(_BIN / "ray"), "job", "submit", "--working-dir", str(ROOT)]
+        if variables:
+            command += ["--runtime-env-json", json.dumps({"env_vars": variables})]
+        command += ["--", "python", *arguments]
         log = self.folder / f"job-{len(self._started)}.log"
         return Job(self._start(log.stem, command, merged), log)
 
@@ -88,6 +99,11 @@ class Launcher:
         job = self.submit(*arguments, **options)
         job.wait()
         return job
+
+    def stop(self, job: Job) -> None:
+        """End a job, as `ray job stop` does it."""
+        (name,) = set(re.findall(r"raysubmit_\w+", job.text))
+        self._run("job", "stop", name, timeout_s=60)
 
     def down(self) -> None:
         """End the cluster, as `ray down` does it."""

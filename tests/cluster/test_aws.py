@@ -4,6 +4,7 @@ import json
 import re
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -151,6 +152,19 @@ def test_a_job_that_can_never_be_placed_says_so_within_a_minute(
     assert line in job.text
     assert "the cluster has 0 CPU, 0 GPU on 1 node, and may add 1 worker-n2 (1 CPU, 0 GPU)" in job.text
     assert not cloud.find_workers()
+
+
+def test_where_a_job_cannot_know_what_may_come_it_repeats_what_the_autoscaler_says(cluster: Launcher) -> None:
+    """As on Kubernetes: the configuration of `ray up` is in a home folder which this job does not see."""
+    keys = {"AWS_CONFIG_FILE": ".aws/config", "AWS_SHARED_CREDENTIALS_FILE": ".aws/credentials"}
+    variables = {"HOME": "/nonexistent", **{name: str(Path.home() / path) for name, path in keys.items()}}
+    began_s = time.monotonic()
+    job = cluster.submit(*build_segment_call("never"), "--set", "segment.num_gpus_per_predictor=1", variables=variables)
+    line = "the autoscaler has no nodes for 1 processes of 1 CPU and 1 GPU each: the cluster has "
+    wait_until(lambda: line in job.text, "what the autoscaler says", timeout_s=90, job=job)
+    assert time.monotonic() - began_s < 60
+    cluster.stop(job)
+    assert job.wait() != 0
 
 
 def test_the_head_has_done_nothing_that_its_policy_does_not_name(cluster: Launcher, cloud: Cloud) -> None:
