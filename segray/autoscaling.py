@@ -8,22 +8,17 @@ from typing import Any
 
 from rich.console import Console
 
-from segray.capacity import Capacity, NodeType, describe_work, read_capacity
+from segray.capacity import Capacity, describe_work, read_capacity
 
 _POLL_INTERVAL_S = 10  # the autoscaler thinks every 5 s
 _IN_KUBERNETES = "KUBERNETES_SERVICE_HOST"  # in the environment of each of its pods
-_UNKNOWN = 10**6
 
 
 def find_capacity() -> Capacity:
     """Return the capacity of the connected cluster; what may be added is unknown where an autoscaler alone knows it."""
     import ray
-    from ray.autoscaler.v2.utils import is_autoscaler_v2
 
-    capacity = read_capacity(ray.nodes())
-    if capacity.types or not (_IN_KUBERNETES in os.environ or is_autoscaler_v2(fetch_from_server=True)):
-        return capacity
-    return Capacity(capacity.nodes, (NodeType("nodes of its autoscaler's choice", None, _UNKNOWN),), _UNKNOWN)
+    return read_capacity(ray.nodes(), is_open=_IN_KUBERNETES in os.environ or _has_autoscaler())
 
 
 @contextmanager
@@ -31,12 +26,20 @@ def reported_shortage(console: Console) -> Iterator[None]:
     """While the block runs, print what the autoscaler has found no node type for: Ray itself would wait for ever."""
     stop = threading.Event()
     thread = threading.Thread(target=_report_until_stopped, args=(console, stop), daemon=True)
-    thread.start()
+    if is_scaled := _has_autoscaler():
+        thread.start()
     try:
         yield
     finally:
         stop.set()
-        thread.join()
+        if is_scaled:
+            thread.join()
+
+
+def _has_autoscaler() -> bool:
+    from ray.autoscaler.v2.utils import is_autoscaler_v2
+
+    return bool(is_autoscaler_v2(fetch_from_server=True))
 
 
 def _report_until_stopped(console: Console, stop: threading.Event) -> None:
@@ -47,29 +50,26 @@ def _report_until_stopped(console: Console, stop: threading.Event) -> None:
         with suppress(Exception):  # whatever is wrong with a report must not end a run with which all is well
             missing = set(_describe_missing())
         for work in sorted(missing & last - told):  # twice running: nodes may be on their way
-            console.print(
-                f"the autoscaler has no nodes for {work}, and waits for what it may never have", highlight=False
-            )
+            console.print(f"the autoscaler has no nodes for {work}; the run waits for them", highlight=False)
             told.add(work)
         last = missing
 
 
 def _describe_missing() -> Iterator[str]:
-    import ray
-
     here = find_capacity()
-    for each, count in _read_infeasible(ray._raylet.GcsClient(address=ray.get_runtime_context().gcs_address)):
+    for each, count in _read_infeasible():
         if here.count(each, with_more=False) < count:
             yield f"{describe_work(count, 'processes', each)}: {here.describe()}"
 
 
-def _read_infeasible(control_store: Any) -> Iterator[tuple[dict[str, float], int]]:
+def _read_infeasible() -> Iterator[tuple[dict[str, float], int]]:
     """Yield what the autoscaler cannot place: resources of each, and how many."""
+    from ray._private.worker import global_worker
     from ray.autoscaler.v2.utils import ResourceRequestUtil
     from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
     reply: Any = GetClusterStatusReply()
-    reply.ParseFromString(control_store.get_cluster_status(timeout_s=_POLL_INTERVAL_S))
+    reply.ParseFromString(global_worker.gcs_client.get_cluster_status(timeout_s=_POLL_INTERVAL_S))
     state = reply.autoscaling_state
     groups = [state.infeasible_resource_requests, *(gang.requests for gang in state.infeasible_gang_resource_requests)]
     counted = [counted for group in groups for counted in ResourceRequestUtil.group_by_count(list(group))]

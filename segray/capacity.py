@@ -23,10 +23,10 @@ _EPSILON = 1e-9
 
 @dataclass(frozen=True)
 class NodeType:
-    """Nodes that may be added: how many, and what each of them would have; None where nobody knows that."""
+    """Nodes that may be added: how many, and what each of them would have."""
 
     name: str
-    resources: Mapping[str, float] | None
+    resources: Mapping[str, float]
     num_more: int
 
 
@@ -38,24 +38,28 @@ class Capacity:
         nodes: Resources of every living node.
         types: What may be added.
         num_more: Most nodes that may be added, whatever their type.
+        is_open: Nodes may be added of which only the autoscaler knows what they have.
     """
 
     nodes: tuple[Mapping[str, float], ...]
     types: tuple[NodeType, ...] = ()
     num_more: int = 0
+    is_open: bool = False
 
     def count(self, each: Mapping[str, float], *, with_more: bool = True) -> float:
         """Return how many pieces of work that need so much each can run at a time, with nothing else on the cluster.
 
-        Infinity where nodes may be added of which it is not known what they have.
+        Infinity where nobody knows what may be added.
         """
+        if with_more and self.is_open:
+            return math.inf
         return sum(_count_on(node, each) for node in [*self.nodes, *(self._choose_more(each) if with_more else ())])
 
     def count_most_on_one(self, each: Mapping[str, float]) -> float:
         """Return how many such pieces of work one node may have, of the node that can hold most of them."""
         return max((_count_on(node, each) for node in [*self.nodes, *self._choose_more(each)]), default=0)
 
-    def _choose_more(self, each: Mapping[str, float]) -> list[Mapping[str, float] | None]:
+    def _choose_more(self, each: Mapping[str, float]) -> list[Mapping[str, float]]:
         """Return the nodes that would be added for such work: of the types that hold most of it."""
         ranked = sorted(self.types, key=lambda node_type: -_count_on(node_type.resources, each))
         return [node_type.resources for node_type in ranked for _ in range(node_type.num_more)][: self.num_more]
@@ -64,15 +68,13 @@ class Capacity:
         """Return in words what there is."""
         total = {name: sum(node.get(name, 0) for node in self.nodes) for name in _SHOWN}
         text = f"the cluster has {_format(total)} on {len(self.nodes)} node{'s' if len(self.nodes) != 1 else ''}"
+        if self.is_open:
+            return f"{text}, and only its autoscaler knows what it may add"
         types = [node_type for node_type in self.types if node_type.num_more]
         if not types or not self.num_more:
             return f"{text}, and may add none"
-        kinds = ", ".join(
-            f"{node_type.num_more} {node_type.name}"
-            + ("" if node_type.resources is None else f" ({_format(node_type.resources)})")
-            for node_type in types
-        )
-        limit = f"{self.num_more} out of " if self.num_more < sum(node_type.num_more for node_type in types) else ""
+        kinds = ", ".join(f"{kind.num_more} {kind.name} ({_format(kind.resources)})" for kind in types)
+        limit = f"{self.num_more} out of " if self.num_more < sum(kind.num_more for kind in types) else ""
         return f"{text}, and may add {limit}{kinds}"
 
 
@@ -109,36 +111,33 @@ def describe_wait(capacity: Capacity, what: str, each: Mapping[str, float], coun
     return f"waiting for room for {describe_work(count, what, each)}: {capacity.describe()}"
 
 
-def read_capacity(nodes: Iterable[Mapping[str, Any]]) -> Capacity:
+def read_capacity(nodes: Iterable[Mapping[str, Any]], *, is_open: bool = False) -> Capacity:
     """Return the capacity of a cluster whose nodes these are, as ``ray.nodes()`` gives them.
 
-    What may be added is what the configuration of ``ray up`` says, found where the head is this machine.
+    What may be added is what the configuration of ``ray up`` says, where it lies on this machine. Without one,
+    ``is_open`` says whether there may be more all the same.
     """
     alive = [node for node in nodes if node["Alive"]]
     resources = tuple(node["Resources"] for node in alive)
     path = LAUNCH_CONFIG.expanduser()
     if not path.exists():
-        return Capacity(resources)
+        return Capacity(resources, is_open=is_open)
     config = yaml.safe_load(path.read_text())
     workers = [node for node in alive if _HEAD not in node["Resources"]]
+    num_more = max(0, config["max_workers"] - len(workers))
     types = []
     for name, node_type in config["available_node_types"].items():
+        if not node_type["resources"]:  # machines of one's own, of which `ray up` knows nothing
+            return Capacity(resources, is_open=num_more > 0)
         num_alive = sum(node.get("Labels", {}).get(_NODE_TYPE_LABEL) == name for node in workers)
-        most = node_type.get("max_workers", 0)
-        types.append(NodeType(name, _read_resources(node_type), max(0, most - num_alive)))
-    return Capacity(resources, tuple(types), max(0, config["max_workers"] - len(workers)))
+        # not every provider knows how much memory its machines have
+        known = {"memory": math.inf, **node_type["resources"]}
+        types.append(NodeType(name, known, max(0, node_type.get("max_workers", 0) - num_alive)))
+    return Capacity(resources, tuple(types), num_more)
 
 
-def _read_resources(node_type: Mapping[str, Any]) -> Mapping[str, float] | None:
-    # on-premises nodes have none there, and not every provider knows how much memory its machines have
-    resources = node_type.get("resources")
-    return {"memory": math.inf, **resources} if resources else None
-
-
-def _count_on(node: Mapping[str, float] | None, each: Mapping[str, float]) -> float:
+def _count_on(node: Mapping[str, float], each: Mapping[str, float]) -> float:
     """Return how many pieces of work fit on a node; a part of a GPU is never made of two."""
-    if node is None:
-        return math.inf
     return min((_count_in(node.get(name, 0), amount) for name, amount in each.items() if amount), default=math.inf)
 
 

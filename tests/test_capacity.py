@@ -37,11 +37,10 @@ def test_room_is_counted_on_each_node_by_itself(each: dict[str, float], now: flo
 
 
 def test_room_that_nobody_knows_is_not_denied() -> None:
-    capacity = Capacity((SMALL,), (NodeType("any", None, 1),), num_more=1)
+    capacity = Capacity((SMALL,), is_open=True)
     assert capacity.count({"GPU": 1}) == math.inf
+    assert capacity.count({"GPU": 1}, with_more=False) == 0
     require_placeable(capacity, "workers", {"GPU": 1}, 100, "a setting")
-    full = Capacity((SMALL,), (NodeType("any", None, 1),), num_more=0)
-    assert full.count({"GPU": 1}) == 0
 
 
 def test_what_is_refused_is_named_with_what_there_is() -> None:
@@ -103,3 +102,15 @@ def test_what_ray_up_was_told_says_what_may_come(monkeypatch: pytest.MonkeyPatch
         "the cluster has 8 CPU, 1 GPU on 2 nodes, and may add 4 out of 2 spot (8 CPU, 1 GPU), "
         "8 on_demand (8 CPU, 1 GPU)"
     )
+
+
+@pytest.mark.parametrize(("num_alive", "expected"), [(1, math.inf), (2, 0)])
+def test_of_machines_of_ones_own_nobody_knows_until_they_are_there(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, num_alive: int, expected: float
+) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    types = {"local.cluster.node": {"resources": {}, "max_workers": 2}}
+    config = {"max_workers": 2, "available_node_types": types}
+    (tmp_path / "ray_bootstrap_config.yaml").write_text(yaml.safe_dump(config))
+    nodes = [NODES[0], *(build_node({"CPU": 4}) for _ in range(num_alive))]
+    assert read_capacity(nodes).count({"GPU": 1}) == expected

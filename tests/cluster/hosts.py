@@ -112,11 +112,11 @@ class Hosts:
                 continue
         return found
 
-    def find_open_ports(self, name: str) -> list[int]:
+    def find_open_ports(self, name: str) -> set[int]:
         """Return the TCP ports at which a host can be reached by others, but that of its sshd."""
         lines = self.run(name, "ss", "--no-header", "--tcp", "--listening", "--numeric").stdout.splitlines()
         ends = (line.split()[3].rpartition(":") for line in lines)
-        return sorted({int(port) for address, _, port in ends if "127.0.0.1" not in address} - {22})
+        return {int(port) for address, _, port in ends if "127.0.0.1" not in address} - {22}
 
     def kill_raylet(self, name: str) -> None:
         """Let a node die: SIGKILL for its raylet, whose workers follow it."""

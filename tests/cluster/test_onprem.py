@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import grpc
-import psutil
 import pyarrow as pa
 import pytest
 import yaml
@@ -115,12 +114,19 @@ def test_segmentation_loses_and_doubles_nothing_when_a_cable_is_pulled(
 
 
 @pytest.mark.parametrize(
-    "environment", [{"RAY_AUTH_MODE": "disabled"}, {"RAY_AUTH_TOKEN": "0" * 64}], ids=["without", "wrong"]
+    ("environment", "refusal"),
+    [
+        ({"RAY_AUTH_MODE": "disabled"}, "Missing authentication token"),
+        ({"RAY_AUTH_TOKEN": "0" * 64}, "Invalid authentication token"),
+    ],
+    ids=["without", "wrong"],
 )
-def test_without_the_token_a_job_is_refused(cluster: Launcher, tmp_path: Path, environment: dict[str, str]) -> None:
+def test_without_the_token_a_job_is_refused(
+    cluster: Launcher, tmp_path: Path, environment: dict[str, str], refusal: str
+) -> None:
     job = cluster.run("jobs/train.py", "--help", HOME=str(tmp_path), **environment)
     assert job.process.returncode != 0
-    assert re.search("Unauthorized|Authentication token is missing|InvalidAuthToken", job.text), job.text
+    assert refusal in job.text
     assert "submitted successfully" not in job.text
 
 
@@ -162,18 +168,19 @@ def probe(address: str) -> str:
 def test_no_port_but_ssh_and_metrics_answers_without_the_token(hosts: Hosts) -> None:
     answers: dict[str, set[str]] = {}
     for name in NAMES:
-        for port in hosts.find_open_ports(name):
-            answers.setdefault(probe(f"{hosts.get_address(name)}:{port}"), set()).add(f"{name}:{port}")
+        asked = {port: probe(f"{hosts.get_address(name)}:{port}") for port in hosts.find_open_ports(name)}
+        for port in hosts.find_open_ports(name) & asked.keys():  # one may have been closed in the meantime
+            answers.setdefault(asked[port], set()).add(f"{name}:{port}")
     assert answers.keys() == {"refused", "metrics"}, answers
     assert len(answers["refused"]) >= 5 * len(NAMES)
     with pytest.raises(OSError, match="refused"):
         urllib.request.urlopen(f"http://{hosts.get_address(HEAD)}:8265/", timeout=3)
 
 
-def test_ray_down_leaves_nothing_running(cluster: Launcher, hosts: Hosts) -> None:
+def test_ray_down_and_ray_stop_leave_nothing_running(cluster: Launcher, hosts: Hosts) -> None:
+    """The README's two steps: the one ends the head alone, of workers it leaves helpers that run for ever."""
     cluster.down()
-
-    def find_left() -> list[psutil.Process]:
-        return [process for name in NAMES for process in hosts.find_processes(name, "ray")]
-
-    wait_until(lambda: not find_left(), "the end of every process of Ray", timeout_s=60)
+    assert not hosts.find_processes(HEAD, "ray::")
+    for name in WORKERS:
+        hosts.run(name, "bash", "-c", "~/segray-env/bin/ray stop")
+    assert not [process for name in NAMES for process in hosts.find_processes(name, "ray")]

@@ -62,8 +62,7 @@ def test_a_cluster_without_workers_is_asked_for_all_that_it_may_have() -> None:
 
 
 def test_where_nobody_knows_what_may_be_added_what_is_there_counts() -> None:
-    unknown = NodeType("local.cluster.node", None, 1)
-    capacity = Capacity(({"CPU": 4, "memory": math.inf},) * 2, (unknown,), num_more=1)
+    capacity = Capacity(({"CPU": 4, "memory": math.inf},) * 2, is_open=True)
     assert place_predictors(SegmentSettings(), 10_000, capacity).count == 6
     assert place_predictors(SegmentSettings(num_gpus_per_predictor=1), 100, capacity).count == 1
 
