@@ -179,8 +179,13 @@ def test_no_port_but_ssh_and_metrics_answers_without_the_token(hosts: Hosts) -> 
 
 def test_ray_down_and_ray_stop_leave_nothing_running(cluster: Launcher, hosts: Hosts) -> None:
     """The README's two steps: the one ends the head alone, of workers it leaves helpers that run for ever."""
+
+    def find_ray(name: str) -> set[int]:
+        return {process.pid for title in ("/ray/", "ray::") for process in hosts.find_processes(name, title)}
+
+    assert all(len(find_ray(name)) >= 4 for name in NAMES)
     cluster.down()
-    assert not hosts.find_processes(HEAD, "ray::")
+    assert not find_ray(HEAD)
     for name in WORKERS:
         hosts.run(name, "bash", "-c", "~/segray-env/bin/ray stop")
-    assert not [process for name in NAMES for process in hosts.find_processes(name, "ray")]
+    assert not any(find_ray(name) for name in NAMES)
