@@ -139,7 +139,7 @@ def made_up_stages(setting: Setting) -> Iterator[None]:
 def measure_rate(setting: Setting, bundle: Path) -> tuple[float, float]:
     """Return images per second of the middle eight tenths of a run's fragments, and the driver's seconds for each."""
     from segray.segment.pipeline import run_pipeline
-    from segray.segment.placement import Predictors
+    from segray.segment.placement import Placement
 
     output = _FOLDER / "out"
     shutil.rmtree(output, ignore_errors=True)
@@ -155,7 +155,7 @@ def measure_rate(setting: Setting, bundle: Path) -> tuple[float, float]:
             bundle_sha256=sha256,
             manifest=manifest,
             settings=SegmentSettings(),
-            predictors=Predictors(setting.num_predictors, 1, {"CPU": 1}),
+            placement=Placement(setting.num_predictors, 1, {"CPU": 1}, decode_cpus=1, write_cpus=0.25, num_tasks=None),
             has_truth=False,
         ):
             times.append((time.monotonic(), time.process_time()))

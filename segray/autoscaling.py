@@ -8,17 +8,25 @@ from typing import Any
 
 from rich.console import Console
 
-from segray.capacity import Capacity, describe_work, read_capacity
+from segray.capacity import HEAD_RESOURCE, Capacity, describe_work, read_capacity
 
 _POLL_INTERVAL_S = 10  # the autoscaler thinks every 5 s
 _IN_KUBERNETES = "KUBERNETES_SERVICE_HOST"  # in the environment of each of its pods
 
 
 def find_capacity() -> Capacity:
-    """Return the capacity of the connected cluster; what may be added is unknown where an autoscaler alone knows it."""
+    """Return the capacity of the connected cluster, as far as this process can know it.
+
+    Of a cluster that it does not see from its head, and of one on Kubernetes, it does not know what may be added.
+    """
     import ray
 
-    return read_capacity(ray.nodes(), is_open=_IN_KUBERNETES in os.environ or _has_autoscaler())
+    nodes = ray.nodes()
+    here = ray.get_runtime_context().get_node_id()
+    is_head = any(node["NodeID"] == here and HEAD_RESOURCE in node["Resources"] for node in nodes)
+    is_private = "RAY_ADDRESS" not in os.environ
+    is_open = not is_private and (not is_head or _IN_KUBERNETES in os.environ or _has_autoscaler())
+    return read_capacity(nodes, is_head=is_head and not is_private, is_open=is_open)
 
 
 @contextmanager
@@ -57,26 +65,34 @@ def _report_until_stopped(console: Console, stop: threading.Event) -> None:
 
 def _describe_missing() -> Iterator[str]:
     here = find_capacity()
-    for each, count in _read_infeasible():
-        if here.count(each, with_more=False) < count:
-            yield f"{describe_work(count, 'processes', each)}: {here.describe()}"
+    for each, count in find_unplaceable(_read_state(), here):
+        yield f"{describe_work(count, 'process', each)}: {here.describe()}"
 
 
-def _read_infeasible() -> Iterator[tuple[dict[str, float], int]]:
-    """Yield what the autoscaler cannot place: resources of each, and how many."""
-    from ray._private.worker import global_worker
+def find_unplaceable(state: Any, here: Capacity) -> Iterator[tuple[dict[str, float], int]]:
+    """Yield what the autoscaler cannot place and no living node will ever hold: resources of each, and how many.
+
+    Args:
+        state: Ray's ``AutoscalingState``. It counts as infeasible also what exceeds the most nodes that there may be,
+            such as Ray Data's wish for twice as much as it has; of loose requests those are told alone that no node at
+            all has room for. The parts of a group are placed together or not at all.
+        here: The cluster's capacity.
+    """
     from ray.autoscaler.v2.utils import ResourceRequestUtil
+
+    groups = [*((gang.requests, None) for gang in state.infeasible_gang_resource_requests)]
+    for requests, fewest in [(state.infeasible_resource_requests, 1), *groups]:
+        for counted in ResourceRequestUtil.group_by_count(list(requests)):
+            # a placement group marks its requests with resources of its own
+            each = {name: value for name, value in counted.request.resources_bundle.items() if name in ("CPU", "GPU")}
+            if each and here.count(each, with_more=False) < (fewest or counted.count):
+                yield each, counted.count
+
+
+def _read_state() -> Any:
+    from ray._private.worker import global_worker
     from ray.core.generated.autoscaler_pb2 import GetClusterStatusReply
 
     reply: Any = GetClusterStatusReply()
     reply.ParseFromString(global_worker.gcs_client.get_cluster_status(timeout_s=_POLL_INTERVAL_S))
-    state = reply.autoscaling_state
-    groups = [state.infeasible_resource_requests, *(gang.requests for gang in state.infeasible_gang_resource_requests)]
-    counted = [counted for group in groups for counted in ResourceRequestUtil.group_by_count(list(group))]
-    for constraint in state.infeasible_cluster_resource_constraints:
-        counted += constraint.resource_requests
-    for request in counted:
-        # a placement group marks its requests with resources of its own
-        each = {name: amount for name, amount in request.request.resources_bundle.items() if name in ("CPU", "GPU")}
-        if each:
-            yield each, request.count
+    return reply.autoscaling_state

@@ -15,7 +15,7 @@ from segray.errors import ClusterError
 
 # `ray up` leaves its configuration there, on the head, where the drivers of submitted jobs run
 LAUNCH_CONFIG = Path("~/ray_bootstrap_config.yaml")
-_HEAD = "node:__internal_head__"
+HEAD_RESOURCE = "node:__internal_head__"
 _NODE_TYPE_LABEL = "ray.io/node-group"
 _SHOWN = ("CPU", "GPU")
 _EPSILON = 1e-9
@@ -55,8 +55,14 @@ class Capacity:
             return math.inf
         return sum(_count_on(node, each) for node in [*self.nodes, *(self._choose_more(each) if with_more else ())])
 
+    def count_nodes(self, each: Mapping[str, float]) -> int:
+        """Return how many of the living nodes have room for such a piece of work."""
+        return sum(_count_on(node, each) > 0 for node in self.nodes)
+
     def count_most_on_one(self, each: Mapping[str, float]) -> float:
-        """Return how many such pieces of work one node may have, of the node that can hold most of them."""
+        """Return how many such pieces of work the node can hold that holds most of them; infinity if nobody knows."""
+        if self.is_open:
+            return math.inf
         return max((_count_on(node, each) for node in [*self.nodes, *self._choose_more(each)]), default=0)
 
     def _choose_more(self, each: Mapping[str, float]) -> list[Mapping[str, float]]:
@@ -70,11 +76,10 @@ class Capacity:
         text = f"the cluster has {_format(total)} on {len(self.nodes)} node{'s' if len(self.nodes) != 1 else ''}"
         if self.is_open:
             return f"{text}, and only its autoscaler knows what it may add"
-        types = [node_type for node_type in self.types if node_type.num_more]
-        if not types or not self.num_more:
+        if not self.types:
             return f"{text}, and may add none"
-        kinds = ", ".join(f"{kind.num_more} {kind.name} ({_format(kind.resources)})" for kind in types)
-        limit = f"{self.num_more} out of " if self.num_more < sum(kind.num_more for kind in types) else ""
+        kinds = ", ".join(f"{kind.num_more} {kind.name} ({_format(kind.resources)})" for kind in self.types)
+        limit = f"{self.num_more} out of " if self.num_more < sum(kind.num_more for kind in self.types) else ""
         return f"{text}, and may add {limit}{kinds}"
 
 
@@ -83,7 +88,7 @@ def require_placeable(capacity: Capacity, what: str, each: Mapping[str, float], 
 
     Args:
         capacity: Of the cluster.
-        what: The work, in the plural.
+        what: The work, in the singular.
         each: Resources that one piece of it needs.
         count: How many must run at a time.
         setting: What asks for it, for the message.
@@ -100,8 +105,9 @@ def require_placeable(capacity: Capacity, what: str, each: Mapping[str, float], 
 
 
 def describe_work(count: int, what: str, each: Mapping[str, float]) -> str:
-    """Return in words how much of a cluster something needs."""
-    return f"{count} {what} of {' and '.join(f'{amount:g} {name}' for name, amount in each.items())} each"
+    """Return in words how much of a cluster something needs; ``what`` is in the singular."""
+    ending = "" if count == 1 else "es" if what.endswith("s") else "s"
+    return f"{count} {what}{ending} of {' and '.join(f'{amount:g} {name}' for name, amount in each.items())} each"
 
 
 def describe_wait(capacity: Capacity, what: str, each: Mapping[str, float], count: int) -> str | None:
@@ -111,28 +117,34 @@ def describe_wait(capacity: Capacity, what: str, each: Mapping[str, float], coun
     return f"waiting for room for {describe_work(count, what, each)}: {capacity.describe()}"
 
 
-def read_capacity(nodes: Iterable[Mapping[str, Any]], *, is_open: bool = False) -> Capacity:
-    """Return the capacity of a cluster whose nodes these are, as ``ray.nodes()`` gives them.
+def read_capacity(nodes: Iterable[Mapping[str, Any]], *, is_head: bool, is_open: bool) -> Capacity:
+    """Return the capacity of a cluster.
 
-    What may be added is what the configuration of ``ray up`` says, where it lies on this machine. Without one,
-    ``is_open`` says whether there may be more all the same.
+    What may be added is what the configuration of ``ray up`` says, which lies on the head.
+
+    Args:
+        nodes: As ``ray.nodes()`` gives them.
+        is_head: This machine is the head of a cluster that was launched.
+        is_open: Where there is no such configuration, whether there may be more nodes all the same.
     """
     alive = [node for node in nodes if node["Alive"]]
     resources = tuple(node["Resources"] for node in alive)
     path = LAUNCH_CONFIG.expanduser()
-    if not path.exists():
+    if not is_head or not path.exists():
         return Capacity(resources, is_open=is_open)
     config = yaml.safe_load(path.read_text())
-    workers = [node for node in alive if _HEAD not in node["Resources"]]
+    workers = [node for node in alive if HEAD_RESOURCE not in node["Resources"]]
     num_more = max(0, config["max_workers"] - len(workers))
     types = []
     for name, node_type in config["available_node_types"].items():
-        if not node_type["resources"]:  # machines of one's own, of which `ray up` knows nothing
-            return Capacity(resources, is_open=num_more > 0)
         num_alive = sum(node.get("Labels", {}).get(_NODE_TYPE_LABEL) == name for node in workers)
+        num_more_of_it = min(num_more, node_type.get("max_workers", 0) - num_alive)
+        if num_more_of_it <= 0:
+            continue
+        if not node_type.get("resources"):  # machines of one's own, of which `ray up` knows nothing
+            return Capacity(resources, is_open=True)
         # not every provider knows how much memory its machines have
-        known = {"memory": math.inf, **node_type["resources"]}
-        types.append(NodeType(name, known, max(0, node_type.get("max_workers", 0) - num_alive)))
+        types.append(NodeType(name, {"memory": math.inf, **node_type["resources"]}, num_more_of_it))
     return Capacity(resources, tuple(types), num_more)
 
 

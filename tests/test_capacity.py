@@ -40,22 +40,22 @@ def test_room_that_nobody_knows_is_not_denied() -> None:
     capacity = Capacity((SMALL,), is_open=True)
     assert capacity.count({"GPU": 1}) == math.inf
     assert capacity.count({"GPU": 1}, with_more=False) == 0
-    require_placeable(capacity, "workers", {"GPU": 1}, 100, "a setting")
+    require_placeable(capacity, "worker", {"GPU": 1}, 100, "a setting")
 
 
 def test_what_is_refused_is_named_with_what_there_is() -> None:
     capacity = Capacity((HEAD, SMALL), (LARGE, PLAIN), num_more=2)
     with pytest.raises(ClusterError) as refused:
-        require_placeable(capacity, "training workers", {"GPU": 1}, 5, "train.num_train_workers")
+        require_placeable(capacity, "training worker", {"GPU": 1}, 5, "train.num_train_workers")
     assert str(refused.value) == (
         "train.num_train_workers: 5 training workers of 1 GPU each asked for, and 4 can ever be placed: the cluster "
         "has 4 CPU, 0 GPU on 2 nodes, and may add 2 out of 3 large (8 CPU, 2 GPU), 3 plain (16 CPU, 0 GPU); "
         "ask for less, or let the cluster have more"
     )
-    wait = describe_wait(capacity, "training workers", {"GPU": 1}, 4)
+    wait = describe_wait(capacity, "training worker", {"GPU": 1}, 4)
     assert wait
     assert wait.startswith("waiting for room for 4 training workers of 1 GPU each: the cluster has 4 CPU, 0 GPU on 2")
-    assert describe_wait(capacity, "predictors", {"CPU": 1}, 4) is None
+    assert describe_wait(capacity, "predictor", {"CPU": 1}, 4) is None
 
 
 def build_node(resources: dict[str, float], node_type: str = "", *, alive: bool = True) -> dict[str, Any]:
@@ -73,9 +73,12 @@ NODES = [
 
 def test_a_cluster_that_nobody_scales_is_what_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
-    capacity = read_capacity(NODES)
+    capacity = read_capacity(NODES, is_head=True, is_open=False)
     assert capacity.count({"GPU": 1}) == 1
     assert capacity.describe() == "the cluster has 8 CPU, 1 GPU on 2 nodes, and may add none"
+    (tmp_path / "ray_bootstrap_config.yaml").write_text("left behind by another cluster")
+    assert read_capacity(NODES, is_head=False, is_open=False) == capacity
+    assert read_capacity(NODES, is_head=False, is_open=True).count({"GPU": 5}) == math.inf
 
 
 def test_what_ray_up_was_told_says_what_may_come(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -89,18 +92,14 @@ def test_what_ray_up_was_told_says_what_may_come(monkeypatch: pytest.MonkeyPatch
         },
     }
     (tmp_path / "ray_bootstrap_config.yaml").write_text(yaml.safe_dump(config, sort_keys=False))
-    capacity = read_capacity(NODES)
-    assert {node_type.name: node_type.num_more for node_type in capacity.types} == {
-        "head": 0,
-        "spot": 2,
-        "on_demand": 8,
-    }
+    capacity = read_capacity(NODES, is_head=True, is_open=False)
+    assert {node_type.name: node_type.num_more for node_type in capacity.types} == {"spot": 2, "on_demand": 4}
     assert capacity.num_more == 4
     assert capacity.count({"GPU": 1}) == 5
     assert capacity.count({"memory": 4e9}) == math.inf, "what a type does not tell is not held against it"
     assert capacity.describe() == (
         "the cluster has 8 CPU, 1 GPU on 2 nodes, and may add 4 out of 2 spot (8 CPU, 1 GPU), "
-        "8 on_demand (8 CPU, 1 GPU)"
+        "4 on_demand (8 CPU, 1 GPU)"
     )
 
 
@@ -113,4 +112,4 @@ def test_of_machines_of_ones_own_nobody_knows_until_they_are_there(
     config = {"max_workers": 2, "available_node_types": types}
     (tmp_path / "ray_bootstrap_config.yaml").write_text(yaml.safe_dump(config))
     nodes = [NODES[0], *(build_node({"CPU": 4}) for _ in range(num_alive))]
-    assert read_capacity(nodes).count({"GPU": 1}) == expected
+    assert read_capacity(nodes, is_head=True, is_open=False).count({"GPU": 1}) == expected

@@ -23,20 +23,14 @@ LAUNCHED = ["cluster.yaml", "clusters/gcp.yaml", "clusters/onprem.yaml"]
 CLOUDS = LAUNCHED[:2]
 APPLIED = ["clusters/kuberay.yaml", "clusters/kuberay-job.yaml"]
 POLICIES = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "clusters" / "aws").iterdir())
-ALL = [*LAUNCHED, *APPLIED, *POLICIES, "Containerfile"]
+NETWORK = "clusters/kuberay-network.yaml"
+ALL = [*LAUNCHED, *APPLIED, NETWORK, *POLICIES, "Containerfile"]
 (PINNED,) = re.findall(r"ray\[[a-z,]+\]==([\d.]+)", (ROOT / "pyproject.toml").read_text())
 
 
 def load(name: str) -> dict[str, Any]:
     values: dict[str, Any] = yaml.safe_load((ROOT / name).read_text())
     return values
-
-
-def load_ray_object(name: str) -> dict[str, Any]:
-    """Return the object of KubeRay in a file of several."""
-    documents = yaml.safe_load_all((ROOT / name).read_text())
-    (found,) = [document for document in documents if document["apiVersion"] == "ray.io/v1"]
-    return dict(found)
 
 
 def get_cluster_spec(ray_object: dict[str, Any]) -> dict[str, Any]:
@@ -114,12 +108,13 @@ def test_what_ray_starts_asks_for_a_token_and_shows_its_dashboard_to_the_head_al
         (start,) = [command for command in config[f"{kind}_start_ray_commands"] if "ray start" in command]
         for variable in (
             "RAY_AUTH_MODE=token",
-            "RAY_USAGE_STATS_ENABLED=0",
             "RAY_grpc_client_keepalive_time_ms=20000",
             "RAY_grpc_client_keepalive_timeout_ms=30000",
         ):
             assert variable in start.partition("ray start")[0].split() or f"--env {variable}" in options
-        assert ("--dashboard-host=127.0.0.1" in start) == (kind == "head")
+        # `ray up` itself switches the head's usage statistics on, whatever its container says
+        for option in ("--dashboard-host=127.0.0.1", "--disable-usage-stats"):
+            assert (option in start) == (kind == "head")
     assert "~/.ray/auth_token" in config["file_mounts"].values()
 
 
@@ -203,7 +198,7 @@ def test_instances_have_the_second_metadata_service_and_groups_and_roles_of_thei
     types = load("cluster.yaml")["available_node_types"]
     for node_type in types.values():
         node = node_type["node_config"]
-        assert node["MetadataOptions"]["HttpTokens"] == "required"
+        assert node["MetadataOptions"] == {"HttpTokens": "required", "HttpPutResponseHopLimit": 1}
         assert node["SecurityGroupIds"]  # without, Ray makes a group that admits SSH from everywhere
         assert node["BlockDeviceMappings"][0]["Ebs"]["Encrypted"] is True
     profiles = {name: node_type["node_config"]["IamInstanceProfile"]["Name"] for name, node_type in types.items()}
@@ -217,7 +212,7 @@ def test_machines_at_google_have_accounts_of_their_own_and_no_keys_of_the_projec
     for node_type in types.values():
         node = node_type["node_config"]
         assert {"key": "block-project-ssh-keys", "value": "true"} in node["metadata"]["items"]
-        assert node["shieldedInstanceConfig"]["enableSecureBoot"] is True
+        assert node["disks"][0]["initializeParams"]["diskType"].endswith("pd-balanced")
 
 
 @pytest.mark.parametrize("name", POLICIES)
@@ -279,7 +274,7 @@ def walk(schema: Any) -> Iterator[dict[str, Any]]:
 
 @pytest.mark.parametrize("name", APPLIED)
 def test_kubernetes_accepts_it(name: str) -> None:
-    ray_object = load_ray_object(name)
+    ray_object = load(name)
     jsonschema.Draft7Validator(build_schema(ray_object["kind"])).validate(ray_object)
 
 
@@ -294,7 +289,7 @@ def test_kubernetes_accepts_it(name: str) -> None:
     ],
 )
 def test_the_schema_would_see_a_mistake(path: str, value: object) -> None:
-    broken: Any = copy.deepcopy(load_ray_object("clusters/kuberay.yaml"))
+    broken: Any = copy.deepcopy(load("clusters/kuberay.yaml"))
     *parents, last = ["spec", *path.split(".")]
     place = broken
     for part in parents:
@@ -306,7 +301,7 @@ def test_the_schema_would_see_a_mistake(path: str, value: object) -> None:
 
 @pytest.mark.parametrize("name", APPLIED)
 def test_rays_autoscaler_understands_it(name: str) -> None:
-    ray_object = load_ray_object(name)
+    ray_object = load(name)
     metadata = {**ray_object["metadata"], "namespace": "segray"}
     derived = _derive_autoscaling_config_from_ray_cr({"metadata": metadata, "spec": get_cluster_spec(ray_object)})
     groups = derived["available_node_types"]
@@ -318,7 +313,7 @@ def test_rays_autoscaler_understands_it(name: str) -> None:
 
 @pytest.mark.parametrize("name", APPLIED)
 def test_pods_ask_for_a_token_and_can_do_little(name: str) -> None:
-    spec = get_cluster_spec(load_ray_object(name))
+    spec = get_cluster_spec(load(name))
     assert spec["authOptions"] == {"mode": "token"}
     assert spec["enableInTreeAutoscaling"] is True
     assert spec["headGroupSpec"]["serviceType"] == "ClusterIP"
@@ -329,28 +324,34 @@ def test_pods_ask_for_a_token_and_can_do_little(name: str) -> None:
         assert context["capabilities"] == {"drop": ["ALL"]}
         assert container["resources"]["requests"] == container["resources"]["limits"]
         assert {"name": "RAY_grpc_client_keepalive_time_ms", "value": "20000"} in container["env"]
-    for pod in list_pods(spec)[1:]:
-        assert pod["automountServiceAccountToken"] is False  # the head's autoscaler needs one
+    head, worker = list_pods(spec)
+    assert head["serviceAccountName"] != worker["serviceAccountName"]
+    assert worker["automountServiceAccountToken"] is False  # the head's autoscaler needs one
 
 
 def test_only_the_clusters_own_pods_and_the_operator_are_let_in() -> None:
-    documents = list(yaml.safe_load_all((ROOT / "clusters/kuberay.yaml").read_text()))
-    (policy,) = [document for document in documents if document["kind"] == "NetworkPolicy"]
-    (cluster,) = [document for document in documents if document["kind"] == "RayCluster"]
-    selected = {"matchLabels": {"ray.io/cluster": cluster["metadata"]["name"]}}
-    assert policy["spec"]["podSelector"] == selected
+    policy = load(NETWORK)
+    selected = policy["spec"]["podSelector"]["matchLabels"]
     (rule,) = policy["spec"]["ingress"]
-    assert [peer["podSelector"] for peer in rule["from"]] == [
-        selected,
-        {"matchLabels": {"app.kubernetes.io/name": "kuberay-operator"}},
-    ]
+    own, operator = rule["from"]
+    assert own == {"podSelector": {"matchLabels": selected}}
+    assert operator["podSelector"] == {"matchLabels": {"app.kubernetes.io/name": "kuberay-operator"}}
+    assert list(operator["namespaceSelector"]["matchLabels"]) == ["kubernetes.io/metadata.name"], (
+        "and not any namespace"
+    )
+    for name in APPLIED:
+        spec = load(name)["spec"]
+        cluster = get_cluster_spec(load(name))
+        templates = [group["template"] for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]]
+        templates += [spec["submitterPodTemplate"]] if "submitterPodTemplate" in spec else []
+        assert all(template["metadata"]["labels"] == selected for template in templates)
 
 
 def test_a_job_leaves_no_cluster_behind() -> None:
-    spec = load_ray_object("clusters/kuberay-job.yaml")["spec"]
+    spec = load("clusters/kuberay-job.yaml")["spec"]
     assert spec["shutdownAfterJobFinishes"] is True
     assert "clusterSelector" not in spec
-    assert Path(ROOT / spec["entrypoint"].split()[1]).exists()
+    assert spec["entrypoint"].startswith("segray segment ")
 
 
 # The image

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import socket
@@ -34,13 +35,10 @@ def bare_environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     uv, folder = str(BIN / "uv"), tmp_path_factory.mktemp("wheel")
     python = folder / "env" / "bin" / "python"
     install = [uv, "pip", "install", "--quiet", f"--python={python}", f"--constraint={ROOT / 'requirements.txt'}"]
-    commands: list[list[str]] = [
-        [uv, "build", "--quiet", f"--out-dir={folder}", str(ROOT)],
-        [uv, "venv", "--quiet", f"--python={sys.executable}", str(folder / "env")],
-        [*install, str(folder / "segray-0.1.0-py3-none-any.whl")],
-    ]
-    for command in commands:
-        subprocess.run(command, check=True, timeout=600)
+    subprocess.run([uv, "build", "--quiet", f"--out-dir={folder}", str(ROOT)], check=True)
+    subprocess.run([uv, "venv", "--quiet", f"--python={sys.executable}", str(folder / "env")], check=True)
+    (wheel,) = folder.glob("segray-*.whl")
+    subprocess.run([*install, str(wheel)], check=True)
     return python.parent
 
 
@@ -124,7 +122,7 @@ def test_a_job_runs_from_the_tree_and_the_next_one_from_the_wheel(
 def test_the_command_itself_can_be_a_job(job_environment: dict[str, str], tmp_path: Path) -> None:
     failed = submit(job_environment, "segray", "train", "street.yaml", working_dir=tmp_path)
     assert failed.returncode != 0
-    assert "error: street.yaml" in failed.stdout
+    assert re.search(r"error: .*street\.yaml: nothing is there", failed.stdout), failed.stdout
 
 
 def test_a_mistake_in_a_job_is_its_exit_code_and_line(job_environment: dict[str, str]) -> None:
@@ -140,4 +138,4 @@ def test_without_the_token_a_job_is_refused(job_environment: dict[str, str], tmp
     wrong = {**job_environment, "RAY_AUTH_TOKEN_PATH": str(tmp_path / "token")}
     refused = submit(wrong, "python", "jobs/train.py", "--help")
     assert refused.returncode != 0
-    assert "Unauth" in refused.stdout + refused.stderr or "token" in refused.stdout + refused.stderr
+    assert "Invalid authentication token" in refused.stdout + refused.stderr

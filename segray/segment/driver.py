@@ -17,7 +17,7 @@ from segray.progress import build_bar
 from segray.segment.binding import BoundRun, bind_run
 from segray.segment.inputs import open_sources
 from segray.segment.job import SegmentJob, SegmentOutcome
-from segray.segment.placement import Predictors, place_predictors
+from segray.segment.placement import Placement, place_stages
 from segray.segment.plan import count_images, remove_other_plans
 from segray.segment.profile import Profile, print_profile
 from segray.segment.run import format_run, get_run_uri, require_same_plan, write_if_changed
@@ -90,16 +90,17 @@ def _run_pending(
     with build_bar(console, "images") as bar:
         task = bar.add_task("segment", total=num_pending, note="starting")
 
+        importlib.import_module("ray")  # whole, before two threads import parts of it
         # Ray Data takes 2 s to import: while Ray starts its processes, which takes longer
         threading.Thread(target=importlib.import_module, args=["segray.segment.pipeline"], daemon=True).start()
         with connect_ray(*_count_resources(job.settings)), reported_shortage(console):
             capacity = find_capacity()
-            predictors = place_predictors(job.settings, len(pending), capacity)
-            _print_plan(job.settings, predictors, manifest, run, num_pending, console)
-            _print_wait(predictors, job.settings, capacity, console)
+            placement = place_stages(job.settings, len(pending), capacity)
+            _print_plan(job.settings, placement, manifest, run, num_pending, console)
+            _print_wait(placement, job.settings, capacity, console)
             from segray.segment.pipeline import run_pipeline
 
-            profile, num_errors = Profile(predictors.count, started_s), 0
+            profile, num_errors = Profile(placement.num_predictors, started_s), 0
             for done in run_pipeline(
                 pending,
                 replaced=run.replaced,
@@ -109,7 +110,7 @@ def _run_pending(
                 bundle_sha256=run.fingerprint.bundle_sha256,
                 manifest=manifest,
                 settings=job.settings,
-                predictors=predictors,
+                placement=placement,
                 has_truth=run.has_truth,
             ):
                 num_images = done["num_ok"] + done["num_errors"]
@@ -121,7 +122,7 @@ def _run_pending(
 
 def _print_plan(
     settings: SegmentSettings,
-    predictors: Predictors,
+    placement: Placement,
     manifest: BundleManifest,
     run: BoundRun,
     num_pending: int,
@@ -129,18 +130,18 @@ def _print_plan(
 ) -> None:
     console.print(
         f"segmenting {num_pending} of {run.plan.num_images} images in {len(run.pending)} fragments, "
-        f"{predictors.count} predictor{'s' if predictors.count > 1 else ''} "
+        f"{placement.num_predictors} predictor{'s' if placement.num_predictors > 1 else ''} "
         f"on {'GPU' if settings.num_gpus_per_predictor else 'CPU'} ({settings.precision}), "
         f"{manifest.model.arch}/{manifest.model.encoder_name}, {len(manifest.class_names)} classes",
         highlight=False,
     )
 
 
-def _print_wait(predictors: Predictors, settings: SegmentSettings, capacity: Capacity, console: Console) -> None:
-    line = describe_wait(capacity, "predictors", predictors.needs, predictors.count)
-    if settings.num_predictors and predictors.count < settings.num_predictors:
+def _print_wait(placement: Placement, settings: SegmentSettings, capacity: Capacity, console: Console) -> None:
+    line = describe_wait(capacity, "predictor", placement.needs, placement.num_predictors)
+    if settings.num_predictors and placement.num_predictors < settings.num_predictors:
         line = (
-            f"segment.num_predictors: {settings.num_predictors} asked for, there can be {predictors.count}: "
+            f"segment.num_predictors: {settings.num_predictors} asked for, there can be {placement.num_predictors}: "
             f"{capacity.describe()}"
         )
     if line:

@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray.data
-from ray.data import ActorPoolStrategy, DataContext
+from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
 from ray.data.exceptions import ExecutionTimeoutError
 
 from segray.bundle import BundleManifest
@@ -19,14 +19,13 @@ from segray.config import SegmentSettings
 from segray.errors import ClusterError
 from segray.segment.decode import FragmentDecoder
 from segray.segment.ledger import DECODE, PREDICT, LedgerClient, start_ledger
-from segray.segment.placement import Predictors
+from segray.segment.placement import Placement
 from segray.segment.predictor import FragmentPredictor
 from segray.segment.writer import FragmentWriter
 
 # The ledger says when to stop, for it knows whether there is any progress; this is for what dies before it can ask.
 _AGAIN = 100
 _MAX_WRITES = 10  # a writer holds no image that could kill it
-_WRITE_CPUS = 0.25  # writing mostly waits
 _ONE_FRAGMENT: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
 
 
@@ -40,7 +39,7 @@ def run_pipeline(
     bundle_sha256: str,
     manifest: BundleManifest,
     settings: SegmentSettings,
-    predictors: Predictors,
+    placement: Placement,
     has_truth: bool,
 ) -> Iterator[dict[str, Any]]:
     """Make the given fragments of a planned run; yield a row of ``WRITTEN_SCHEMA`` as each is written.
@@ -60,7 +59,7 @@ def run_pipeline(
     context.raise_original_map_exception = True  # else only the text of a stage's error arrives here
     with translated_ray_errors("segmenting"):
         classes = manifest.classes
-        ledger = start_ledger(predictors.count)
+        ledger = start_ledger(placement.num_predictors)
         decode = FragmentDecoder(
             output_uri,
             cut_sha256,
@@ -70,10 +69,11 @@ def run_pipeline(
             has_truth,
             LedgerClient(DECODE, ledger),
         )
+        tasks = TaskPoolStrategy(size=placement.num_tasks)
         write = FragmentWriter(output_uri, classes, settings.mask_encoding, replaced)
         written = (
             ray.data.from_items([{"fragment": fragment} for fragment in fragments], override_num_blocks=len(fragments))
-            .map_batches(decode, **_ONE_FRAGMENT, num_cpus=1, max_retries=_AGAIN)
+            .map_batches(decode, **_ONE_FRAGMENT, compute=tasks, num_cpus=placement.decode_cpus, max_retries=_AGAIN)
             .map_batches(
                 FragmentPredictor,
                 **_ONE_FRAGMENT,
@@ -81,16 +81,16 @@ def run_pipeline(
                     bundle_uri,
                     bundle_sha256,
                     settings,
-                    predictors.num_per_node,
+                    placement.num_per_node,
                     LedgerClient(PREDICT, ledger),
                 ),
-                compute=ActorPoolStrategy(size=predictors.count),
-                num_cpus=predictors.needs["CPU"],
-                num_gpus=predictors.needs.get("GPU", 0),
+                compute=ActorPoolStrategy(size=placement.num_predictors),
+                num_cpus=placement.needs["CPU"],
+                num_gpus=placement.needs.get("GPU", 0),
                 max_restarts=_AGAIN,
                 max_task_retries=_AGAIN,
             )
-            .map_batches(write, **_ONE_FRAGMENT, num_cpus=_WRITE_CPUS, max_retries=_MAX_WRITES)
+            .map_batches(write, **_ONE_FRAGMENT, compute=tasks, num_cpus=placement.write_cpus, max_retries=_MAX_WRITES)
         )
         try:
             yield from written.iter_rows()

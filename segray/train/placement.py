@@ -24,8 +24,8 @@ def place_workers(settings: TrainSettings, capacity: Capacity) -> int:
     needs, num_workers = get_worker_needs(settings), settings.num_train_workers
     fewest = settings.min_train_workers
     setting = "train.min_train_workers" if fewest else "train.num_train_workers"
-    require_placeable(capacity, "training workers", needs, fewest or num_workers, setting)
-    require_placeable(capacity, "tasks that check labels", _LABEL_CHECK, 1, "train")
+    require_placeable(capacity, "training worker", needs, fewest or num_workers, setting)
+    require_placeable(capacity, "label check", _LABEL_CHECK, 1, "train")
     return int(min(num_workers, capacity.count(needs)))
 
 
@@ -37,4 +37,4 @@ def place_on_cluster(settings: TrainSettings) -> tuple[int, str | None]:
     """
     capacity = find_capacity()
     num_workers = place_workers(settings, capacity)
-    return num_workers, describe_wait(capacity, "training workers", get_worker_needs(settings), num_workers)
+    return num_workers, describe_wait(capacity, "training worker", get_worker_needs(settings), num_workers)

@@ -24,6 +24,7 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
+from segray.autoscaling import reported_shortage
 from segray.cluster import connect_ray, find_segray_error, get_last_line, translated_ray_errors
 from segray.config import TrainConfig
 from segray.errors import TrainingError
@@ -55,7 +56,7 @@ def run_search(config: TrainConfig, console: Console) -> str:
     binding.require_same()
     console.print(describe_run(config, splits), highlight=False)
     num_workers = config.train.num_train_workers * config.tune.max_concurrent_trials
-    with connect_ray(num_workers, num_workers if config.train.use_gpu else 0):
+    with connect_ray(num_workers, num_workers if config.train.use_gpu else 0), reported_shortage(console):
         print_wait(config, console)
         report = check_run(config, splits, console)
         binding.write()

@@ -13,11 +13,12 @@ NUM_EPOCHS = 20
 def build_segment_call(output: str, **settings: object) -> list[str]:
     """Return what `ray job submit` is given to segment the bucket's images.
 
-    By default there is a file for each image: of so small a bucket this leaves something to do after a fault.
+    By default there is a file for each image: of so small a bucket this leaves something to do after a fault. There are
+    more predictors than CPUs will be left, when one of three nodes has died.
     """
     call = ["jobs/segment.py", "--bundle", f"{BUCKET_URI}/bundle", "--images", f"{BUCKET_URI}/images"]
     call += ["--masks", f"{BUCKET_URI}/masks", "--output", f"{BUCKET_URI}/{output}"]
-    merged = {**SETTINGS, "fragment_size": 1, **settings}
+    merged = {**SETTINGS, "fragment_size": 1, "num_predictors": 3, **settings}
     return call + [part for name, value in merged.items() for part in ("--set", f"segment.{name}={value}")]
 
 

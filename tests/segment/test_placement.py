@@ -7,7 +7,7 @@ import pytest
 from segray.capacity import Capacity, NodeType
 from segray.config import SegmentSettings
 from segray.errors import ClusterError
-from segray.segment.placement import place_predictors
+from segray.segment.placement import place_stages
 
 GIB = 2**30
 
@@ -28,10 +28,21 @@ def test_predictors_leave_room_for_decoding_and_have_something_to_do(
     num_cpus: int, memory_gib: int, num_fragments: int, expected: int
 ) -> None:
     capacity = Capacity(({"CPU": num_cpus, "memory": memory_gib * GIB},))
-    placed = place_predictors(SegmentSettings(), num_fragments, capacity)
-    assert (placed.count, placed.num_per_node, placed.needs) == (expected, expected, {"CPU": 1})
-    asked_for = place_predictors(SegmentSettings(num_predictors=3), num_fragments, capacity)
-    assert asked_for.count == min(3, num_cpus - 1)  # one CPU has to decode, or nothing would ever move
+    placed = place_stages(SegmentSettings(), num_fragments, capacity)
+    assert (placed.num_predictors, placed.num_per_node) == (expected, expected)
+    assert placed.num_tasks == max(2, num_cpus - expected)
+    assert place_stages(SegmentSettings(num_predictors=3), num_fragments, capacity).num_predictors == min(3, num_cpus)
+
+
+def test_predictors_can_never_take_what_decoding_and_writing_need() -> None:
+    """However few nodes are left of many: those that a dead one had start again on the others."""
+    for num_cpus in range(1, 1025):
+        many = Capacity(({"CPU": num_cpus, "memory": 10_000 * GIB},) * 10)
+        placed = place_stages(SegmentSettings(num_predictors=10 * num_cpus), 10_000, many)
+        assert placed.num_predictors == 10 * num_cpus
+        # what Ray has left, in its ten-thousandths, of a node on which it has put as many of them as there is room for
+        left = num_cpus * 10_000 % round(placed.needs["CPU"] * 10_000)
+        assert left >= 10_000 * max(placed.decode_cpus, placed.write_cpus) or num_cpus % 89 == 0
 
 
 @pytest.mark.parametrize(
@@ -42,8 +53,8 @@ def test_a_gpu_has_a_predictor_or_as_many_as_share_it(
     share: float, num_gpus: int, num_fragments: int, expected: int
 ) -> None:
     settings = SegmentSettings(num_gpus_per_predictor=share)
-    placed = place_predictors(settings, num_fragments, Capacity(({"CPU": 96, "GPU": num_gpus},)))
-    assert (placed.count, placed.needs) == (expected, {"CPU": 1, "GPU": share})
+    placed = place_stages(settings, num_fragments, Capacity(({"CPU": 96, "GPU": num_gpus},)))
+    assert (placed.num_predictors, placed.needs, placed.num_tasks) == (expected, {"CPU": 1, "GPU": share}, None)
 
 
 HEAD = {"CPU": 0, "memory": 8 * GIB}
@@ -54,17 +65,28 @@ OTHER_GPU_NODE = NodeType("gpu_on_demand", {"CPU": 8, "GPU": 1, "memory": 32 * G
 def test_a_cluster_without_workers_is_asked_for_all_that_it_may_have() -> None:
     empty = Capacity((HEAD,), (GPU_NODE, OTHER_GPU_NODE), num_more=8)
     settings = SegmentSettings(num_gpus_per_predictor=1)
-    assert place_predictors(settings, 100, empty).count == 8
-    assert place_predictors(settings, 3, empty).count == 3  # but no more than there are fragments
-    on_cpus = place_predictors(SegmentSettings(), 10_000, empty)
-    assert on_cpus.count == 56
+    assert place_stages(settings, 100, empty).num_predictors == 8
+    assert place_stages(settings, 3, empty).num_predictors == 3  # but no more than there are fragments
+    on_cpus = place_stages(SegmentSettings(), 10_000, empty)
+    assert on_cpus.num_predictors == 56
     assert on_cpus.num_per_node == 8  # the autoscaler fills a node before it adds another
 
 
-def test_where_nobody_knows_what_may_be_added_what_is_there_counts() -> None:
-    capacity = Capacity(({"CPU": 4, "memory": math.inf},) * 2, is_open=True)
-    assert place_predictors(SegmentSettings(), 10_000, capacity).count == 6
-    assert place_predictors(SegmentSettings(num_gpus_per_predictor=1), 100, capacity).count == 1
+def test_memory_that_nobody_knows_is_no_limit() -> None:
+    node = NodeType("gpu_spot", {"CPU": 8, "GPU": 1, "memory": math.inf}, 8)
+    assert place_stages(SegmentSettings(), 10_000, Capacity((HEAD,), (node,), num_more=8)).num_predictors == 56
+
+
+def test_where_nobody_knows_what_may_be_added_what_is_there_or_asked_for_counts() -> None:
+    some = Capacity(({"CPU": 4, "memory": 32 * GIB},) * 2, is_open=True)
+    assert place_stages(SegmentSettings(), 10_000, some).num_predictors == 6
+    none = Capacity((HEAD,), is_open=True)
+    on_gpus = place_stages(SegmentSettings(num_gpus_per_predictor=1), 100, none)
+    assert (on_gpus.num_predictors, on_gpus.num_per_node) == (1, 1)
+    asked_for = SegmentSettings(num_gpus_per_predictor=1, num_predictors=64)
+    assert place_stages(asked_for, 100, none).num_predictors == 64
+    on_cpus = place_stages(SegmentSettings(num_predictors=4), 100, none)
+    assert (on_cpus.num_predictors, on_cpus.num_per_node) == (4, 4)
 
 
 @pytest.mark.parametrize(
@@ -73,12 +95,17 @@ def test_where_nobody_knows_what_may_be_added_what_is_there_counts() -> None:
         (
             {"num_gpus_per_predictor": 1},
             {"CPU": 8},
-            "segment.num_gpus_per_predictor: 1 predictors of 1 CPU and 1 GPU each asked for, and 0 can ever be placed: "
+            "segment.num_gpus_per_predictor: 1 predictor of 1 CPU and 1 GPU each asked for, and 0 can ever be placed: "
             "the cluster has 8 CPU, 0 GPU on 1 node, and may add none",
         ),
-        ({}, {"CPU": 1}, "segment.num_predictors: 2 processes, one that predicts and one that decodes, of 1 CPU each"),
+        (
+            {"num_gpus_per_predictor": 1},
+            {"CPU": 1, "GPU": 1},
+            "segment: to predict and to decode: 2 processes of 1 CPU",
+        ),
+        ({}, {"CPU": 0}, "segment.num_predictors: 1 predictor of 0.89 CPU each asked for, and 0 can ever be placed"),
     ],
 )
 def test_what_can_never_be_placed_is_refused(settings: dict[str, float], node: dict[str, float], message: str) -> None:
     with pytest.raises(ClusterError, match=message):
-        place_predictors(SegmentSettings.model_validate(settings), 10, Capacity((node,)))
+        place_stages(SegmentSettings.model_validate(settings), 10, Capacity((node,)))

@@ -61,7 +61,9 @@ def test_a_run_tells_all_its_steps(bundle_dir: Path, bucket: Path, tmp_path: Pat
     run_segmentation(job, Console(file=printed, width=120), with_profile=True)
     table = {line.split()[3]: line.split()[5] for line in printed.getvalue().splitlines() if line.count("│") == 5}
     assert table.keys() >= {str(step) for step in Step}
-    assert all(float(table[step]) > 0 for step in ("fetch", "decode", "pack", "predict", "count", "encode", "write"))
+    # of fetching only what decoding waited for is counted, which may be nothing
+    zero = {step for step in ("decode", "pack", "predict", "count", "encode", "write") if not float(table[step])}
+    assert not zero, printed.getvalue()
     assert "1 predictor, busy" in printed.getvalue()
     again = io.StringIO()
     run_segmentation(job, Console(file=again, width=120), with_profile=True)

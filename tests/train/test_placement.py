@@ -46,7 +46,7 @@ def test_an_elastic_run_asks_for_no_more_than_there_can_be() -> None:
             Capacity(({"CPU": 8},)),
             "and 0 can ever be placed: the cluster has 8 CPU, 0 GPU on 1 node",
         ),
-        ({}, Capacity(({"CPU": 0, "GPU": 4},)), "train: 1 tasks that check labels of 1 CPU each asked for, and 0 can"),
+        ({}, Capacity(({"CPU": 0, "GPU": 4},)), "train: 1 label check of 1 CPU each asked for, and 0 can"),
     ],
 )
 def test_what_can_never_be_placed_is_refused(settings: dict[str, int], capacity: Capacity, message: str) -> None:
