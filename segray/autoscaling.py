@@ -56,17 +56,12 @@ def _report_until_stopped(console: Console, stop: threading.Event) -> None:
     while not stop.wait(_POLL_INTERVAL_S):
         missing: set[str] = set()
         with suppress(Exception):  # whatever is wrong with a report must not end a run with which all is well
-            missing = set(_describe_missing())
+            here = find_capacity()
+            missing = {describe_work(count, "process", each) for each, count in find_unplaceable(_read_state(), here)}
         for work in sorted(missing & last - told):  # twice running: nodes may be on their way
-            console.print(f"the autoscaler has no nodes for {work}; the run waits for them", highlight=False)
-            told.add(work)
+            console.print(f"the autoscaler has no nodes for {work}: {here.describe()}; waiting", highlight=False)
+        told |= missing & last
         last = missing
-
-
-def _describe_missing() -> Iterator[str]:
-    here = find_capacity()
-    for each, count in find_unplaceable(_read_state(), here):
-        yield f"{describe_work(count, 'process', each)}: {here.describe()}"
 
 
 def find_unplaceable(state: Any, here: Capacity) -> Iterator[tuple[dict[str, float], int]]:
@@ -80,12 +75,12 @@ def find_unplaceable(state: Any, here: Capacity) -> Iterator[tuple[dict[str, flo
     """
     from ray.autoscaler.v2.utils import ResourceRequestUtil
 
-    groups = [*((gang.requests, None) for gang in state.infeasible_gang_resource_requests)]
-    for requests, fewest in [(state.infeasible_resource_requests, 1), *groups]:
+    groups = [(gang.requests, True) for gang in state.infeasible_gang_resource_requests]
+    for requests, is_group in [(state.infeasible_resource_requests, False), *groups]:
         for counted in ResourceRequestUtil.group_by_count(list(requests)):
             # a placement group marks its requests with resources of its own
             each = {name: value for name, value in counted.request.resources_bundle.items() if name in ("CPU", "GPU")}
-            if each and here.count(each, with_more=False) < (fewest or counted.count):
+            if each and here.count(each, with_more=False) < (counted.count if is_group else 1):
                 yield each, counted.count
 
 

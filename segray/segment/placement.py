@@ -65,7 +65,7 @@ def place_stages(settings: SegmentSettings, num_fragments: int, capacity: Capaci
         num_in_memory = _count_known(capacity, {"CPU": 1, "memory": _PREDICTOR_BYTES})
         count = min(num_cpus - 2, num_cpus * 7 // 8, num_in_memory, num_fragments // _FRAGMENTS_PER_PREDICTOR)
     count = max(1, int(count))
-    num_tasks = None if share else max(2, int(num_cpus) - count)
+    num_tasks = None if share else min(max(2, int(num_cpus) - count), num_fragments)
     return Placement(count, _count_per_node(count, needs, capacity), needs, decode_cpus, write_cpus, num_tasks)
 
 

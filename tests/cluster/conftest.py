@@ -19,11 +19,14 @@ ENVIRONMENT = ROOT / ".venv"  # of which every host has a link: 5 GB are not ins
 # of a machine that stands for several: one CPU each to Ray, and little memory
 SMALL_NODE = " --num-cpus=1 --object-store-memory=200000000 --memory=4000000000"
 
+LAUNCHED_FOR_REAL = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.getuid() != 0, reason="hosts are network namespaces, and only root makes them"),
+]
+
 
 @pytest.fixture(scope="module")
 def world(bundle_dir: Path) -> Iterator[tuple[Hosts, ObjectStore]]:
-    if os.getuid() != 0:
-        pytest.skip("hosts are network namespaces, and only root makes them")
     if missing := find_missing():
         raise pytest.fail.Exception(missing, pytrace=False)
     memory = MEMORY if keeps_attributes(MEMORY) else None

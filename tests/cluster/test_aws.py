@@ -12,13 +12,13 @@ import yaml
 
 from tests.cluster.calls import build_segment_call, list_image_uris
 from tests.cluster.cloud import Cloud
-from tests.cluster.conftest import ENVIRONMENT
+from tests.cluster.conftest import ENVIRONMENT, LAUNCHED_FOR_REAL
 from tests.cluster.hosts import CLOUD, Hosts
 from tests.cluster.launcher import ROOT, Job, Launcher, wait_until
 from tests.faults.object_store import ACCOUNT, USER, ObjectStore
 from tests.faults.scene import BUCKET, read_files, read_table
 
-pytestmark = pytest.mark.slow
+pytestmark = LAUNCHED_FOR_REAL
 
 HEAD, *WORKERS = ("n1", "n2", "n3", "n4")
 SMALL_NODE = " --object-store-memory=200000000 --memory=4000000000"

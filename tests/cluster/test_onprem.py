@@ -15,13 +15,13 @@ import yaml
 from pyarrow import csv
 
 from tests.cluster.calls import NUM_EPOCHS, build_segment_call, list_keys
-from tests.cluster.conftest import ENVIRONMENT, shrink_nodes
+from tests.cluster.conftest import ENVIRONMENT, LAUNCHED_FOR_REAL, shrink_nodes
 from tests.cluster.hosts import Hosts
 from tests.cluster.launcher import ROOT, Launcher, wait_until
 from tests.faults.object_store import ObjectStore
 from tests.faults.scene import BUCKET, read_files, require_invariant
 
-pytestmark = pytest.mark.slow
+pytestmark = LAUNCHED_FOR_REAL
 
 HEAD, *WORKERS = NAMES = ("n1", "n2", "n3")
 

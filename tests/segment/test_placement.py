@@ -30,7 +30,7 @@ def test_predictors_leave_room_for_decoding_and_have_something_to_do(
     capacity = Capacity(({"CPU": num_cpus, "memory": memory_gib * GIB},))
     placed = place_stages(SegmentSettings(), num_fragments, capacity)
     assert (placed.num_predictors, placed.num_per_node) == (expected, expected)
-    assert placed.num_tasks == max(2, num_cpus - expected)
+    assert placed.num_tasks == min(max(2, num_cpus - expected), num_fragments)
     assert place_stages(SegmentSettings(num_predictors=3), num_fragments, capacity).num_predictors == min(3, num_cpus)
 
 
