@@ -79,7 +79,8 @@ def find_unplaceable(state: Any, here: Capacity) -> Iterator[tuple[dict[str, flo
     for requests, is_group in [(state.infeasible_resource_requests, False), *groups]:
         for counted in ResourceRequestUtil.group_by_count(list(requests)):
             # a placement group marks its requests with resources of its own
-            each = {name: value for name, value in counted.request.resources_bundle.items() if name in ("CPU", "GPU")}
+            bundle = counted.request.resources_bundle
+            each = {name: bundle[name] for name in ("CPU", "GPU") if name in bundle}
             if each and here.count(each, with_more=False) < (counted.count if is_group else 1):
                 yield each, counted.count
 

@@ -110,11 +110,16 @@ class Hosts:
                 continue
         return found
 
-    def find_open_ports(self, name: str) -> set[int]:
-        """Return the TCP ports at which a host can be reached by others, but that of its sshd."""
-        lines = self.run(name, "ss", "--no-header", "--tcp", "--listening", "--numeric").stdout.splitlines()
-        ends = (line.split()[3].rpartition(":") for line in lines)
-        return {int(port) for address, _, port in ends if "127.0.0.1" not in address} - {22}
+    def find_open_ports(self, name: str) -> dict[int, str]:
+        """Return the TCP ports at which a host can be reached by others, but that of its sshd, with who listens."""
+        lines = self.run(name, "ss", "--no-header", "-tlnp").stdout.splitlines()
+        found = {}
+        for line in lines:
+            _, _, _, local, _, *users = line.split()
+            address, _, port = local.rpartition(":")
+            if "127.0.0.1" not in address and port != "22":
+                found[int(port)] = " ".join(users)
+        return found
 
     def kill_raylet(self, name: str) -> None:
         """Let a node die: SIGKILL for its raylet, whose workers follow it."""

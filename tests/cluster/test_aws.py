@@ -133,7 +133,7 @@ def test_a_training_asks_for_exactly_its_workers(cluster: Launcher, cloud: Cloud
             "error: train.num_train_workers: 5 training workers of 1 CPU each asked for, and 3 can ever be placed: ",
         ),
         (
-            [*build_segment_call("never"), "--set", "segment.num_gpus_per_predictor=1"],
+            build_segment_call("never", num_gpus_per_predictor=1),
             "error: segment.num_gpus_per_predictor: 1 predictor of 1 CPU and 1 GPU each asked for, and 0 can ever be ",
         ),
     ],
@@ -154,10 +154,15 @@ def test_a_job_that_can_never_be_placed_says_so_within_a_minute(
 
 def test_where_a_job_cannot_know_what_may_come_it_repeats_what_the_autoscaler_says(cluster: Launcher) -> None:
     """As on Kubernetes: the configuration of `ray up` is in a home folder which this job does not see."""
-    keys = {"AWS_CONFIG_FILE": ".aws/config", "AWS_SHARED_CREDENTIALS_FILE": ".aws/credentials"}
-    variables = {"HOME": "/nonexistent", **{name: str(Path.home() / path) for name, path in keys.items()}}
+    files = {
+        "AWS_CONFIG_FILE": ".aws/config",
+        "AWS_SHARED_CREDENTIALS_FILE": ".aws/credentials",
+        "RAY_AUTH_TOKEN_PATH": ".ray/auth_token",
+    }
+    variables = {"HOME": "/nonexistent", **{name: str(Path.home() / path) for name, path in files.items()}}
     began_s = time.monotonic()
-    job = cluster.submit(*build_segment_call("never"), "--set", "segment.num_gpus_per_predictor=1", variables=variables)
+    call = build_segment_call("never", num_predictors=1, num_gpus_per_predictor=1)
+    job = cluster.submit(*call, variables=variables)
     line = "the autoscaler has no nodes for 1 process of 1 CPU and 1 GPU each: the cluster has "
     wait_until(lambda: line in job.text, "what the autoscaler says", timeout_s=90, job=job)
     assert time.monotonic() - began_s < 60
