@@ -1,6 +1,5 @@
 """A bucket, and hosts around it: the world in which clusters are launched for real."""
 
-import os
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.calls import build_training_config
-from tests.cluster.hosts import CLOUD, OWN_ADDRESS, Hosts, find_missing
+from tests.cluster.hosts import CLOUD, OWN_ADDRESS, Hosts, find_missing, find_obstacle
 from tests.cluster.launcher import ROOT
 from tests.conftest import MEMORY, keeps_attributes
 from tests.faults.object_store import ACCOUNT, REGION, SECRET_KEY, USER, ObjectStore
@@ -19,10 +18,7 @@ ENVIRONMENT = ROOT / ".venv"  # of which every host has a link: 5 GB are not ins
 # of a machine that stands for several: one CPU each to Ray, and little memory
 SMALL_NODE = " --num-cpus=1 --object-store-memory=200000000 --memory=4000000000"
 
-LAUNCHED_FOR_REAL = [
-    pytest.mark.slow,
-    pytest.mark.skipif(os.getuid() != 0, reason="hosts are network namespaces, and only root makes them"),
-]
+LAUNCHED_FOR_REAL = [pytest.mark.slow, pytest.mark.skipif(bool(find_obstacle()), reason=find_obstacle())]
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Self
 
@@ -23,6 +24,7 @@ CLOUD = f"http://{OWN_ADDRESS}:5000"  # where EC2 is, when there is one
 _BRIDGE = "segray0"
 _CLONE_NEWNET = 0x40000000
 _START_TIMEOUT_S = 20
+_SPACES = ["--net", "--pid", "--mount", "--uts", "--ipc", "--mount-proc", "--fork", "--kill-child"]
 # The first process of a host reaps: `ray stop` would wait 16 s for zombies.
 _HOST_SCRIPT = """
 mount --make-rprivate /
@@ -56,6 +58,18 @@ def find_missing() -> str:
     wanted = ("sshd", "ssh", "ssh-keygen", "rsync", "ip", "unshare", "nsenter")
     missing = [name for name in wanted if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")]
     return f"{', '.join(missing)} not found; make test-cluster installs them" if missing else ""
+
+
+def find_obstacle() -> str:
+    """Return why this user may not make hosts, or nothing."""
+    if os.getuid() != 0:
+        return "hosts are network namespaces, and only root makes them"
+    attempt = "ip link add b0 type bridge && ip link add v0 type veth peer name v1"
+    with suppress(FileNotFoundError):  # which is another thing than not being allowed to
+        tried = subprocess.run(["unshare", *_SPACES, "sh", "-c", attempt], capture_output=True, text=True)
+        if tried.returncode:
+            return f"hosts are network namespaces, which this root may not make: {tried.stderr.strip()}"
+    return ""
 
 
 class Hosts:
@@ -148,11 +162,9 @@ class Hosts:
 
     def _start(self) -> None:
         _require_zero(LIBC.unshare(_CLONE_NEWNET))
-        own = [("lo", "127.0.0.1/8"), (_BRIDGE, f"{OWN_ADDRESS}/24")]
         _ip("link", "add", _BRIDGE, "type", "bridge")
-        for device, address in own:
-            if device != "lo":
-                _ip("addr", "add", address, "dev", device)
+        _ip("addr", "add", f"{OWN_ADDRESS}/24", "dev", _BRIDGE)
+        for device in ("lo", _BRIDGE):
             _ip("link", "set", device, "up")
         lines = ["127.0.0.1 localhost", *(f"{self.get_address(name)} {name}" for name in self.names)]
         (self.root / "hosts").write_text("\n".join(lines) + "\n")  # gloo looks up its own name
@@ -172,10 +184,9 @@ class Hosts:
             (folder / part).mkdir(parents=True)
         values = {"name": name, "folder": folder, "home": Path.home(), "home_files": self.root / "home"}
         script = "set -e" + _HOST_SCRIPT.format(hosts_file=self.root / "hosts", **values)
-        spaces = ["--net", "--pid", "--mount", "--uts", "--ipc", "--mount-proc", "--fork", "--kill-child"]
         with (folder / "log").open("wb") as log:
             unshare = subprocess.Popen(
-                ["unshare", *spaces, "bash", "-c", script],
+                ["unshare", *_SPACES, "bash", "-c", script],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
