@@ -18,7 +18,8 @@ ENVIRONMENT = ROOT / ".venv"  # of which every host has a link: 5 GB are not ins
 # of a machine that stands for several: one CPU each to Ray, and little memory
 SMALL_NODE = " --num-cpus=1 --object-store-memory=200000000 --memory=4000000000"
 
-LAUNCHED_FOR_REAL = [pytest.mark.slow, pytest.mark.skipif(bool(find_obstacle()), reason=find_obstacle())]
+OBSTACLE = find_obstacle()
+LAUNCHED_FOR_REAL = [pytest.mark.slow, pytest.mark.skipif(bool(OBSTACLE), reason=OBSTACLE)]
 
 
 @pytest.fixture(scope="module")
