@@ -30,7 +30,7 @@ test: check .venv-swift/installed
 
 # every fault of docs/reliability.md, on a real object store
 test-faults: setup .venv-swift/installed
-	$(BIN)/pytest tests/faults tests/train/test_tuning.py --durations=0
+	$(BIN)/pytest tests/faults tests/training/tuning/test_tuning.py --durations=0
 
 # cluster.yaml and clusters/onprem.yaml launched, on hosts that are network namespaces: Linux, and root, or all are skipped
 test-cluster: setup .venv-swift/installed .venv-moto/installed

@@ -16,7 +16,7 @@ import torch
 from measuring import report
 from torchmetrics.classification import MulticlassConfusionMatrix
 
-from segray.models.counts import compute_confusion
+from segray.models.confusion import compute_confusion
 
 _NUM_CLASSES, _IGNORE_INDEX, _SIZE, _NUM_IMAGES = 11, 255, (360, 480), 40
 

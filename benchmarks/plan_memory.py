@@ -26,9 +26,9 @@ import json, sys, time
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from segray.config import SegmentSettings
-from segray.segment import driver
-from segray.segment.inputs import merge_sources, open_sources
-from segray.segment.plan import cut_fragments, spool_plan
+from segray.segmentation import driver
+from segray.segmentation.planning.inputs import merge_sources, open_sources
+from segray.runs.plan import cut_fragments, spool_plan
 
 begin = time.monotonic()
 settings = SegmentSettings()

@@ -28,7 +28,7 @@ class Echo:
 
 def begin(started_s: float) -> None:
     """Run the pipeline; print the seconds at which each stage was over."""
-    from segray.cluster import connect_ray
+    from segray.runtime.connect import connect_ray
 
     print(time.time() - started_s)
     with connect_ray():

@@ -24,14 +24,14 @@ import pyarrow as pa
 from measuring import report
 from segment_growth import make_tiny_bundle
 
-from segray.bundle import load_manifest
-from segray.cluster import connect_ray
 from segray.config import SegmentSettings
+from segray.models.bundle import load_manifest
+from segray.runtime.connect import connect_ray
 from segray.schema import IMAGES_SCHEMA
-from segray.segment.decode import DecodedImage, FragmentDecoder, pack_decoded
-from segray.segment.ledger import LedgerClient
-from segray.segment.predictor import PREDICTED_SCHEMA
-from segray.segment.profile import Stopwatch
+from segray.segmentation.profile import Stopwatch
+from segray.segmentation.stages.decode import DecodedImage, FragmentDecoder, pack_decoded
+from segray.segmentation.stages.ledger import LedgerClient
+from segray.segmentation.stages.predictor import PREDICTED_SCHEMA
 
 _FOLDER = Path(__file__).parents[1] / "runs/benchmarks/scale"
 _NUM_CPUS = 32  # logical ones
@@ -119,7 +119,7 @@ class WaitingPredictor:
 @contextmanager
 def made_up_stages(setting: Setting) -> Iterator[None]:
     """Let the pipeline have waiting stages while the block runs."""
-    from segray.segment import pipeline
+    from segray.segmentation.stages import pipeline
 
     class Predictor(WaitingPredictor):
         def __init__(self, *arguments: Any) -> None:
@@ -138,8 +138,8 @@ def made_up_stages(setting: Setting) -> Iterator[None]:
 
 def measure_rate(setting: Setting, bundle: Path) -> tuple[float, float]:
     """Return images per second of the middle eight tenths of a run's fragments, and the driver's seconds for each."""
-    from segray.segment.pipeline import run_pipeline
-    from segray.segment.placement import Placement
+    from segray.segmentation.stages.pipeline import run_pipeline
+    from segray.segmentation.stages.placement import Placement
 
     output = _FOLDER / "out"
     shutil.rmtree(output, ignore_errors=True)

@@ -26,7 +26,7 @@ import torch
 from camvid import IMAGE_SIZE, make_bundle, make_images
 from measuring import Measured, report, run_measured
 
-from segray.cluster import MEMORY_VARIABLES
+from segray.runtime.connect import MEMORY_VARIABLES
 
 _FRAGMENT_SIZE = 32
 _BATCH_SIZE = 8
@@ -39,9 +39,9 @@ def measure_model(bundle: Path, is_folded: bool) -> float:
         bundle: The model.
         is_folded: With BatchNorm folded into its convolutions before it is compiled, which is the fastest form known.
     """
-    from segray.bundle import load_bundle
-    from segray.models.deployable import DeployableModel
-    from segray.models.folding import fold_norms
+    from segray.models.bundle import load_bundle
+    from segray.models.export import DeployableModel
+    from segray.models.fuse_batchnorm import fold_norms
 
     loaded = load_bundle(str(bundle))
     network = fold_norms(loaded.model, loaded.manifest.image_size) if is_folded else loaded.model
@@ -58,7 +58,7 @@ def measure_model(bundle: Path, is_folded: bool) -> float:
 
 def measure_decoding(paths: list[Path], size: tuple[int, int]) -> float:
     """Return the core-seconds per image of decoding and resizing, in one thread."""
-    from segray.images import decode_image, resize_image
+    from segray.data.images import decode_image, resize_image
 
     contents = [path.read_bytes() for path in paths]
     return statistics.median(_time(lambda c=c: resize_image(decode_image(c), size)) for c in contents)

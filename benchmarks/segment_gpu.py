@@ -23,7 +23,7 @@ from camvid import CLASS_NAMES, make_images
 from measuring import report
 from segment_bound import find_steady_times, segment
 
-from segray.models.deployable import DeployableModel
+from segray.models.export import DeployableModel
 
 _SIZE = (512, 512)
 _FRAGMENT_SIZE = 256
@@ -32,11 +32,11 @@ _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 def make_bundle(folder: Path) -> Path:
     """Write a bundle of a resnet34 U-Net with weights as they are drawn."""
-    from segray.bundle import save_bundle
-    from segray.classes import ClassMap
     from segray.config import ModelConfig
+    from segray.data.classes import ClassMap
+    from segray.data.preprocessing import Preprocessing
     from segray.models.build import build_model
-    from segray.transforms import Preprocessing
+    from segray.models.bundle import save_bundle
 
     model = ModelConfig(arch="unet", encoder_name="resnet34", encoder_weights=None)
     num_classes = len(CLASS_NAMES)
@@ -56,7 +56,7 @@ def make_bundle(folder: Path) -> Path:
 
 def measure_model(bundle: Path, batch_size: int) -> float:
     """Return images per second of the compiled bf16 model."""
-    from segray.bundle import load_bundle
+    from segray.models.bundle import load_bundle
 
     loaded = load_bundle(str(bundle))
     model = DeployableModel(loaded.model, loaded.manifest.preprocessing).to(_DEVICE)

@@ -26,11 +26,11 @@ _ROUNDS = 3
 
 def make_tiny_bundle(folder: Path) -> Path:
     """Write a bundle of the smallest network that segray has."""
-    from segray.bundle import save_bundle
-    from segray.classes import ClassMap
     from segray.config import ModelConfig
+    from segray.data.classes import ClassMap
+    from segray.data.preprocessing import Preprocessing
     from segray.models.build import build_model
-    from segray.transforms import Preprocessing
+    from segray.models.bundle import save_bundle
 
     model = ModelConfig(arch="classic_unet", encoder_weights=None, widths=(1, 1))
     save_bundle(

@@ -17,17 +17,17 @@ from pathlib import Path
 import torch
 from measuring import report
 
-from segray.augmentation import Augmentation
 from segray.config import TrainConfig, load_config
-from segray.losses import SegmentationLoss
-from segray.manifest import load_splits
+from segray.data.augmentation import Augmentation
+from segray.data.manifest import load_splits
+from segray.data.preprocessing import Preprocessing
 from segray.models.build import build_model
-from segray.train.feed import TrainBatch, iterate_training
-from segray.train.job import get_classes
-from segray.train.optimisation import build_optimizer
-from segray.train.sample_store import SampleStore
-from segray.train.steps import Learner, train_step
-from segray.transforms import Preprocessing
+from segray.models.losses import SegmentationLoss
+from segray.training.job import get_classes
+from segray.training.worker.feed import TrainBatch, iterate_training
+from segray.training.worker.optimisation import build_optimizer
+from segray.training.worker.sample_store import SampleStore
+from segray.training.worker.steps import Learner, train_step
 
 _STEPS = 20
 

@@ -10,11 +10,10 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from segray.cluster import find_segray_error, is_submitted_job, keep_on_loopback
-from segray.config import SegmentFile, TrainConfig, load_config, require_absolute
+from segray.config import ExportFormat, SegmentFile, TrainConfig, load_config, require_absolute
 from segray.errors import ConfigError, SegrayError, flatten_message
-from segray.export import ExportFormat, export_bundle
 from segray.progress import build_console
+from segray.runtime.connect import find_segray_error, is_submitted_job, keep_on_loopback
 
 app = typer.Typer(
     add_completion=False,
@@ -35,7 +34,7 @@ def train(config: ConfigArgument, overrides: SetOption = None) -> None:
     if is_submitted_job():
         require_absolute(settings.uris)
     console = build_console()
-    from segray.train.driver import run_training
+    from segray.training.driver import run_training
 
     console.print(f"bundle: {run_training(settings, console)}", highlight=False)
 
@@ -47,7 +46,7 @@ def tune(config: ConfigArgument, overrides: SetOption = None) -> None:
     if is_submitted_job():
         require_absolute(settings.uris)
     console = build_console()
-    from segray.train.tuning import run_search
+    from segray.training.tuning.search import run_search
 
     best = run_search(settings, console)
     console.print(f"best configuration: {best} (segray train with it leaves its bundle)", highlight=False)
@@ -83,8 +82,8 @@ def segment(
             for uri in uris:
                 require_absolute({name: uri})
     console = build_console()
-    from segray.segment.driver import print_outcome, require_few_errors, run_segmentation
-    from segray.segment.job import SegmentJob
+    from segray.segmentation.driver import print_outcome, require_few_errors, run_segmentation
+    from segray.segmentation.job import SegmentJob
 
     job = SegmentJob(bundle, tuple(images), output, tuple(masks or ()), settings)
     outcome = run_segmentation(job, console, with_profile=profile)
@@ -96,7 +95,7 @@ def segment(
 def status(output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Run folder of segray segment.")]) -> None:
     """Say how far a run of segment is: planned, done, errors by kind, what remains, rate."""
     console = build_console()
-    from segray.segment.status import print_status, read_status
+    from segray.results.status import print_status, read_status
 
     print_status(read_status(output), console)
 
@@ -119,7 +118,7 @@ def check(
     if draw_to and not draw:
         raise ConfigError("--draw-to: nothing is drawn; say how many samples with --draw N")
     console = build_console()
-    from segray.train.checking import run_check
+    from segray.training.labels.command import run_check
 
     if not run_check(settings, console, list_all=list_all, num_drawn=draw, draw_to=draw_to):
         raise typer.Exit(1)
@@ -137,6 +136,8 @@ def export(
 ) -> None:
     """Write a bundle's model as one file that needs no segray, once it was found equal to the bundle."""
     console = build_console()
+    from segray.models.export import export_bundle
+
     console.print(f"exported: {export_bundle(bundle, export_format, output)}", highlight=False)
 
 

@@ -5,14 +5,14 @@ from pathlib import Path
 
 from rich.console import Console
 
-from segray.cluster import connect_ray
 from segray.config import TrainConfig
+from segray.data.synthetic import save_shapes
 from segray.errors import ConfigError
-from segray.segment.driver import print_outcome, run_segmentation
-from segray.segment.job import SegmentJob
-from segray.shapes import save_shapes
+from segray.runtime.connect import connect_ray
+from segray.segmentation.driver import print_outcome, run_segmentation
+from segray.segmentation.job import SegmentJob
 from segray.storage import join_uri, read_bytes, write_bytes
-from segray.train.driver import run_training
+from segray.training.driver import run_training
 
 NUM_TRAIN, NUM_TEST = 96, 24
 _SETTINGS = {

@@ -3,7 +3,11 @@
 Every schema is explicit, because a column whose first rows are all null would otherwise be written as type null.
 """
 
+from importlib.metadata import version
+
 import pyarrow as pa
+
+_LIBRARIES = ("segray", "ray", "torch", "torchvision", "segmentation-models-pytorch", "pyarrow", "numpy", "pillow")
 
 PLAN_SCHEMA = pa.schema(
     [
@@ -55,3 +59,8 @@ SUMMARY_SCHEMA = pa.schema(
         ("mean_image_dice", pa.float64()),
     ]
 )
+
+
+def get_library_versions() -> dict[str, str]:
+    """Return the versions of the libraries that decide what a run computes."""
+    return {name: version(name) for name in _LIBRARIES}

@@ -14,17 +14,18 @@ from PIL import Image
 from rich.console import Console
 from segmentation_models_pytorch.encoders import encoders
 
-from segray.bundle import save_bundle
-from segray.classes import ClassMap
-from segray.cluster import connect_ray, keep_on_loopback
 from segray.config import ModelConfig, TrainConfig
+from segray.data.classes import ClassMap
+from segray.data.preprocessing import Preprocessing
+from segray.data.synthetic import save_shapes
 from segray.models.build import build_model
-from segray.shapes import save_shapes
-from segray.transforms import Preprocessing
+from segray.models.bundle import save_bundle
+from segray.runtime.connect import connect_ray, keep_on_loopback
 from tests.faults.object_store import ObjectStore, find_swift
 from tests.faults.proxy import FaultProxy
 
 MEMORY = Path("/dev/shm")
+pytest_plugins = ["tests.segmented"]
 keep_on_loopback()
 PET_CLASSES = ClassMap(("pet", "background", "border"), (1, 2, 3), ignore_values=(0,))
 SHAPE_SIZE = 64

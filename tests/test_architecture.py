@@ -1,72 +1,95 @@
-"""The house keeps its floors: who may import whom, and a README that draws what is there."""
+"""The import order of docs/architecture.md, and its tree of files compared with the disk."""
 
 import ast
 import re
+import subprocess
+import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-GROUND = {"errors", "storage", "config", "schema", "progress"}
-WALLS = {
-    "classes",
-    "images",
-    "image_files",
-    "samples",
-    "augmentation",
-    "label_faults",
-    "manifest",
-    "metrics",
-    "losses",
-    "transforms",
-    "models",
-    "pictures",
-    "shapes",
-}
-HALL = {"autoscaling", "bundle", "capacity", "cluster", "export"}
-ROOMS = {"train", "segment"}
-ROOF = {"cli", "demo"}
-FLOORS = [GROUND, WALLS, HALL, ROOMS, ROOF]
+# from the top down: a module imports its own level's package and what is below it
+LEVELS = [
+    {"__main__", "cli", "api", "demo"},
+    {"segmentation", "training"},
+    {"results"},
+    {"runs", "models", "plots"},
+    {"data"},
+    {"config"},
+    {"runtime", "storage"},
+    {"schema", "metrics", "progress", "errors"},
+]
+USE_RAY = {"segmentation", "training", "runtime"}
 MODULES = sorted((ROOT / "segray").rglob("*.py"))
 
 
-def get_part(path: Path) -> str:
-    return path.relative_to(ROOT / "segray").parts[0].removesuffix(".py")
+def get_module_name(path: Path) -> str:
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def find_imports(path: Path) -> set[str]:
-    """Return the modules a file imports, also inside functions."""
+def find_imports(path: Path, *, at_import_time: bool = False) -> set[str]:
+    """Return the modules a file imports, also inside functions unless only those at import time are asked for."""
+    tree = ast.parse(path.read_text())
     found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in tree.body if at_import_time else ast.walk(tree):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}: relative import"
             found.add(node.module or "")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
     return found
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(ROOT)))
+def get_level(part: str) -> int:
+    return next(index for index, parts in enumerate(LEVELS) if part in parts)
+
+
+@pytest.mark.parametrize("path", MODULES, ids=get_module_name)
 def test_imports_run_downward(path: Path) -> None:
-    part = get_part(path)
-    if part == "__init__":
+    name = get_module_name(path)
+    if name == "segray":
         return
-    floor = next(index for index, parts in enumerate(FLOORS) if part in parts)
-    for name in find_imports(path):
-        if name.startswith("segray."):
-            other = name.split(".")[1]
-            other_floor = next(index for index, parts in enumerate(FLOORS) if other in parts)
-            assert other_floor <= floor, f"{part} imports {other}, which is above it"
-            assert not (part in ROOMS and other in ROOMS - {part}), "the two rooms never import each other"
-        library = name.split(".")[0]
-        assert library != "ray" or part in ROOMS or part in {"cluster", "autoscaling"}, f"{part} imports ray"
-        assert library not in {"torch", "torchvision", "segmentation_models_pytorch"} or floor > 0, f"{part}: torch"
+    part = name.split(".")[1]
+    for imported in find_imports(path):
+        library = imported.split(".")[0]
+        if imported.startswith("segray.") and (other := imported.split(".")[1]) != "__version__":
+            assert get_level(other) >= get_level(part), f"{part} imports {other}, which is above it"
+            assert {part, other} != {"segmentation", "training"}, "training and segmentation never import each other"
+            assert (part, other) != ("results", "models"), "results needs no model"
+        assert library != "ray" or part in USE_RAY, f"{part} imports ray"
         assert library != "pickle"
 
 
+def test_no_import_cycles() -> None:
+    names = {get_module_name(path) for path in MODULES}
+    graph = {get_module_name(path): find_imports(path) & names - {get_module_name(path)} for path in MODULES}
+    del graph["segray"]  # its public names are imported on first use
+    TopologicalSorter({name: others - {"segray"} for name, others in graph.items()}).prepare()
+
+
+@pytest.mark.parametrize(
+    ("module", "unwanted"),
+    [
+        ("segray", {"torch", "ray", "pyarrow", "numpy"}),
+        ("segray.cli", {"torch", "ray"}),
+        ("segray.results", {"torch", "ray"}),
+        ("segray.results.report", {"torch", "ray"}),
+        ("segray.results.status", {"torch", "ray"}),
+        ("segray.results.summary", {"torch", "ray"}),
+    ],
+)
+def test_light_modules_stay_light(module: str, unwanted: set[str]) -> None:
+    code = f"import sys, {module}; print(*sys.modules)"
+    loaded = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True).stdout.split()
+    assert not unwanted & set(loaded)
+
+
 def read_tree() -> dict[str, str]:
-    """Return the paths of the README's tree with what is said of each."""
-    block = re.search(r"## The tree\n.*?```\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    """Return the paths of the tree in docs/architecture.md, each with its description."""
+    block = re.search(r"## The tree\n.*?```\n(.*?)```", (ROOT / "docs/architecture.md").read_text(), re.DOTALL)
     assert block
     paths, folders = {}, [""]
     for line in block.group(1).splitlines():
@@ -79,7 +102,7 @@ def read_tree() -> dict[str, str]:
     return paths
 
 
-def test_the_readmes_tree_equals_the_disk() -> None:
+def test_the_tree_equals_the_disk() -> None:
     drawn = read_tree()
     assert all(drawn.values()), "a line says what each file is for"
     on_disk = {

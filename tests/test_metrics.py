@@ -21,7 +21,7 @@ from segray.metrics import (
     count_from_confusion,
     to_nullable,
 )
-from segray.models.counts import compute_confusion
+from segray.models.confusion import compute_confusion
 
 NUM_CLASSES, IGNORE = 5, 255
 ABSENT = 4  # a class in neither truth nor mask

@@ -12,11 +12,11 @@ import numpy.typing as npt
 import pytest
 
 from segray.config import IMAGE_EXTENSIONS
+from segray.data.images import decode_image, decode_image_with_note, decode_mask
 from segray.errors import FaultKind, ImageFault
-from segray.images import decode_image, decode_image_with_note, decode_mask
 from tests.poison import Poison, build_poison, build_samples
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL.*")  # pytest undoes the filter of segray.images
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL.*")  # pytest undoes the filter of segray.data.images
 
 POISON = build_poison()
 SAMPLES = build_samples()
@@ -119,7 +119,7 @@ def test_poison_is_decoded_in_silence_and_in_little_memory() -> None:
 import contextlib, pathlib, re
 import numpy as np
 from segray.errors import ImageFault
-from segray.images import decode_image_with_note
+from segray.data.images import decode_image_with_note
 from tests.poison import build_poison, build_samples
 from tests.test_poison import mutate
 

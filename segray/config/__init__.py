@@ -9,6 +9,7 @@ from segray.config.data import (
     OxfordPetLayout,
     SplitConfig,
 )
+from segray.config.export import ExportFormat
 from segray.config.files import SegmentFile, TrainConfig
 from segray.config.load import find_differences, load_config, require_absolute
 from segray.config.segmentation import SegmentSettings
@@ -30,6 +31,7 @@ __all__ = [
     "MAX_CLASSES",
     "AugmentationSettings",
     "DataConfig",
+    "ExportFormat",
     "LossSettings",
     "ModelConfig",
     "OxfordPetLayout",

@@ -12,9 +12,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from segray.bundle import load_bundle
 from segray.config import TrainConfig
-from segray.train.checkpoint import find_newest_state
+from segray.models.bundle import load_bundle
+from segray.training.checkpoint import find_newest_state
 from tests.faults.scene import TIMEOUT_S, Cluster, build_environment
 
 NUM_EPOCHS = 30

@@ -1,0 +1,5 @@
+"""``python -m segray``: the command line."""
+
+from segray.cli import main
+
+main()

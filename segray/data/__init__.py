@@ -1,0 +1,1 @@
+"""Images, masks, classes and the samples made of them."""

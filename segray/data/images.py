@@ -1,0 +1,163 @@
+"""Encoded images and masks to arrays, and back. What cannot be decoded is an ``ImageFault`` with its kind."""
+
+import io
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+from PIL.ImageFile import ImageFile
+from PIL.TiffImagePlugin import TiffImageFile
+
+from segray.config import DEFAULT_MAX_IMAGE_PX
+from segray.data.classes import build_palette
+from segray.data.image_files import get_scale, open_image
+from segray.errors import FaultKind, ImageFault
+
+_IMAGE_FORMATS = ("PNG", "JPEG", "WebP", "BMP", "GIF", "TIFF")
+_MASK_FORMATS = ("PNG", "BMP", "GIF", "TIFF")
+_JPEG_START = b"\xff\xd8\xff"
+_SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
+_MAX_COUNTED_PAGES = 1000  # of a TIFF; a crafted one can have so many that counting takes minutes
+
+
+def decode_image(content: bytes, max_px: int = DEFAULT_MAX_IMAGE_PX) -> npt.NDArray[np.uint8]:
+    """Decode an image file as a viewer shows it: EXIF orientation applied, first frame, alpha dropped.
+
+    Formats: PNG, JPEG, WebP, BMP, GIF, TIFF, whatever the file is called. Of 16 bits per channel the upper 8 are kept
+    for colour, and greyscale is scaled. CMYK and Lab are converted; colour profiles are not looked at.
+
+    Returns:
+        (H, W, 3) uint8 RGB.
+
+    Raises:
+        ImageFault: ``unreadable``, ``truncated``, ``unsupported`` or ``too_large``.
+        MemoryError: The image is within the limit, but the machine is not up to it.
+    """
+    return decode_image_with_note(content, max_px)[0]
+
+
+def decode_image_with_note(
+    content: bytes, max_px: int = DEFAULT_MAX_IMAGE_PX
+) -> tuple[npt.NDArray[np.uint8], str | None]:
+    """Decode as ``decode_image``, and say what of the file is not in the array: ``first of 12 frames``, or None."""
+    with open_image(content, _IMAGE_FORMATS, max_px) as image:
+        return _to_rgb(image), _describe_frames(image)
+
+
+def decode_image_reduced(
+    content: bytes, max_px: int, size: tuple[int, int]
+) -> tuple[npt.NDArray[np.uint8], tuple[int, int], str | None]:
+    """Decode as ``decode_image_with_note``, but a JPEG that is much larger than ``size`` at a fraction of its own size.
+
+    The fraction is a half, a quarter or an eighth that divides the sides, of which none is then shorter than twice the
+    longer one of ``size`` (height, width). Resized to that, it is on average within a grey level of the whole one.
+
+    Returns:
+        The pixels, height and width of the whole image, and the note.
+    """
+    with open_image(content, _IMAGE_FORMATS, max_px, at_least_px=2 * max(size)) as image:
+        scale, pixels = get_scale(image), _to_rgb(image)
+        return pixels, (scale * pixels.shape[0], scale * pixels.shape[1]), _describe_frames(image)
+
+
+def decode_mask(content: bytes, max_px: int = DEFAULT_MAX_IMAGE_PX) -> npt.NDArray[np.integer]:
+    """Decode a mask file to its raw values, EXIF orientation applied; palette images give palette indices.
+
+    Returns:
+        (H, W) integers, 0..65535.
+
+    Raises:
+        ImageFault: As ``decode_image``, and ``mask_mismatch`` where the file has colour channels.
+    """
+    if content.startswith(_JPEG_START):  # to convert it would not bring the values back
+        raise ImageFault(
+            FaultKind.UNSUPPORTED, "JPEG file, which blurs class values", "make the mask again from its source, as PNG"
+        )
+    with open_image(content, _MASK_FORMATS, max_px) as image:
+        if image.mode not in ("1", "L", "P", "I", *_SIXTEEN_BIT_MODES):
+            raise ImageFault(
+                FaultKind.MASK_MISMATCH,
+                f"expected one channel of class values, got {image.mode}",
+                _get_colour_remedy(image),
+            )
+        raw = np.asarray(image)
+        if image.mode == "I" and (raw.min() < 0 or raw.max() > 65_535):
+            raise ImageFault(FaultKind.MASK_MISMATCH, f"expected values 0 to 65535, got {raw.min()} to {raw.max()}")
+        return raw.astype(np.uint8) if image.mode == "1" else raw
+
+
+def _get_colour_remedy(image: Image.Image) -> str:
+    """Return how the class values get out of a mask with several channels."""
+    if image.mode == "F":
+        return "save the mask as greyscale PNG of 8 or 16 bits"
+    channels = [np.asarray(image.getchannel(band)) for band in image.getbands() if band not in ("A", "a", "X")]
+    if all(np.array_equal(channel, channels[0]) for channel in channels):
+        return "its channels are equal: save the first one alone as greyscale PNG"
+    return "write the class value of each colour to a greyscale or palette PNG"
+
+
+def _to_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
+    if image.mode in ("I", "F"):
+        pixels = "floating-point" if image.mode == "F" else "32-bit or signed"
+        raise ImageFault(FaultKind.UNSUPPORTED, f"{pixels} pixels; convert the image to 8 or 16 bits")
+    if image.mode in _SIXTEEN_BIT_MODES:
+        image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
+    elif image.mode == "La":  # greyscale times its alpha, which Pillow only converts to its own kind
+        image = image.convert("LA")
+    return np.asarray(image.convert("RGB"))
+
+
+def _describe_frames(image: ImageFile) -> str | None:
+    try:
+        num_frames = _count_pages(image) if isinstance(image, TiffImageFile) else getattr(image, "n_frames", 1)
+    except MemoryError:
+        raise
+    except Exception:  # a later frame is broken, or not there: the first one is what was asked for
+        return "first of several frames"
+    if num_frames > _MAX_COUNTED_PAGES and isinstance(image, TiffImageFile):
+        return f"first of more than {_MAX_COUNTED_PAGES} frames"
+    return f"first of {num_frames} frames" if num_frames > 1 else None
+
+
+def _count_pages(image: TiffImageFile) -> int:
+    """Return the number of pages of a TIFF, up to a limit; Pillow's own count has none, and is quadratic."""
+    for page in range(1, _MAX_COUNTED_PAGES + 1):
+        try:
+            image.seek(page)
+        except EOFError:
+            return page
+    return _MAX_COUNTED_PAGES + 1
+
+
+def encode_mask_png(mask: npt.NDArray[np.integer], num_classes: int) -> bytes:
+    """Encode a class-index map (H, W) as PNG: with the class palette up to 256 classes, else 16-bit greyscale."""
+    image = Image.fromarray(mask)
+    if mask.dtype == np.uint8:
+        image.putpalette(build_palette(num_classes).tobytes())
+    return encode_png(image)
+
+
+def encode_png(image: Image.Image) -> bytes:
+    """Return a picture as a PNG file."""
+    buffer = io.BytesIO()
+    image.save(buffer, "PNG")
+    return buffer.getvalue()
+
+
+def resize_image(image_hwc: npt.NDArray[np.uint8], size: tuple[int, int]) -> npt.NDArray[np.uint8]:
+    """Resize (H, W, 3) uint8 to ``size`` (height, width), bilinear with antialiasing."""
+    height, width = size
+    if image_hwc.shape[:2] == size:
+        return image_hwc
+    return np.asarray(Image.fromarray(image_hwc).resize((width, height), Image.Resampling.BILINEAR))
+
+
+def resize_mask(mask_hw: npt.NDArray[np.integer], size: tuple[int, int]) -> npt.NDArray[np.integer]:
+    """Resize a class-index map to ``size`` (height, width), nearest neighbour: no value is ever mixed."""
+    if mask_hw.shape == size:
+        return mask_hw
+    # centre of each target pixel, as bilinear resizing of the image takes it
+    rows = ((np.arange(size[0]) + 0.5) * mask_hw.shape[0] / size[0]).astype(np.int64)
+    columns = ((np.arange(size[1]) + 0.5) * mask_hw.shape[1] / size[1]).astype(np.int64)
+    resized: npt.NDArray[np.integer] = mask_hw[rows[:, None], columns[None, :]]
+    return resized

@@ -1,0 +1,1 @@
+"""Reads finished runs; needs no model, no Ray and no torch."""

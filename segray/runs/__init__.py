@@ -1,0 +1,1 @@
+"""The run folder that segmentation writes and results reads."""

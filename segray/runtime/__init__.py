@@ -1,0 +1,1 @@
+"""Ray: connection, capacity and autoscaling."""

@@ -1,1 +1,0 @@
-"""The only way from a bucket of images to Parquet."""

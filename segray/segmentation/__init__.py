@@ -1,0 +1,1 @@
+"""Segmentation: a bucket of images to Parquet."""

@@ -1,0 +1,1 @@
+"""What a run works on: the listing of images, and the run folder it belongs to."""

@@ -1,1 +1,0 @@
-"""The only way from labelled images to a bundle."""

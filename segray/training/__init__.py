@@ -1,0 +1,1 @@
+"""Training: labelled images to a model bundle."""

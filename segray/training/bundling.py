@@ -1,0 +1,92 @@
+"""From checkpoints to the bundle: the best epoch's weights, with what a person wants to see of them."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jinja2
+import numpy as np
+import torch
+from rich.console import Console
+
+from segray.data.images import resize_image
+from segray.models.build import SegmentationModel, build_model
+from segray.models.bundle import save_bundle
+from segray.models.prediction import compute_mask
+from segray.plots import Panel, draw_comparison, draw_confusion, draw_curves
+from segray.schema import get_library_versions
+from segray.storage import get_file_name
+from segray.training.checkpoint import find_best_state, find_newest_history
+from segray.training.job import TrainJob
+from segray.training.tracking import format_metrics_csv
+from segray.training.worker.sample_store import load_labelled_image
+
+_TEMPLATES = jinja2.Environment(
+    loader=jinja2.PackageLoader("segray.training", "."), trim_blocks=True, lstrip_blocks=True, autoescape=False
+)
+
+
+def write_bundle(job: TrainJob, bundle_uri: str, console: Console) -> None:
+    """Write the bundle of the epoch with the highest validation mean IoU.
+
+    Raises:
+        SegrayError: No checkpoint is whole, or the store failed.
+    """
+    best = find_best_state(job.run_uri, console.print)
+    history = find_newest_history(job.run_uri)
+    metrics = best.history[-1]
+    model = build_model(job.config.model.model_copy(update={"encoder_weights": None}), job.classes.num_classes).eval()
+    model.load_state_dict(best.weights)
+    save_bundle(
+        bundle_uri,
+        weights=best.weights,
+        model=job.config.model,
+        classes=job.classes,
+        image_size=job.config.image_size,
+        preprocessing=job.preprocessing,
+        metrics=metrics,
+        config=job.config.model_dump(mode="json"),
+        files={
+            "metrics.csv": format_metrics_csv(history, job.classes),
+            "curves.png": draw_curves(history, job.classes),
+            "confusion.png": draw_confusion(np.array(metrics["val_confusion"]), job.classes),
+            "best.png": _draw_predictions(job, model, metrics["val_best_images"]),
+            "worst.png": _draw_predictions(job, model, metrics["val_worst_images"]),
+            "model_card.md": _format_card(job, history, metrics),
+        },
+    )
+
+
+def _draw_predictions(job: TrainJob, model: SegmentationModel, scores: Sequence[tuple[float, int]]) -> bytes:
+    """Draw images of the validation split, given with their scores, beside truth and prediction."""
+    config, classes = job.config, job.classes
+    panels = []
+    for score, number in scores:
+        sample = job.splits.val[number]
+        image, truth = load_labelled_image(sample, classes)
+        resized = torch.from_numpy(np.array(resize_image(image, config.image_size)))[None]
+        with torch.inference_mode():
+            logits_nchw = model(job.preprocessing.apply(resized))
+        mask = compute_mask(logits_nchw[0], (truth.shape[0], truth.shape[1])).numpy()
+        panels.append(Panel(f"{get_file_name(sample.image_uri)}  IoU {score:.3f}", image, truth, mask))
+    return draw_comparison(panels, classes)
+
+
+def _format_card(job: TrainJob, history: Sequence[dict[str, Any]], metrics: dict[str, Any]) -> bytes:
+    lists = ("dataset_iou", "dataset_dice", "precision", "recall", "boundary_iou", "mean_image_iou")
+    rows = [
+        {"name": name, **{column: metrics[f"val_{column}"][index] for column in lists}}
+        for index, name in enumerate(job.classes.names)
+    ]
+    card = _TEMPLATES.get_template("model_card.md.j2").render(
+        config=job.config,
+        classes=job.classes,
+        splits=job.splits,
+        metrics=metrics,
+        num_epochs=len(history),
+        columns=lists,
+        rows=rows,
+        class_weights=None if job.class_weights is None else ", ".join(f"{weight:.3g}" for weight in job.class_weights),
+        augmentation=", ".join(f"{name} {value}" for name, value in job.config.augmentation.changes.items()),
+        versions=get_library_versions(),
+    )
+    return card.encode()

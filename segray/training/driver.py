@@ -1,0 +1,136 @@
+"""From a configuration to a bundle: check the labels, bind the output to the run, fit, keep the best epoch."""
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from rich.console import Console
+
+from segray.config import TrainConfig
+from segray.data.manifest import Splits, load_splits
+from segray.data.preprocessing import Preprocessing
+from segray.models.build import check_model
+from segray.models.bundle import has_bundle
+from segray.models.gradient_checkpointing import recompute_encoder
+from segray.models.sync_batchnorm import synchronise_norms
+from segray.runtime.autoscaling import reported_shortage
+from segray.runtime.connect import connect_ray
+from segray.storage import join_uri, normalize_uri
+from segray.training.binding import Binding
+from segray.training.checkpoint import RUN_NAME, find_newest_history, list_checkpoints, remove_surplus
+from segray.training.job import TrainJob, get_classes
+from segray.training.labels.command import check_splits
+from segray.training.labels.inspect import LabelReport, require_learnable
+from segray.training.labels.report import print_warnings
+from segray.training.placement import place_on_cluster
+
+_BINDING_NAME = "train.json"
+
+
+def run_training(config: TrainConfig, console: Console) -> str:
+    """Train and return the URI of the bundle; a run that was interrupted goes on, a finished one is found finished.
+
+    Raises:
+        SegrayError: The input is unusable, the output belongs to another run, the loss is not finite, or workers were
+            lost more often than allowed.
+    """
+    check_network(config)
+    splits = load_splits(config.data)
+    output = normalize_uri(config.output)
+    bundle_uri, run_uri = join_uri(output, "bundle"), join_uri(output, RUN_NAME)
+    binding = Binding(join_uri(output, _BINDING_NAME), config.of_weights, splits.compute_sha256())
+    if has_bundle(bundle_uri) or list_checkpoints(run_uri):  # else there is nothing to be mixed up
+        binding.require_same()
+    console.print(describe_run(config, splits), highlight=False)
+    if has_bundle(bundle_uri):
+        console.print("this run is complete; nothing to do", highlight=False)
+        return bundle_uri
+    num_workers = config.train.num_train_workers
+    with connect_ray(num_workers, num_workers if config.train.use_gpu else 0), reported_shortage(console):
+        print_wait(config, console)
+        job = build_job(config, splits, check_run(config, splits, console), run_uri)
+        # 8 s of imports: not before the labels have been looked at
+        from segray.training.bundling import write_bundle
+        from segray.training.fit import fit
+        from segray.training.tracking import Tracking
+
+        with Tracking(config, job.classes, output, console) as tracking:
+            binding.write()
+            fit(job, output, console, tracking.log)
+            tracking.write_csv(find_newest_history(run_uri))  # whatever the display has missed
+        with console.status("writing the bundle"):
+            write_bundle(job, bundle_uri, console)
+        remove_surplus(run_uri, config.train.num_best_checkpoints)
+    return bundle_uri
+
+
+def print_wait(config: TrainConfig, console: Console) -> None:
+    """Say what the workers will wait for, if the connected cluster has no room for them at the moment.
+
+    Raises:
+        ClusterError: There will never be room for them.
+    """
+    _, wait = place_on_cluster(config.train)
+    if wait:
+        console.print(wait, highlight=False)
+
+
+def check_run(config: TrainConfig, splits: Splits, console: Console) -> LabelReport:
+    """Check on a connected Ray all that a run needs; return what was found of the training labels.
+
+    Raises:
+        DataError: Labels cannot be learned from.
+        SegrayError: The store failed, or the encoder's weights cannot be had.
+    """
+    Preprocessing.of_encoder(config.model)
+    reports = check_splits(splits, get_classes(config), console)
+    for name, report in reports.items():
+        require_learnable(report, name)
+    print_warnings(reports, console)
+    return reports["train"]
+
+
+def build_job(config: TrainConfig, splits: Splits, report: LabelReport, run_uri: str) -> TrainJob:
+    """Return what the workers of a run get; ``report`` is of the training labels.
+
+    Raises:
+        ConfigError: What the encoder's weights expect cannot be learned.
+    """
+    preprocessing = Preprocessing.of_encoder(config.model)
+    return TrainJob(config, get_classes(config), splits, preprocessing, _get_class_weights(config, report), run_uri)
+
+
+def check_network(config: TrainConfig) -> None:
+    """Refuse a network that cannot be had, or cannot do what a setting asks, before anything is read or started.
+
+    Raises:
+        ConfigError: Names the setting.
+    """
+    outline = check_model(config.model, len(config.data.class_names))
+    if config.train.sync_batchnorm:
+        synchronise_norms(outline, torch.device("cpu"))
+    if config.train.gradient_checkpointing:
+        recompute_encoder(outline)
+
+
+def _get_class_weights(config: TrainConfig, report: LabelReport) -> npt.NDArray[np.float64] | None:
+    """Return the weights of the classes in the loss, (C,), or None for equal ones."""
+    given = config.loss.class_weights
+    if given != "auto":
+        return None if given is None else np.array(given, np.float64)
+    from segray.models.losses import compute_median_frequency_weights
+
+    return compute_median_frequency_weights(report.pixel_count, report.image_px)
+
+
+def describe_run(config: TrainConfig, splits: Splits) -> str:
+    """Return the first line of output: device, workers, images per split, and classes."""
+    settings = config.train
+    backend = "" if settings.num_train_workers == 1 else (", nccl" if settings.use_gpu else ", gloo")
+    height, width = config.image_size
+    names = config.data.class_names
+    return (
+        f"device {'GPU' if settings.use_gpu else 'CPU'} ({settings.precision}{backend}), "
+        f"{settings.num_train_workers} worker{'s' if settings.num_train_workers > 1 else ''}, "
+        f"images {len(splits.train)} train + {len(splits.val)} val at {height}x{width}, "
+        f"{len(names)} classes: {', '.join(names)}"
+    )

@@ -1,0 +1,1 @@
+"""The label check: every image and mask is opened and every problem reported before training."""

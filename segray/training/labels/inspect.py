@@ -1,0 +1,265 @@
+"""Label check: every image and mask opened before the first step, every fault listed with what mends it.
+
+An undeclared class value is an assertion on a GPU that kills the process without naming a file; here it is a line.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import ray
+
+from segray.data.classes import ClassMap
+from segray.data.image_files import is_shown_turned
+from segray.data.manifest import Sample, Splits
+from segray.data.samples import describe_size_fault, read_image, read_mask
+from segray.errors import DataError, FaultKind, ImageFault
+from segray.metrics import IntArray
+from segray.runtime.connect import translated_ray_errors
+from segray.storage import read_bytes
+from segray.training.labels.heuristics import NO_DIGEST, compute_pixel_digest, find_shared_images, is_mixed
+
+_CHUNK_SIZE = 32
+_MAX_CHUNKS_IN_FLIGHT = 64
+
+_MIXED = "looks resized with interpolation or saved as JPEG"
+_MIXED_REMEDY = "resize masks with nearest neighbour, and save them as PNG"
+_TURN_REMEDY = "turn the mask as viewers show the image, or save the image without EXIF"
+_DUPLICATE_REMEDY = "keep it in one split: scores on images that were learned from are too good"
+
+
+class WarningKind(StrEnum):
+    """What training can use, though it may not be meant."""
+
+    ALL_IGNORED = "all_ignored"
+    INTERPOLATED = "interpolated"
+    DUPLICATE = "duplicate"
+
+
+@dataclass(frozen=True)
+class LabelFault:
+    """One file that training cannot use, or that a warning is about.
+
+    Attributes:
+        uri: The file.
+        kind: A fault's, or a warning's.
+        message: What is wrong with it.
+        remedy: What to do; the same for all files with the same trouble. Empty for undeclared values until ``conclude``
+            has seen all masks.
+    """
+
+    uri: str
+    kind: FaultKind | WarningKind
+    message: str
+    remedy: str
+
+    def __str__(self) -> str:
+        return f"{self.uri}: {self.kind}: {self.message}; {self.remedy}"
+
+
+@dataclass(frozen=True)
+class LabelReport:
+    """Outcome of a label check.
+
+    Attributes:
+        num_samples: Image and mask pairs that were opened.
+        faults: In the order of the samples.
+        warnings: In the order of the samples.
+        pixel_count: (C,) int64, labelled pixels of each class.
+        image_count: (C,) int64, images in which each class is labelled.
+        image_px: (C,) int64, labelled pixels, of whatever class, of the images in which each class is.
+        ignored_px: Pixels with an ignored value.
+        values: Raw values of all masks but those that look mixed.
+        digests: 16 bytes for each image, the same for the same pixels; zeros for one that cannot be decoded.
+    """
+
+    num_samples: int
+    faults: list[LabelFault]
+    warnings: list[LabelFault]
+    pixel_count: IntArray
+    image_count: IntArray
+    image_px: IntArray
+    ignored_px: int
+    values: frozenset[int]
+    digests: bytes
+
+    def __add__(self, other: "LabelReport") -> "LabelReport":
+        return LabelReport(
+            self.num_samples + other.num_samples,
+            self.faults + other.faults,
+            self.warnings + other.warnings,
+            self.pixel_count + other.pixel_count,
+            self.image_count + other.image_count,
+            self.image_px + other.image_px,
+            self.ignored_px + other.ignored_px,
+            self.values | other.values,
+            self.digests + other.digests,
+        )
+
+    @classmethod
+    def empty(cls, num_classes: int) -> "LabelReport":
+        """Return the report of no samples."""
+        zeros = np.zeros(num_classes, np.int64)
+        return cls(0, [], [], zeros, zeros, zeros, 0, frozenset(), b"")
+
+
+def check_samples(samples: Sequence[Sample], classes: ClassMap) -> LabelReport:
+    """Open the given images and masks, each even if the other is bad, and count what is labelled.
+
+    Raises:
+        StorageError: The store refused or failed; a file that is simply not there is a fault in the report.
+    """
+    report = LabelReport.empty(classes.num_classes)
+    for sample in samples:
+        report += _check_sample(sample, classes)
+    return report
+
+
+def _check_sample(sample: Sample, classes: ClassMap) -> LabelReport:
+    report = replace(LabelReport.empty(classes.num_classes), num_samples=1, digests=NO_DIGEST)
+    size = None
+    try:
+        image = read_image(sample.image_uri)
+        size = image.shape[:2]
+        report = replace(report, digests=compute_pixel_digest(image))
+    except ImageFault as fault:
+        remedy = fault.remedy or "replace the file, or remove it"
+        report.faults.append(LabelFault(sample.image_uri, fault.kind, fault.message, remedy))
+    try:
+        raw = read_mask(sample.mask_uri)
+    except ImageFault as fault:
+        remedy = fault.remedy or "replace the mask, or take its image out"
+        report.faults.append(LabelFault(sample.mask_uri, fault.kind, fault.message, remedy))
+        return report
+    return report + _check_mask(sample, raw, size, classes)
+
+
+def _check_mask(
+    sample: Sample, raw: npt.NDArray[np.integer], size: tuple[int, ...] | None, classes: ClassMap
+) -> LabelReport:
+    """Report on a mask alone, as on no sample; it is counted if it has no fault."""
+    report = LabelReport.empty(classes.num_classes)
+    mixed = is_mixed(raw)
+    truth = None
+    try:
+        truth = classes.encode(raw)
+    except ImageFault as fault:
+        message, remedy = (f"{fault.message}; {_MIXED}", _MIXED_REMEDY) if mixed else (fault.message, "")
+        report.faults.append(LabelFault(sample.mask_uri, fault.kind, message, remedy))
+    if size is not None and raw.shape != size:
+        report.faults.append(_explain_size(sample, raw, size))
+    if truth is not None and mixed:
+        report.warnings.append(LabelFault(sample.mask_uri, WarningKind.INTERPOLATED, _MIXED, _MIXED_REMEDY))
+    if truth is not None and not report.faults:
+        report += _count(sample.mask_uri, truth, classes)
+    values = [] if mixed else np.flatnonzero(np.bincount(raw.ravel())).tolist()
+    return replace(report, values=frozenset(values))
+
+
+def _explain_size(sample: Sample, raw: npt.NDArray[np.integer], size: tuple[int, ...]) -> LabelFault:
+    """Return the fault of a mask of another size than its image's: EXIF's, where the image alone was turned by it."""
+    fault = describe_size_fault(raw.shape, size)
+    if raw.shape == size[::-1] and is_shown_turned(read_bytes(sample.image_uri)):
+        return LabelFault(
+            sample.mask_uri, fault.kind, f"{fault.message}, which its EXIF orientation turns", _TURN_REMEDY
+        )
+    return LabelFault(sample.mask_uri, fault.kind, fault.message, fault.remedy)
+
+
+def _count(mask_uri: str, truth: npt.NDArray[np.integer], classes: ClassMap) -> LabelReport:
+    """Report, as on no sample, how many pixels of each class there are; warn where there are none."""
+    report = LabelReport.empty(classes.num_classes)
+    values = np.bincount(truth.ravel(), minlength=classes.ignore_index + 1).astype(np.int64)
+    pixel_count = values[: classes.num_classes]
+    is_there = (pixel_count > 0).astype(np.int64)
+    if not is_there.any():
+        message = "every pixel is ignored: nothing is learned from it, and nothing scored"
+        report.warnings.append(
+            LabelFault(mask_uri, WarningKind.ALL_IGNORED, message, "label it, or take its image out")
+        )
+    return replace(
+        report,
+        pixel_count=pixel_count,
+        image_count=is_there,
+        image_px=is_there * pixel_count.sum(),
+        ignored_px=int(values[classes.ignore_index]),
+    )
+
+
+def check_dataset(samples: Sequence[Sample], classes: ClassMap) -> Iterator[LabelReport]:
+    """Check samples on all CPUs of the cluster; yield the report so far, in sample order."""
+    check = ray.remote(num_cpus=1, max_retries=3)(check_samples)
+    classes_ref = ray.put(classes)
+    report = LabelReport.empty(classes.num_classes)
+    running: list[Any] = []
+    for start in range(0, len(samples), _CHUNK_SIZE):
+        running.append(check.remote(samples[start : start + _CHUNK_SIZE], classes_ref))
+        while len(running) >= _count_usable_cpus():
+            report += _fetch(running.pop(0))
+            yield report
+    for chunk in running:
+        report += _fetch(chunk)
+        yield report
+
+
+def _count_usable_cpus() -> int:
+    # no more than there are: for what waits an autoscaler would add nodes, which the training may have no use for
+    return min(_MAX_CHUNKS_IN_FLIGHT, max(1, int(ray.cluster_resources().get("CPU", 0))))
+
+
+def _fetch(chunk: Any) -> LabelReport:
+    with translated_ray_errors("the label check"):
+        result: LabelReport = ray.get(chunk)
+        return result
+
+
+def conclude(reports: Mapping[str, LabelReport], splits: Splits, classes: ClassMap) -> dict[str, LabelReport]:
+    """Return the reports of all splits, by name, with what only all files together say.
+
+    That is how to declare undeclared values, and which images of ``val`` are in ``train`` as well.
+    """
+    values = frozenset[int]().union(*(report.values for report in reports.values()))
+    remedy = classes.suggest_declaration(values)
+    duplicates = [
+        LabelFault(
+            splits.val[number].image_uri,
+            WarningKind.DUPLICATE,
+            f"the same pixels as {splits.train[other].image_uri} of train",
+            _DUPLICATE_REMEDY,
+        )
+        for number, other in find_shared_images(reports["val"].digests, reports["train"].digests)
+    ]
+    return {
+        name: replace(
+            report,
+            faults=[fault if fault.remedy else replace(fault, remedy=remedy) for fault in report.faults],
+            warnings=report.warnings + (duplicates if name == "val" else []),
+        )
+        for name, report in reports.items()
+    }
+
+
+def require_learnable(report: LabelReport, split: str) -> None:
+    """Refuse a split with faults, or with no labelled pixel.
+
+    Raises:
+        DataError: Names the first faults, and how to see them all.
+    """
+    if report.faults:
+        shown = "; ".join(str(fault) for fault in report.faults[:3])
+        more = f"; and {len(report.faults) - 3} more" if len(report.faults) > 3 else ""
+        raise DataError(f"{len(report.faults)} bad labels in {split} (segray check lists all): {shown}{more}")
+    require_labelled(report, split)
+
+
+def require_labelled(report: LabelReport, split: str) -> None:
+    """Refuse a split with no labelled pixel.
+
+    Raises:
+        DataError: Names the split.
+    """
+    if not report.pixel_count.any():
+        raise DataError(f"{split}: every pixel of its {report.num_samples} masks is ignored; see data.ignore_values")

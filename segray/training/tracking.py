@@ -1,0 +1,216 @@
+"""Metrics of each epoch to those who follow a run: always a CSV file, TensorBoard and MLflow by setting.
+
+All of it runs in the driver, so that workers need no credentials for it, and a tracker that fails costs no run.
+"""
+
+import csv
+import io
+import json
+import os
+import re
+import shutil
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, Self
+
+from rich.console import Console
+
+from segray.config import TrainConfig
+from segray.data.classes import ClassMap
+from segray.errors import ConfigError, flatten_message
+from segray.storage import exists, join_uri, read_bytes, remove_folder, write_bytes
+
+_MLFLOW_BATCH = 1000  # most metrics that a server takes at once
+_PLAIN = ("epoch", "loss", "learning_rate", "images_per_s")
+_OF_CLASSES = (
+    "dataset_iou",
+    "dataset_dice",
+    "precision",
+    "recall",
+    "accuracy",
+    "boundary_iou",
+    "mean_image_iou",
+    "mean_image_dice",
+)
+_MEANS = (
+    "mean_iou",
+    "mean_dice",
+    "mean_precision",
+    "mean_recall",
+    "mean_accuracy",
+    "mean_boundary_iou",
+    "image_iou",
+    "image_dice",
+    "pixel_accuracy",
+)
+
+
+class Tracker(Protocol):
+    """Somewhere that metrics go to."""
+
+    def log(self, epoch: int, scalars: Mapping[str, float]) -> None:
+        """Take the metrics of an epoch; it may be one that an earlier start has logged, with the same values."""
+
+    def close(self, succeeded: bool) -> None:
+        """Finish."""
+
+
+def flatten_metrics(metrics: Mapping[str, Any], classes: ClassMap) -> dict[str, float | None]:
+    """Return all single figures of an epoch, those of classes as ``val_precision_car``; None where undefined."""
+    flat = {name: metrics[name] for name in _PLAIN}
+    flat |= {f"val_{name}": metrics.get(f"val_{name}") for name in _MEANS}
+    for score in _OF_CLASSES:
+        values = metrics.get(f"val_{score}") or [None] * classes.num_classes
+        flat |= {f"val_{score}_{name}": value for name, value in zip(classes.names, values, strict=True)}
+    return flat
+
+
+def format_metrics_csv(history: Sequence[Mapping[str, Any]], classes: ClassMap) -> bytes:
+    """Return the metrics of each epoch as CSV; an undefined score is an empty cell."""
+    buffer = io.StringIO()
+    rows = [flatten_metrics(metrics, classes) for metrics in history]
+    writer = csv.DictWriter(buffer, list(rows[0]) if rows else _PLAIN, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return buffer.getvalue().encode()
+
+
+class Tracking:
+    """All trackers of a run, finished at the end of a ``with`` block.
+
+    Args:
+        config: The run's settings.
+        classes: Its classes.
+        output: Its output URI.
+        console: Hears, once, of a tracker that fails.
+
+    Raises:
+        ConfigError: A tracker's package is not installed, or it cannot be reached.
+    """
+
+    def __init__(self, config: TrainConfig, classes: ClassMap, output: str, console: Console) -> None:
+        self._classes = classes
+        self._output = output
+        self._console = console
+        self._history: dict[int, Mapping[str, Any]] = {}
+        self._trackers: list[Tracker] = []
+        if config.tracking.tensorboard:
+            self._trackers.append(_open("tensorboard", lambda: TensorBoardTracker(output)))
+        if config.tracking.mlflow_uri:
+            self._trackers.append(_open("mlflow", lambda: MlflowTracker(config, output)))
+
+    def log(self, epochs: Sequence[Mapping[str, Any]]) -> bool:
+        """Take the metrics of epochs; return True: training goes on, whatever they are."""
+        for metrics in epochs:
+            self._history[metrics["epoch"]] = metrics
+        self.write_csv([self._history[epoch] for epoch in sorted(self._history)])
+        for metrics in epochs:
+            flat = flatten_metrics(metrics, self._classes)
+            scalars = {name: value for name, value in flat.items() if value is not None and name != "epoch"}
+            for tracker in list(self._trackers):
+                if not self._try(type(tracker).__name__, lambda: tracker.log(metrics["epoch"], scalars)):  # noqa: B023
+                    self._trackers.remove(tracker)
+        return True
+
+    def write_csv(self, history: Sequence[Mapping[str, Any]]) -> None:
+        """Write ``metrics.csv`` of all epochs."""
+        content = format_metrics_csv(history, self._classes)
+        self._try("metrics.csv", lambda: write_bytes(join_uri(self._output, "metrics.csv"), content))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for tracker in self._trackers:
+            self._try(type(tracker).__name__, lambda: tracker.close(succeeded=kind is None))  # noqa: B023
+
+    def _try(self, name: str, act: Callable[[], object]) -> bool:
+        try:
+            act()
+        except Exception as error:  # whatever a tracking server answers
+            self._console.print(f"warning: {name}: {flatten_message(error)}; training goes on", highlight=False)
+            return False
+        return True
+
+
+def _clean_name(name: str) -> str:
+    """Return a name that MLflow takes: classes may be called anything."""
+    return re.sub(r"[^\w\-./ ]", "_", name)
+
+
+def _open(extra: str, build: Callable[[], Tracker]) -> Tracker:
+    try:
+        return build()
+    except ImportError as error:
+        raise ConfigError(f"tracking: {extra} is not installed; run: pip install 'segray[{extra}]'") from error
+    except Exception as error:
+        raise ConfigError(f"tracking: {extra}: {flatten_message(error)}") from error
+
+
+class TensorBoardTracker:
+    """Event files in the folder ``tensorboard`` of the output, wherever that is."""
+
+    def __init__(self, output: str) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self._folder_uri = join_uri(output, "tensorboard")
+        remove_folder(self._folder_uri)  # every start tells the whole history
+        self._spool = Path(tempfile.mkdtemp(prefix="segray-tensorboard-"))
+        self._writer = SummaryWriter(str(self._spool))
+
+    def log(self, epoch: int, scalars: Mapping[str, float]) -> None:
+        """See ``Tracker.log``."""
+        for name, value in scalars.items():
+            self._writer.add_scalar(name, value, epoch)
+        self._writer.flush()
+        for path in self._spool.iterdir():
+            write_bytes(join_uri(self._folder_uri, path.name), path.read_bytes())
+
+    def close(self, succeeded: bool) -> None:
+        """See ``Tracker.close``."""
+        self._writer.close()
+        shutil.rmtree(self._spool)
+
+
+class MlflowTracker:
+    """A run of an MLflow server; a training run that is taken up again goes on with the same one."""
+
+    def __init__(self, config: TrainConfig, output: str) -> None:
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its own 7 hold up a typo for four minutes
+        from mlflow import MlflowClient
+
+        self._client = MlflowClient(tracking_uri=config.tracking.mlflow_uri)
+        uri = join_uri(output, "mlflow.json")
+        if exists(uri):
+            self._run_id = json.loads(read_bytes(uri))["run_id"]
+        else:
+            self._run_id = self._begin(config, output)
+            write_bytes(uri, json.dumps({"run_id": self._run_id}).encode())
+        self._num_logged = len(self._client.get_metric_history(self._run_id, "loss"))
+
+    def _begin(self, config: TrainConfig, output: str) -> str:
+        name = config.tracking.mlflow_experiment
+        experiment = self._client.get_experiment_by_name(name)
+        experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)
+        run_id: str = self._client.create_run(experiment_id, tags={"segray.output": output}).info.run_id
+        for section in ("model", "loss", "augmentation", "train"):
+            for setting, value in getattr(config, section).model_dump(mode="json").items():
+                self._client.log_param(run_id, f"{section}.{setting}", value)
+        self._client.log_param(run_id, "image_size", config.image_size)
+        return run_id
+
+    def log(self, epoch: int, scalars: Mapping[str, float]) -> None:
+        """See ``Tracker.log``."""
+        from mlflow.entities import Metric
+
+        if epoch > self._num_logged:
+            now_ms = int(time.time() * 1000)
+            metrics = [Metric(_clean_name(name), value, now_ms, epoch) for name, value in scalars.items()]
+            for start in range(0, len(metrics), _MLFLOW_BATCH):
+                self._client.log_batch(self._run_id, metrics[start : start + _MLFLOW_BATCH])
+
+    def close(self, succeeded: bool) -> None:
+        """See ``Tracker.close``."""
+        self._client.set_terminated(self._run_id, "FINISHED" if succeeded else "FAILED")

@@ -1,0 +1,170 @@
+"""Scores of a validation split: counted on every rank, added up, and only then divided. No Ray, no reading."""
+
+import heapq
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+import torch
+from torch import distributed, nn
+
+from segray.data.classes import ClassMap
+from segray.data.preprocessing import Preprocessing
+from segray.metrics import (
+    FloatArray,
+    compute_accuracy,
+    compute_defined_mean,
+    compute_dice,
+    compute_iou,
+    compute_precision,
+    compute_recall,
+    count_from_confusion,
+    divide,
+    to_nullable,
+)
+from segray.models.confusion import compute_boundary_counts, compute_confusion
+from segray.models.precision import autocast
+from segray.models.prediction import compute_mask
+from segray.training.worker.feed import EvalBatch
+
+_FIXED_POINT = 2**40  # scores of images are added up as multiples of 2^-40, so that no order of ranks changes a bit
+NUM_EXTREMES = 4  # best and worst images that are remembered
+
+
+class ImageScore(NamedTuple):
+    """Mean IoU of an image over the classes in its truth or mask, and the image's place in its split."""
+
+    mean_iou: float
+    number: int
+
+
+@dataclass(frozen=True)
+class EvaluationCounts:
+    """What an evaluation counts; all of it adds up.
+
+    Attributes:
+        confusion: (C, C) int64 pixels, rows are the truth.
+        boundary: (2, C) int64 pixels, intersections and unions of boundaries.
+        image_sums: (2, C) int64, IoU and Dice of each image in fixed point, added up where they are defined.
+        image_count: (C,) int64 images in which they are.
+        worst: The images with the lowest scores, the lowest first.
+        best: The images with the highest scores, the highest first.
+    """
+
+    confusion: torch.Tensor
+    boundary: torch.Tensor
+    image_sums: torch.Tensor
+    image_count: torch.Tensor
+    worst: list[ImageScore]
+    best: list[ImageScore]
+
+
+class _Tally:
+    """Counts of the images so far, on their device."""
+
+    def __init__(self, classes: ClassMap, device: torch.device) -> None:
+        self._classes = classes
+        zeros = torch.zeros((2, classes.num_classes), dtype=torch.int64, device=device)
+        self._confusion = torch.zeros((classes.num_classes,) * 2, dtype=torch.int64, device=device)
+        self._boundary, self._image_sums, self._image_count = zeros, zeros.clone(), zeros[0].clone()
+        self._mean_ious: list[torch.Tensor] = []
+        self._numbers: list[int] = []
+
+    def add(self, number: int, truth: torch.Tensor, mask: torch.Tensor) -> None:
+        """Count an image: its place in the split, truth and mask (H, W)."""
+        num_classes, ignore_index = self._classes.num_classes, self._classes.ignore_index
+        confusion = compute_confusion(truth, mask, num_classes, ignore_index)
+        self._confusion += confusion
+        self._boundary += compute_boundary_counts(truth, mask, num_classes, ignore_index)
+        tp_px = confusion.diagonal()
+        both_px = confusion.sum(0) + confusion.sum(1)  # of truth and mask: tp_px twice
+        is_defined = both_px > 0
+        scores = torch.stack([tp_px / (both_px - tp_px).double(), 2 * tp_px / both_px.double()])
+        self._image_sums += (scores.nan_to_num() * _FIXED_POINT).round().long()
+        self._image_count += is_defined
+        self._mean_ious.append(scores[0][is_defined].mean())
+        self._numbers.append(number)
+
+    def finish(self) -> EvaluationCounts:
+        """Return all counts."""
+        pairs = zip(self._mean_ious, self._numbers, strict=True)
+        scores = [ImageScore(float(score), number) for score, number in pairs]
+        scores = [score for score in scores if not math.isnan(score.mean_iou)]
+        return EvaluationCounts(
+            self._confusion,
+            self._boundary,
+            self._image_sums,
+            self._image_count,
+            heapq.nsmallest(NUM_EXTREMES, scores),
+            heapq.nlargest(NUM_EXTREMES, scores),
+        )
+
+
+@torch.no_grad()
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[EvalBatch],
+    *,
+    classes: ClassMap,
+    preprocessing: Preprocessing,
+    device: torch.device,
+    precision: str,
+) -> EvaluationCounts:
+    """Count a rank's share of a split, each mask scored at its image's own size."""
+    model.eval()
+    tally = _Tally(classes, device)
+    for batch in batches:
+        image_nchw = preprocessing.apply(torch.from_numpy(batch.images).to(device, non_blocking=True))
+        with autocast(device, precision):
+            logits_nchw = model(image_nchw)
+        # what is past the last truth is padding
+        for logits_chw, truth, number in zip(logits_nchw, batch.truths, batch.numbers, strict=False):
+            mask = compute_mask(logits_chw, (truth.shape[0], truth.shape[1]))
+            tally.add(number, torch.from_numpy(truth).to(device), mask)
+    return tally.finish()
+
+
+def add_over_ranks(counts: EvaluationCounts) -> EvaluationCounts:
+    """Return the counts of all ranks together, on every rank."""
+    if not distributed.is_initialized():
+        return counts
+    for tensor in (counts.confusion, counts.boundary, counts.image_sums, counts.image_count):
+        distributed.all_reduce(tensor)
+    extremes: list[Any] = [None] * distributed.get_world_size()
+    distributed.all_gather_object(extremes, (counts.worst, counts.best))
+    worst, best = ([score for pair in extremes for score in pair[side]] for side in (0, 1))
+    return replace(counts, worst=heapq.nsmallest(NUM_EXTREMES, worst), best=heapq.nlargest(NUM_EXTREMES, best))
+
+
+def compute_scores(counts: EvaluationCounts) -> dict[str, Any]:
+    """Return validation scores by name.
+
+    ``val_mean_iou``, the headline, is the mean over defined classes of ``val_dataset_iou``; so for Dice, precision,
+    recall, accuracy and boundary IoU. ``val_image_iou`` is the mean over classes of ``val_mean_image_iou``. Lists are
+    of all classes, None where undefined.
+    """
+    confusion = counts.confusion.cpu().numpy()
+    pixels = count_from_confusion(confusion)
+    boundary = counts.boundary.cpu().numpy()
+    of_images = counts.image_sums.cpu().numpy() / _FIXED_POINT
+    image_count = counts.image_count.cpu().numpy()
+    image_iou, image_dice = (divide(of_images[side], image_count) for side in (0, 1))
+    by_class: dict[str, tuple[str, FloatArray]] = {
+        "val_mean_iou": ("val_dataset_iou", compute_iou(pixels)),
+        "val_mean_dice": ("val_dataset_dice", compute_dice(pixels)),
+        "val_mean_precision": ("val_precision", compute_precision(pixels)),
+        "val_mean_recall": ("val_recall", compute_recall(pixels)),
+        "val_mean_accuracy": ("val_accuracy", compute_accuracy(confusion)),
+        "val_mean_boundary_iou": ("val_boundary_iou", divide(boundary[0], boundary[1])),
+        "val_image_iou": ("val_mean_image_iou", image_iou),
+        "val_image_dice": ("val_mean_image_dice", image_dice),
+    }
+    return {
+        **{name: compute_defined_mean(values) for name, (_, values) in by_class.items()},
+        "val_pixel_accuracy": float(pixels.tp_px.sum() / max(1, confusion.sum())),
+        **{name: to_nullable(values) for name, values in by_class.values()},
+        "val_confusion": confusion.tolist(),
+        "val_worst_images": [list(score) for score in counts.worst],
+        "val_best_images": [list(score) for score in counts.best],
+    }

@@ -1,0 +1,105 @@
+"""Pairs of images and masks, from folders, manifests and the Pet layout."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from PIL import Image
+from pyarrow import csv
+from pyarrow import parquet as pq
+
+from segray.config import DataConfig
+from segray.data.manifest import Sample, Splits, load_splits
+from segray.errors import DataError, MissingFileError
+from tests.conftest import NUM_TEST, NUM_TRAIN
+
+FOLDERS = tuple[Path, Path]
+
+
+def load(**data: Any) -> Splits:
+    return load_splits(DataConfig.model_validate({"class_names": ["a", "b"], **data}))
+
+
+def test_folders_pair_by_path_without_extension(labelled_folders: FOLDERS) -> None:
+    images, masks = labelled_folders
+    (images / "0.png").rename(images / "0.webp")
+    both = {"images": str(images), "masks": str(masks)}
+    splits = load(train=both, val=both)
+    assert splits.train == splits.val
+    assert splits.train[0] == Sample(f"{images}/0.webp", f"{masks}/0.png")
+    assert [sample.image_uri for sample in splits.train] == sorted(sample.image_uri for sample in splits.train)
+    for image, mask in splits.train:
+        assert Path(image).relative_to(images).with_suffix("") == Path(mask).relative_to(masks).with_suffix("")
+    assert len(splits.train) == 5
+
+
+@pytest.mark.parametrize("file_format", ["parquet", "csv"])
+def test_a_manifest_names_splits(tmp_path: Path, file_format: str) -> None:
+    names = [f"{tmp_path}/{name}" for name in ("b", "a", "c")]
+    columns = {"image_uri": names, "mask_uri": [f"{n}.mask" for n in names], "split": ["train", "train", "val"]}
+    path = tmp_path / f"manifest.{file_format}"
+    (pq.write_table if file_format == "parquet" else csv.write_csv)(pa.table(columns), path)
+    splits = load(train={"manifest": str(path)}, val={"manifest": str(path)})
+    assert splits.train == [Sample(n, f"{n}.mask") for n in sorted(names[:2])]
+    assert splits.val == [Sample(names[2], f"{names[2]}.mask")]
+
+
+def test_a_fraction_is_drawn_once_and_by_its_seed(labelled_folders: FOLDERS) -> None:
+    both = {"images": str(labelled_folders[0]), "masks": str(labelled_folders[1])}
+    drawn = [load(train=both, val={"fraction": 0.4, "seed": seed}) for seed in (0, 0, 1, 2, 3)]
+    assert drawn[0] == drawn[1]
+    assert any(other.val != drawn[0].val for other in drawn[2:])
+    for splits in drawn:
+        assert len(splits.val) == 2
+        assert set(splits.train).isdisjoint(splits.val)
+        assert len(splits.train) + len(splits.val) == 5
+
+
+def test_oxford_layout_takes_test_or_a_fraction(shapes_root: Path) -> None:
+    layout = {"oxford_iiit_pet": {"root": str(shapes_root)}}
+    splits = load_splits(DataConfig.model_validate({"layout": layout}))
+    assert (len(splits.train), len(splits.val)) == (NUM_TRAIN, NUM_TEST)
+    assert all(Path(uri).exists() for sample in splits.train + splits.val for uri in sample)
+    splits = load_splits(DataConfig.model_validate({"layout": layout, "val": {"fraction": 0.5}}))
+    assert (len(splits.train), len(splits.val)) == (NUM_TRAIN // 2, NUM_TRAIN // 2)
+
+
+def test_bad_folders_are_named(tmp_path: Path, labelled_folders: FOLDERS) -> None:
+    images, masks = map(str, labelled_folders)
+    val = {"fraction": 0.5}
+    with pytest.raises(MissingFileError, match="nowhere"):
+        load(train={"images": f"{tmp_path}/nowhere", "masks": masks}, val=val)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(DataError, match=r"no pairs: 5 images .* 0 masks"):
+        load(train={"images": images, "masks": f"{tmp_path}/empty"}, val=val)
+    Image.new("L", (5, 4)).save(tmp_path / "empty" / "0.jpg")
+    with pytest.raises(DataError, match=r"0 masks .*; 1 JPEG files are there, which blur class values: make the masks"):
+        load(train={"images": images, "masks": f"{tmp_path}/empty"}, val=val)
+    Path(masks, "2.png").unlink()
+    with pytest.raises(DataError, match=r"1 files without a partner .*images/2\.png: no mask of this name"):
+        load(train={"images": images, "masks": masks}, val=val)
+    Path(images, "2.png").rename(f"{images}/3.jpg")
+    Path(images, "4.png").rename(f"{images}/3.png")
+    with pytest.raises(DataError, match=r"3\.jpg and .*3\.png have one name"):
+        load(train={"images": images, "masks": masks}, val=val)
+
+
+def test_bad_manifests_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.csv"
+    path.write_text("image_uri,split\na,train\n")
+    with pytest.raises(DataError, match="missing: mask_uri"):
+        load(train={"manifest": str(path)}, val={"manifest": str(path)})
+    path.write_text("image_uri,mask_uri,split\na,m,training\n")
+    with pytest.raises(DataError, match="no rows with split 'train'; the column holds: training"):
+        load(train={"manifest": str(path)}, val={"manifest": str(path)})
+    path.write_text("image_uri,mask_uri,split\na,m,train\na,n,train\n")
+    with pytest.raises(DataError, match="names an image twice"):
+        load(train={"manifest": str(path)}, val={"manifest": str(path)})
+    path.write_text("image_uri,mask_uri,split\na,,train\n")
+    with pytest.raises(DataError, match="a row without image_uri or mask_uri"):
+        load(train={"manifest": str(path)}, val={"manifest": str(path)})
+    broken = tmp_path / "manifest.parquet"
+    broken.write_bytes(b"no")
+    with pytest.raises(DataError, match="expected Parquet or CSV"):
+        load(train={"manifest": str(broken)}, val={"manifest": str(broken)})

@@ -1,0 +1,99 @@
+"""Boundary pixels against erosion step by step; what ignored pixels and the image's edge do to them."""
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+
+from segray.metrics import divide
+from segray.models.confusion import compute_boundary_counts
+
+NUM_CLASSES, IGNORE = 5, 255
+Array = npt.NDArray[np.integer]
+
+
+def erode(region: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Keep the pixels whose 8 neighbours are all of the region; outside of the image is not."""
+    padded = np.pad(region, 1)
+    shifts = [(row, column) for row in range(3) for column in range(3)]
+    height, width = region.shape
+    neighbours = [padded[row : row + height, column : column + width] for row, column in shifts]
+    inside: npt.NDArray[np.bool_] = np.stack(neighbours).min(0)
+    return inside
+
+
+def find_boundary(region: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
+    """Return what erosions take away, as many as 2% of the diagonal has pixels: the way of the paper's authors."""
+    eroded = region
+    for _ in range(max(1, round(0.02 * float(np.hypot(*region.shape))))):
+        eroded = erode(eroded)
+    return region & ~eroded
+
+
+def count(truth: Array, mask: Array, num_classes: int = NUM_CLASSES, ignore_index: int = IGNORE) -> Array:
+    return compute_boundary_counts(torch.from_numpy(truth), torch.from_numpy(mask), num_classes, ignore_index).numpy()
+
+
+def draw_regions(size: tuple[int, int], num_classes: int, block_px: int, seed: int) -> npt.NDArray[np.uint8]:
+    blocks = np.random.default_rng(seed).integers(0, num_classes, (-(-size[0] // block_px), -(-size[1] // block_px)))
+    return blocks.repeat(block_px, 0).repeat(block_px, 1)[: size[0], : size[1]].astype(np.uint8)
+
+
+@pytest.mark.parametrize("size", [(20, 30), (120, 160), (97, 301), (7, 400), (1, 1), (2, 1)])
+def test_boundaries_are_what_erosion_takes_away(size: tuple[int, int]) -> None:
+    rng = np.random.default_rng(0)
+    truth, mask = draw_regions(size, 4, 31, seed=1), draw_regions(size, 4, 23, seed=2)
+    truth[rng.random(size) < 0.002] = 3  # specks, whose neighbours are boundary
+    truth[size[0] // 3 : size[0] // 2, size[1] // 3 :] = IGNORE
+    expected = np.zeros((2, NUM_CLASSES), np.int64)
+    for index in range(NUM_CLASSES):
+        of_truth, of_mask = (find_boundary(indices == index) & (truth != IGNORE) for indices in (truth, mask))
+        expected[:, index] = (of_truth & of_mask).sum(), (of_truth | of_mask).sum()
+    got = count(truth, mask)
+    np.testing.assert_array_equal(got, expected)
+    assert got.dtype == np.int64
+
+
+def test_a_square_in_the_middle_has_the_boundary_computed_by_hand() -> None:
+    truth = np.zeros((60, 80), np.uint8)  # a diagonal of 100: boundaries are 2 pixels wide
+    truth[20:40, 20:40] = 1
+    moved = np.roll(truth, 1, axis=1)
+    ring = 20**2 - 16**2
+    np.testing.assert_array_equal(count(truth, truth)[:, 1], [ring, ring])
+    both = 2 * 2 * 19 + 2 * 1 * 16  # the upper and lower sides but for their ends, and one column of each other side
+    np.testing.assert_array_equal(count(truth, moved)[:, 1], [both, 2 * ring - both])
+
+
+def test_the_image_has_a_boundary_along_its_edge() -> None:
+    whole = np.zeros((60, 80), np.uint8)
+    ring = 60 * 80 - 56 * 76
+    np.testing.assert_array_equal(count(whole, whole), [[ring, 0, 0, 0, 0]] * 2)
+
+
+def test_ignored_pixels_are_counted_nowhere_whatever_is_predicted_there() -> None:
+    truth, mask = draw_regions((60, 80), 3, 17, seed=1), draw_regions((60, 80), 3, 13, seed=2)
+    truth[:, 40:] = IGNORE
+    got = count(truth, mask)
+    elsewhere = mask.copy()
+    elsewhere[:, 50:] = 4  # so far from what is scored that no scored boundary moves
+    np.testing.assert_array_equal(count(truth, elsewhere), got)
+    np.testing.assert_array_equal(count(np.full_like(truth, IGNORE), mask), np.zeros((2, NUM_CLASSES)))
+    assert got[1].sum() > 0
+
+
+def test_boundary_iou_falls_faster_than_iou() -> None:
+    truth = np.zeros((120, 160), np.uint8)
+    truth[20:100, 20:100] = 1
+    counts = count(truth, np.roll(truth, 2, axis=1))
+    iou = (80 * 78) / (80 * 82)
+    assert 0 < divide(counts[0], counts[1])[1] < 0.7 * iou
+    assert np.isnan(divide(counts[0], counts[1])[2])  # a class in neither
+
+
+def test_classes_past_a_byte_are_counted_alike() -> None:
+    truth, mask = draw_regions((60, 80), 3, 17, seed=1), draw_regions((60, 80), 3, 13, seed=2)
+    truth[:5, :5] = IGNORE
+    renamed = np.array([0, 1, 299], np.uint16)
+    large = count(np.where(truth == IGNORE, 65_535, renamed[truth % 3]).astype(np.uint16), renamed[mask], 300, 65_535)
+    np.testing.assert_array_equal(large[:, [0, 1, 299]], count(truth, mask)[:, :3])
+    assert not large[:, 2:299].any()

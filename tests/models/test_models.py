@@ -1,0 +1,268 @@
+"""One contract for every architecture; FCN, SegNet and the U-Net of the paper against what they are taken from."""
+
+import json
+from collections.abc import Callable
+from itertools import pairwise
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch.nn import functional
+from torchvision.models import vgg16
+
+from segray.config import ModelConfig
+from segray.data.preprocessing import Preprocessing
+from segray.errors import ConfigError
+from segray.models.build import ARCHITECTURES, build_model, check_model, freeze_unused_parameters
+from segray.models.fcn import FCN, build_bilinear_upsampling
+from segray.models.segnet import SegNet
+
+NUM_CLASSES = 4
+ENCODERS = {
+    "fcn32s": "vgg11",
+    "fcn16s": "vgg11_bn",
+    "fcn8s": "vgg11",
+    "segnet": "vgg11_bn",
+    "dpt": "tu-vit_tiny_patch16_224",
+}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_architecture_maps_any_size_to_logits_of_that_size_and_learns(arch: str) -> None:
+    config = ModelConfig(arch=arch, encoder_name=ENCODERS.get(arch, "resnet18"))
+    torch.manual_seed(0)
+    model = build_model(config, NUM_CLASSES).train()
+    freeze_unused_parameters(model)
+    image = torch.randn(2, 3, 129, 161)
+    logits = model(image)
+    assert logits.shape == (2, NUM_CLASSES, 129, 161)
+    logits.square().mean().backward()
+    without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    assert without == []  # DistributedDataParallel waits for ever for a gradient that never comes
+    model.eval()
+    with torch.no_grad():
+        assert torch.isfinite(model(image)).all()
+        torch.testing.assert_close(model(image[:1]), model(image)[:1], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("encoder_name", ["vgg16", "vgg16_bn", "mobilenet_v2", "efficientnet-b0"])
+def test_a_unet_takes_other_encoders(encoder_name: str) -> None:
+    model = build_model(ModelConfig(encoder_name=encoder_name), NUM_CLASSES).eval()
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 40, 33)).shape == (1, NUM_CLASSES, 40, 33)
+
+
+def test_another_size_is_padded_with_its_own_edge() -> None:
+    model = build_model(ModelConfig(), NUM_CLASSES).eval()
+    image = torch.randn(1, 3, 40, 33)
+    padded = torch.from_numpy(np.pad(image.numpy(), ((0, 0), (0, 0), (0, 24), (0, 31)), mode="edge"))
+    with torch.no_grad():
+        assert torch.equal(model(image), model.network(padded)[..., :40, :33])
+
+
+def test_padding_does_not_touch_a_size_that_fits() -> None:
+    model = build_model(ModelConfig(), NUM_CLASSES).eval()
+    image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        assert torch.equal(model(image), model.network(image))
+
+
+def test_fcn_taps_are_torchvisions_pooled_features() -> None:
+    reference = vgg16(weights=None).eval()
+    network = build_model(ModelConfig(arch="fcn8s", encoder_name="vgg16"), NUM_CLASSES).eval().network
+    assert isinstance(network, FCN)
+    network.encoder.load_state_dict(reference.state_dict())
+    image = torch.randn(1, 3, 96, 64)
+    with torch.no_grad():
+        taps = network.compute_taps(image)
+        features, expected = image, []
+        for layer in reference.features:
+            features = layer(features)
+            if isinstance(layer, nn.MaxPool2d):
+                expected.append(features)
+    assert [tuple(tap.shape[1:]) for tap in taps[2:]] == [(256, 12, 8), (512, 6, 4), (512, 3, 2)]
+    for tap, pooled in zip(taps, expected, strict=True):
+        assert torch.equal(tap, pooled)
+
+
+@pytest.mark.parametrize(("arch", "num_skips"), [("fcn32s", 0), ("fcn16s", 1), ("fcn8s", 2)])
+def test_fcn_has_the_skips_of_its_name(arch: str, num_skips: int) -> None:
+    model = build_model(ModelConfig(arch=arch, encoder_name="vgg11"), NUM_CLASSES)
+    skips = [name for name, _ in model.network.named_children() if name.startswith("score_pool")]
+    assert len(skips) == num_skips
+    freeze_unused_parameters(model)
+    assert all(parameter.requires_grad for parameter in model.parameters())  # each skip reaches the logits
+
+
+@pytest.mark.parametrize("factor", [2, 8])
+def test_fcn_upsampling_starts_bilinear(factor: int) -> None:
+    scores = torch.randn(1, 3, 5, 6)
+    with torch.no_grad():
+        upsampled = build_bilinear_upsampling(3, factor)(scores)
+    expected = nn.functional.interpolate(scores, scale_factor=factor, mode="bilinear", align_corners=False)
+    inside = slice(factor, -factor)
+    torch.testing.assert_close(upsampled[..., inside, inside], expected[..., inside, inside])
+
+
+def build_segnet(encoder_name: str) -> SegNet:
+    network = build_model(ModelConfig(arch="segnet", encoder_name=encoder_name), NUM_CLASSES).network
+    assert isinstance(network, SegNet)
+    return network
+
+
+@pytest.mark.parametrize("encoder_name", ["vgg16_bn", "vgg11", "vgg19"])
+def test_segnets_decoder_mirrors_its_encoder(encoder_name: str) -> None:
+    network = build_segnet(encoder_name)
+    encoder = [layer for layer in network.encoder.features if isinstance(layer, nn.Conv2d)]
+    decoder = [layer for layer in network.decoder.modules() if isinstance(layer, nn.Conv2d)] + [network.head]
+    mirrored = [(layer.out_channels, layer.in_channels) for layer in reversed(encoder)]
+    assert mirrored[-1] == (64, 3)
+    assert [(layer.in_channels, layer.out_channels) for layer in decoder] == [*mirrored[:-1], (64, NUM_CLASSES)]
+    assert {layer.kernel_size for layer in decoder} == {(3, 3)}
+    assert sum(isinstance(layer, nn.BatchNorm2d) for layer in network.decoder.modules()) == len(decoder) - 1
+
+
+def test_segnet_unpools_each_value_to_where_the_maximum_came_from() -> None:
+    torch.manual_seed(0)
+    network = build_segnet("vgg11_bn").eval()
+    pooled: list[torch.Tensor] = []
+    features = image = torch.randn(1, 3, 64, 96)
+    with torch.no_grad():
+        for layer in network.encoder.features:
+            if isinstance(layer, nn.MaxPool2d):
+                pooled.append(features)
+            features = layer(features)
+        unpooled: list[torch.Tensor] = []
+        for stage in network.decoder:
+            stage.register_forward_pre_hook(lambda _, inputs: unpooled.append(inputs[0]))
+        network(image)
+    assert [tensor.shape for tensor in unpooled] == [tensor.shape for tensor in reversed(pooled)]
+    for got, source in zip(unpooled, reversed(pooled), strict=True):
+        highest = functional.max_pool2d(source, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
+        assert got.any()
+        assert (source == highest)[got != 0].all()
+        assert functional.avg_pool2d((got != 0).float(), 2).max() == 0.25  # one value of each four
+    deepest = pooled[-1]
+    assert torch.equal(unpooled[0][unpooled[0] != 0], deepest[unpooled[0] != 0])
+    assert torch.equal(functional.max_pool2d(unpooled[0], 2), features)
+
+
+def compute_classic_unet(weights: dict[str, torch.Tensor], image: torch.Tensor, depth: int) -> torch.Tensor:
+    """Return the logits of the paper's network, written out."""
+
+    def convolve_twice(features: torch.Tensor, name: str) -> torch.Tensor:
+        for number in (0, 3):
+            mean, variance, factor, shift = (
+                weights[f"{name}.{number + 1}.{part}"] for part in ("running_mean", "running_var", "weight", "bias")
+            )
+            features = functional.conv2d(features, weights[f"{name}.{number}.weight"], padding=1)
+            features = functional.batch_norm(features, mean, variance, factor, shift).relu()
+        return features
+
+    features = convolve_twice(image, "encoder.0")
+    skips = []
+    for level in range(1, depth):
+        skips.append(features)
+        features = convolve_twice(functional.max_pool2d(features, 2), f"encoder.{level}")
+    for number, skip in enumerate(reversed(skips)):
+        up = functional.conv_transpose2d(
+            features, weights[f"up.{number}.weight"], weights[f"up.{number}.bias"], stride=2
+        )
+        features = convolve_twice(torch.cat([skip, up], 1), f"decoder.{number}")
+    return functional.conv2d(features, weights["head.weight"], weights["head.bias"])
+
+
+@pytest.mark.parametrize("widths", [(4, 8), (4, 8, 12, 16), (2, 3, 4, 5, 6, 7)])
+def test_the_classic_unet_is_the_papers_with_the_widths_that_are_set(widths: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    network = build_model(ModelConfig(arch="classic_unet", widths=widths), NUM_CLASSES).network
+    image = torch.randn(2, 3, 64, 96)
+    with torch.no_grad():
+        network.train()(image)  # BatchNorm statistics that are not those of its start
+        expected = compute_classic_unet(network.state_dict(), image, len(widths))
+        torch.testing.assert_close(network.eval()(image), expected)
+    for name, expected_widths in (("encoder", widths), ("decoder", widths[-2::-1])):
+        levels = network.get_submodule(name).children()
+        assert tuple(level.get_parameter("0.weight").shape[0] for level in levels) == expected_widths
+
+
+def test_the_classic_unet_has_as_many_weights_as_the_tutorials() -> None:
+    with torch.device("meta"):
+        model = build_model(ModelConfig(arch="classic_unet"), 2)
+    widths, num_weights = (3, 64, 128, 256, 512, 1024), 2 * 64 + 2
+    for before, width in pairwise(widths):
+        num_weights += 9 * (before * width + width * width) + 2 * 2 * width
+        if before > 3:  # on the way up: to half the channels, which are joined by as many
+            num_weights += 4 * width * before + before + 9 * (width * before + before * before) + 2 * 2 * before
+    assert sum(parameter.numel() for parameter in model.parameters()) == num_weights == 31_037_698
+
+
+@pytest.mark.parametrize(("arch", "encoder_name"), [("unet", "resnet18"), ("segnet", "vgg11_bn")])
+def test_a_frozen_encoder_keeps_weights_and_batchnorm_statistics(arch: str, encoder_name: str) -> None:
+    model = build_model(ModelConfig(arch=arch, encoder_name=encoder_name, freeze_encoder=True), NUM_CLASSES)
+    before = {name: value.clone() for name, value in model.network.get_submodule("encoder").state_dict().items()}
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
+    model.train()(torch.randn(2, 3, 64, 64)).square().mean().backward()
+    optimizer.step()
+    after = model.network.get_submodule("encoder").state_dict()
+    assert any(name.endswith("running_mean") for name in before)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert all(module.training for name, module in model.network.named_children() if name != "encoder")
+
+
+def test_pretrained_weights_land_in_the_encoder(make_hub_snapshot: Callable[..., Path]) -> None:
+    snapshot = make_hub_snapshot("vgg16", "imagenet")
+    reference = vgg16(weights=None)
+    save_file(reference.state_dict(), snapshot / "model.safetensors")
+    (snapshot / "config.json").write_text(json.dumps({}))
+    for arch in ("fcn8s", "segnet", "unet"):
+        config = ModelConfig(arch=arch, encoder_name="vgg16", encoder_weights="imagenet")
+        loaded = build_model(config, NUM_CLASSES).network.get_submodule("encoder").state_dict()
+        for name, expected in reference.features.state_dict().items():
+            assert torch.equal(loaded[f"features.{name}"], expected)
+
+
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (ModelConfig(arch="unett"), r"model\.arch: unknown architecture 'unett'; choose from .*unet"),
+        (
+            ModelConfig(encoder_name="resnet19"),
+            r"model\.encoder_name: unknown encoder 'resnet19'; did you mean",
+        ),
+        (ModelConfig(encoder_name="tu-nothing"), r"timm has no model 'nothing'"),
+        (ModelConfig(arch="fcn8s", encoder_name="resnet18"), r"fcn8s needs a VGG encoder, got 'resnet18'"),
+        (ModelConfig(arch="segnet", encoder_name="resnet18"), r"segnet needs a VGG encoder, got .*vgg16_bn"),
+        (
+            ModelConfig(arch="classic_unet", encoder_weights="imagenet"),
+            r"model: classic_unet learns its own encoder; set encoder_weights: null .*or arch: unet",
+        ),
+        (
+            ModelConfig(arch="classic_unet", freeze_encoder=True),
+            r"model: classic_unet learns its own encoder; .*freeze_encoder: false",
+        ),
+    ],
+)
+def test_an_unknown_name_says_what_can_be_had(config: ModelConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_model(config, NUM_CLASSES)
+
+
+def test_what_an_architecture_cannot_take_is_named() -> None:
+    with pytest.raises(ConfigError, match="deeplabv3 cannot be built on vgg11"):
+        check_model(ModelConfig(arch="deeplabv3", encoder_name="vgg11"), NUM_CLASSES)
+    with pytest.raises(ConfigError, match="has no weights 'imagnet'; choose from imagenet"):
+        check_model(ModelConfig(encoder_weights="imagnet"), NUM_CLASSES)
+
+
+@pytest.mark.usefixtures("make_hub_snapshot")
+def test_weights_that_cannot_be_reached_are_named() -> None:
+    config = ModelConfig(encoder_weights="imagenet")
+    check_model(config, NUM_CLASSES)
+    with pytest.raises(ConfigError, match=r"model\.encoder_weights: cannot load 'imagenet' .*or set null"):
+        build_model(config, NUM_CLASSES)
+    with pytest.raises(ConfigError, match=r"model\.encoder_weights: cannot learn what 'imagenet'"):
+        Preprocessing.of_encoder(config)

@@ -1,0 +1,90 @@
+"""`segray status`: what it says of a run that is finished, under way, or not there."""
+
+import io
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+from pyarrow import parquet as pq
+from rich.console import Console
+
+from segray.errors import MissingFileError, RunMismatchError, StorageError
+from segray.results.status import print_status, read_status
+from tests.segmented import NUM_IMAGES
+
+
+def show(output: Path) -> str:
+    printed = io.StringIO()
+    print_status(read_status(str(output)), Console(file=printed, width=200))
+    return printed.getvalue()
+
+
+@pytest.fixture
+def run(finished: Path, tmp_path: Path) -> Path:
+    """A copy of the finished run: fragments of 4, 4 and 2 images, written 10 s apart."""
+    copy = Path(shutil.copytree(finished, tmp_path / "run"))
+    for number, path in enumerate(sorted(copy.glob("images/*.parquet"))):
+        at = time.time() - 100 + 10 * number
+        os.utime(path, (at, at))
+    return copy
+
+
+def test_a_finished_run(run: Path) -> None:
+    status = read_status(str(run))
+    assert (status.num_planned, status.num_done, status.num_remaining) == (NUM_IMAGES, NUM_IMAGES, 0)
+    assert dict(status.rows) == {"ok": NUM_IMAGES}
+    assert status.images_per_s == pytest.approx((4 + 2) / 20, rel=0.01)  # after the first fragment, in 20 s
+    text = show(run)
+    assert f"{run} (complete)" in text
+    assert "10 images in 3 fragments" in text
+    assert "10 images (100.0%) in 3 fragments" in text
+    assert "last written" not in text
+
+
+def test_a_run_under_way(run: Path) -> None:
+    (run / "images" / "part-00000000.parquet").unlink()
+    (run / "images" / "part-99999999.parquet").write_bytes(b"of nobody")
+    path = run / "images" / "part-00000001.parquet"
+    rows = pq.read_table(path).to_pylist()
+    for row, kind in zip(rows, ("truncated", "truncated", "missing"), strict=False):
+        row |= {"status": "error", "error_kind": kind}
+    at = path.stat().st_mtime
+    pq.write_table(pq.read_table(path).from_pylist(rows, schema=pq.read_schema(path)), path)
+    os.utime(path, (at, at))
+    (run / "run.json").write_text((run / "run.json").read_text().replace('"complete"', '"running"'))
+    status = read_status(str(run))
+    assert (status.num_done, status.num_remaining, status.num_fragments_done) == (6, 4, 2)
+    assert dict(status.rows) == {"ok": 3, "truncated": 2, "missing": 1}
+    assert status.images_per_s == pytest.approx(2 / 10, rel=0.01)
+    text = show(run)
+    assert "(not complete)" in text
+    assert "6 images (60.0%) in 2 fragments" in text
+    assert "3 (1 missing, 2 truncated)" in text
+    assert "4 images" in text
+    assert "80 s ago" in text
+    assert "0.2 images/s, 0.3 min to go at that rate" in text
+
+
+def test_a_run_that_has_just_begun(run: Path) -> None:
+    shutil.rmtree(run / "images")
+    status = read_status(str(run))
+    assert (status.num_done, status.images_per_s, status.idle_s) == (0, None, None)
+    assert "0 images (0.0%) in 0 fragments" in show(run)
+
+
+def test_no_run_is_named(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(MissingFileError, match=r"no run at .*: there is no run\.json; give the --output"):
+        read_status(str(tmp_path / "none"))
+    for content in ("{", "[]", '{"fingerprint": {}, "counts": {}}'):
+        (run / "run.json").write_text(content)
+        with pytest.raises(RunMismatchError, match=r"run\.json: not written by this version of segray"):
+            read_status(str(run))
+
+
+def test_a_damaged_fragment_is_named_with_the_way_on(run: Path) -> None:
+    path = run / "images" / "part-00000001.parquet"
+    path.write_bytes(path.read_bytes()[:-10])
+    with pytest.raises(StorageError, match=r"part-00000001\.parquet: damaged, or not a Parquet file.*remove it"):
+        read_status(str(run))

@@ -1,0 +1,71 @@
+"""The summary of made-up rows, computed by hand: classes that are nowhere, images without a class, error rows."""
+
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+from pyarrow import parquet as pq
+
+from segray.data.classes import ClassMap
+from segray.results.summary import build_summary, tally_fragments
+from segray.schema import IMAGES_SCHEMA
+
+CLASSES = ClassMap(("a", "b", "c"), (0, 1, 2))
+
+
+def make_row(uri: str, tp_px: list[int], fp_px: list[int], fn_px: list[int]) -> dict[str, Any]:
+    counts = list(zip(tp_px, fp_px, fn_px, strict=True))
+    return {
+        "uri": uri,
+        "status": "ok",
+        "pixel_count": [tp + fp for tp, fp, _ in counts],
+        "tp_px": tp_px,
+        "fp_px": fp_px,
+        "fn_px": fn_px,
+        "iou": [tp / (tp + fp + fn) if tp + fp + fn else None for tp, fp, fn in counts],
+        "dice": [2 * tp / (2 * tp + fp + fn) if tp + fp + fn else None for tp, fp, fn in counts],
+    }
+
+
+def save_fragment(output: Path, fragment: int, rows: list[dict[str, Any]]) -> None:
+    path = output / "images" / f"part-{fragment:08d}.parquet"
+    path.parent.mkdir(exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows, schema=IMAGES_SCHEMA), path)
+
+
+def test_counts_are_pooled_and_what_is_undefined_is_left_out(tmp_path: Path) -> None:
+    error = {"uri": "x", "status": "error", "error_kind": "truncated", "error_message": "short"}
+    save_fragment(tmp_path, 0, [make_row("1", [6, 0, 0], [0, 2, 0], [2, 0, 0]), error])
+    save_fragment(tmp_path, 1, [error])
+    save_fragment(tmp_path, 2, [make_row("2", [1, 3, 0], [4, 0, 0], [0, 4, 0])])
+    tally = tally_fragments(str(tmp_path), range(3), CLASSES.num_classes)
+    assert (tally.num_ok, tally.errors) == (2, {"truncated": 2})
+    a, b, c = build_summary(tally, CLASSES).to_pylist()
+    assert (a["image_count"], a["pixel_count"], a["tp_px"], a["fp_px"], a["fn_px"]) == (2, 11, 7, 4, 2)
+    assert (a["dataset_iou"], a["dataset_dice"]) == pytest.approx((7 / 13, 14 / 20), abs=1e-12)
+    assert (a["precision"], a["recall"]) == pytest.approx((7 / 11, 7 / 9), abs=1e-12)
+    assert (a["mean_image_iou"], a["mean_image_dice"]) == pytest.approx(((6 / 8 + 1 / 5) / 2, (12 / 14 + 2 / 6) / 2))
+    assert (b["image_count"], b["pixel_count"]) == (2, 5)
+    assert (b["mean_image_iou"], b["dataset_iou"]) == pytest.approx(((0 + 3 / 7) / 2, 3 / 9), abs=1e-12)
+    assert (c["class_id"], c["class_name"], c["image_count"], c["pixel_count"]) == (2, "c", 0, 0)
+    assert {c[name] for name in ("dataset_iou", "dataset_dice", "precision", "recall", "mean_image_iou")} == {None}
+
+
+def test_without_ground_truth_there_are_pixels_and_no_scores(tmp_path: Path) -> None:
+    save_fragment(tmp_path, 0, [{"uri": "1", "status": "ok", "pixel_count": [4, 0, 5]}])
+    tally = tally_fragments(str(tmp_path), [0], CLASSES.num_classes)
+    rows = build_summary(tally, CLASSES).to_pylist()
+    assert [row["image_count"] for row in rows] == [1, 0, 1]
+    assert [row["pixel_count"] for row in rows] == [4, 0, 5]
+    assert {row[name] for row in rows for name in ("tp_px", "fn_px", "dataset_iou", "mean_image_dice")} == {None}
+
+
+def test_a_run_of_errors_alone_has_a_summary(tmp_path: Path) -> None:
+    save_fragment(tmp_path, 0, [{"uri": "x", "status": "error", "error_kind": "missing"}])
+    rows = build_summary(tally_fragments(str(tmp_path), [0], CLASSES.num_classes), CLASSES).to_pylist()
+    assert [(row["class_name"], row["image_count"], row["dataset_iou"]) for row in rows] == [
+        ("a", 0, None),
+        ("b", 0, None),
+        ("c", 0, None),
+    ]

@@ -1,0 +1,225 @@
+"""Which images a run is about: every form of input, odd names, and each image once."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+from pyarrow import csv
+from pyarrow import parquet as pq
+
+from segray.config import SegmentSettings
+from segray.errors import ConfigError, DataError, MissingFileError, SegrayError, UnusableFileError
+from segray.runs.plan import ListedImage
+from segray.segmentation.planning.inputs import merge_sources, open_sources
+from segray.storage import find_file
+
+NAMES = [
+    "a b.png",
+    "a#b.PNG",
+    "a%20b.jpg",
+    "a?b.JpEg",
+    "a[1].webp",
+    "a*.bmp",
+    ".hidden.gif",
+    "_under.tif",
+    "ü.tiff",
+    "sub/a b.png",
+    "sub/deep/x.png",
+    "sub-x.png",
+    "other/a b.png",
+]
+NO_IMAGES = ["notes.txt", "png", "a.png.bak", "sub/x.svg"]
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    folder = tmp_path / "in"
+    for name in [*NAMES, *NO_IMAGES]:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(name)
+    (folder / "folder.png").mkdir()
+    return folder
+
+
+def list_images(*uris: object, masks: tuple[object, ...] = (), **settings: object) -> list[ListedImage]:
+    sources = open_sources([str(uri) for uri in uris], [str(uri) for uri in masks], SegmentSettings(**settings))
+    return list(merge_sources(sources))
+
+
+def get_names(images: list[ListedImage], root: Path) -> list[str]:
+    return [image.uri.removeprefix(f"{root}/") for image in images]
+
+
+def test_a_folder_gives_every_image_below_it_sorted_with_size_and_tag(root: Path) -> None:
+    images = list_images(root)
+    assert get_names(images, root) == sorted(NAMES)
+    for image in images:
+        assert image.size_bytes == len(Path(image.uri).read_bytes())
+        found = find_file(image.uri)
+        assert found is not None
+        assert image.etag == found.etag
+
+
+@pytest.mark.parametrize(
+    ("pattern", "expected"),
+    [
+        ("*.png", ["a b.png", "sub-x.png"]),
+        ("a?b.*", ["a b.png", "a#b.PNG", "a?b.JpEg"]),
+        ("*/a b.png", ["other/a b.png", "sub/a b.png"]),
+        ("sub/**/*.png", ["sub/a b.png", "sub/deep/x.png"]),
+        ("sub*/**", ["sub/a b.png", "sub/deep/x.png"]),
+        ("s*.png", ["sub-x.png"]),
+        ("[_.]*", [".hidden.gif", "_under.tif"]),
+        ("sub/d*p/x.png", ["sub/deep/x.png"]),
+    ],
+)
+def test_a_glob_gives_what_the_shell_would(root: Path, pattern: str, expected: list[str]) -> None:
+    assert get_names(list_images(root / pattern), root) == expected
+
+
+def test_a_folder_whose_name_looks_like_a_glob_is_a_folder(root: Path) -> None:
+    folder = root / "x[12]*"
+    folder.mkdir()
+    (folder / "y.png").touch()
+    (root / "x1").mkdir()
+    (root / "x1" / "n.png").touch()
+    assert get_names(list_images(folder), root) == ["x[12]*/y.png"]
+
+
+def test_extensions_and_recursion_are_settings(root: Path) -> None:
+    assert get_names(list_images(root, extensions=["SVG", ".txt"]), root) == ["notes.txt", "sub/x.svg"]
+    assert get_names(list_images(root, recursive=False), root) == sorted(name for name in NAMES if "/" not in name)
+    with pytest.raises(ValueError, match="expected extensions such as png"):
+        SegmentSettings(extensions=("png", "."))
+
+
+def test_several_inputs_are_one_sorted_listing_without_doubles(root: Path) -> None:
+    images = list_images(root / "sub", root, root / "sub" / "*.png", root / "a b.png")
+    assert get_names(images, root) == sorted(NAMES)
+    assert all(image.etag for image in images)
+
+
+@pytest.mark.parametrize("newline", ["\n", "\r\n"])
+def test_a_text_list_names_images_as_they_are(root: Path, tmp_path: Path, newline: str) -> None:
+    chosen = [str(root / name) for name in reversed(NAMES)]
+    path = tmp_path / "list.txt"
+    path.write_bytes(newline.join([*chosen, "", "s3://bucket/a%20b #1?.png", chosen[0]]).encode("utf-8-sig"))
+    images = list_images(path)
+    assert [image.uri for image in images] == sorted([*chosen, "s3://bucket/a%20b #1?.png"])
+    assert {image.etag for image in images} == {None}
+
+
+def test_what_a_listing_knows_of_a_listed_image_is_kept(root: Path, tmp_path: Path) -> None:
+    path = tmp_path / "list.txt"
+    path.write_text(f"{root}/a b.png\n")
+    for order in ([path, root], [root, path]):
+        assert all(image.etag for image in list_images(*order))
+
+
+def save_csv(table: pa.Table, path: Path) -> None:
+    csv.write_csv(table, path)
+
+
+@pytest.mark.parametrize(("suffix", "save"), [("csv", save_csv), ("parquet", pq.write_table)])
+@pytest.mark.parametrize("column", ["image_uri", "uri"])
+def test_a_manifest_brings_masks_and_what_it_knows(
+    tmp_path: Path, suffix: str, save: Callable[[pa.Table, Path], None], column: str
+) -> None:
+    path = tmp_path / f"manifest.{suffix}"
+    columns = {
+        column: ["/d/2.png", "/d/10.png", "/d/3.png"],
+        "mask_uri": ["/m/2.png", "/m/10.png", None],
+        "size_bytes": [20, 100, 30],
+        "etag": ['"22"', "1010", '"33"'],  # as HTTP writes them, or bare
+        "split": ["val", "train", "val"],
+        "comment": ["x", "y", "z"],
+    }
+    save(pa.table(columns), path)
+    images = list_images(path, split="val")
+    assert [(image.uri, image.size_bytes, image.etag) for image in images] == [
+        ("/d/2.png", 20, "22"),
+        ("/d/3.png", 30, "33"),
+    ]
+    assert [image.mask_uri for image in images] == ["/m/2.png", None]
+    assert [image.uri for image in list_images(path)] == ["/d/10.png", "/d/2.png", "/d/3.png"]
+    assert open_sources([str(path)], [], SegmentSettings())[0].has_truth
+
+
+def test_a_blank_tag_is_none(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.csv"
+    path.write_text("image_uri,etag\n/a.png,\n/b.png,1\n")
+    assert [image.etag for image in list_images(path)] == [None, "1"]
+
+
+def test_masks_are_paired_below_each_root(root: Path, tmp_path: Path) -> None:
+    for name in ("one/a b.png", "one/deep/x.png", "two/a b.png"):
+        (tmp_path / "masks" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "masks" / name).write_text(name)
+    masks = tmp_path / "masks"
+    images = list_images(root / "sub", root / "other" / "*.png", masks=(masks / "one", masks / "two"))
+    assert {image.uri.removeprefix(f"{root}/"): str(image.mask_uri).removeprefix(f"{masks}/") for image in images} == {
+        "sub/a b.png": "one/a b.png",
+        "sub/deep/x.png": "one/deep/x.png",
+        "other/a b.png": "two/a b.png",
+    }
+    assert all(image.mask_etag for image in images)
+
+
+@pytest.mark.parametrize(
+    ("uris", "masks", "error", "message"),
+    [
+        (["{root}/nowhere"], [], MissingFileError, "cannot list .*nowhere"),
+        (["{root}/nowhere/*.png"], [], MissingFileError, "cannot list .*nowhere"),
+        (["s3://buck*/x"], [], ConfigError, "a pattern in the bucket's name"),
+        (["{root}", "{root}/sub"], ["{root}"], ConfigError, "2 --images and 1 --masks; give one"),
+        (["{root}/list.txt"], ["{root}"], ConfigError, "give a manifest with a column mask_uri"),
+        (["{root}/list.csv"], [], DataError, "expected a column image_uri; it has x"),
+        (["{root}/broken.parquet"], [], DataError, "expected Parquet or CSV"),
+        (["{root}/binary.txt"], [], DataError, "expected UTF-8 text, one image URI a line"),
+        (["{root}/hole.csv"], [], DataError, "row 2 names no image"),
+        (["{root}/size.csv"], [], DataError, "column size_bytes"),
+        (["{root}/double.csv"], [], DataError, r"double\.csv: not a table of images"),
+        (["{root}/two.csv"], [], DataError, "/i.png is named twice, with /m1.png and /m2.png"),
+        (["{root}/sub"], ["{root}/other/none"], MissingFileError, "cannot list"),
+    ],
+)
+def test_a_mistake_is_named(
+    root: Path, uris: list[str], masks: list[str], error: type[SegrayError], message: str
+) -> None:
+    (root / "list.txt").write_text("/x.png\n")
+    (root / "list.csv").write_text("x\n1\n")
+    (root / "broken.parquet").write_text("no")
+    (root / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (root / "hole.csv").write_text("image_uri,y\n/a.png,1\n,2\n")
+    (root / "size.csv").write_text("image_uri,size_bytes\n/a.png,big\n")
+    (root / "double.csv").write_text("image_uri,image_uri\n/a.png,/b.png\n")
+    (root / "two.csv").write_text("image_uri,mask_uri\n/i.png,/m1.png\n/i.png,/m2.png\n")
+    with pytest.raises(error, match=message):
+        list_images(*(uri.format(root=root) for uri in uris), masks=tuple(uri.format(root=root) for uri in masks))
+
+
+def test_a_split_without_a_column_is_named(tmp_path: Path) -> None:
+    (tmp_path / "m.csv").write_text("image_uri\n/a.png\n")
+    with pytest.raises(DataError, match="there is no column split"):
+        list_images(tmp_path / "m.csv", split="val")
+
+
+def test_relative_paths_of_a_list_are_refused_in_a_submitted_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "list.txt"
+    path.write_text("/whole.png\npart.png\n")
+    monkeypatch.chdir(tmp_path)
+    assert [image.uri for image in list_images(path)] == [str(tmp_path / "part.png"), "/whole.png"]
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({}))
+    with pytest.raises(ConfigError, match=r"list\.txt, row 2: part\.png is relative"):
+        list_images(path)
+
+
+def test_a_name_that_is_not_utf8_is_named(root: Path) -> None:
+    Path(os.fsdecode(bytes(root) + b"/\xff.png")).touch()
+    with pytest.raises(UnusableFileError, match=r"\\xff\.png.*rename"):
+        list_images(root)

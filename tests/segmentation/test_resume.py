@@ -1,0 +1,172 @@
+"""Ray Data for real: the same call again goes on, a folder of another run is refused, and nothing is half-written."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from segray.errors import BundleError, DataError, MissingFileError, RunMismatchError, StorageError
+from tests.segmented import NUM_IMAGES, SETTINGS, read_rows, segment
+
+pytestmark = pytest.mark.usefixtures("ray_session")
+
+
+def read_files(output: Path) -> dict[str, tuple[str, int]]:
+    return {
+        str(path.relative_to(output)): (hashlib.sha256(path.read_bytes()).hexdigest(), path.stat().st_mtime_ns)
+        for path in sorted(output.rglob("*"))
+        if path.is_file()
+    }
+
+
+def test_a_second_call_writes_nothing(finished: Path, bundle_dir: Path, bucket: Path) -> None:
+    before = read_files(finished)
+    outcome = segment(bundle_dir, bucket, finished)
+    assert read_files(finished) == before
+    assert outcome.num_ok == NUM_IMAGES
+
+
+def test_a_lost_fragment_alone_is_made_again_with_the_same_bytes(
+    finished: Path, bundle_dir: Path, bucket: Path
+) -> None:
+    before = read_files(finished)
+    lost = "images/part-00000001.parquet"
+    (finished / lost).unlink()
+    segment(bundle_dir, bucket, finished)
+    after = read_files(finished)
+    assert {name: content for name, (content, _) in after.items()} == {n: c for n, (c, _) in before.items()}
+    assert {name for name in after if after[name][1] != before[name][1]} == {lost, "run.json"}
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"settings": SETTINGS.model_copy(update={"batch_size": 4})}, r"segment\.batch_size: there 3, here 4"),
+        ({"masks": False}, r"segment\.ground_truth: there True, here False"),
+    ],
+)
+def test_a_folder_of_another_configuration_is_refused(
+    finished: Path, bundle_dir: Path, bucket: Path, change: dict[str, Any], message: str
+) -> None:
+    before = read_files(finished)
+    with pytest.raises(RunMismatchError, match=message):
+        segment(bundle_dir, bucket, finished, **change)
+    assert read_files(finished) == before
+
+
+def test_a_folder_of_another_model_is_refused(finished: Path, bundle_dir: Path, bucket: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(bundle_dir, tmp_path / "bundle"))
+    manifest = json.loads((bundle / "bundle.json").read_text())
+    (bundle / "bundle.json").write_text(json.dumps({**manifest, "metrics": {"epoch": 2}}))
+    with pytest.raises(RunMismatchError, match=r"another bundle\); choose another --output"):
+        segment(bundle, bucket, finished)
+    run = Path(shutil.copytree(finished, tmp_path / "run"))
+    (run / "run.json").unlink()
+    with pytest.raises(RunMismatchError, match="holds rows but no run"):
+        segment(bundle_dir, bucket, run)
+
+
+@pytest.fixture
+def own(bundle_dir: Path, bucket: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A bucket that may be changed, two of its images broken, and its finished run."""
+    copy = Path(shutil.copytree(bucket, tmp_path / "bucket"))
+    (copy / "images" / "image 4#.png").write_bytes(b"broken")
+    (copy / "masks" / "sub" / "image 7#.png").unlink()
+    outcome = segment(bundle_dir, copy, tmp_path / "run")
+    assert outcome.errors == {"mask_missing": 1, "unreadable": 1}
+    return copy, tmp_path / "run"
+
+
+def test_another_listing_is_refused_with_the_difference_or_gone_on_with(
+    own: tuple[Path, Path], bundle_dir: Path
+) -> None:
+    images, run = own[0] / "images", own[1]
+    before = read_files(run)
+    shutil.copy(images / "image 2#.png", images / "image 1#.png")
+    (images / "sub" / "image 3#.png").unlink()
+    (images / "image 2#.png").write_bytes((images / "image 2#.png").read_bytes() + b" ")
+    message = (
+        r"another listing: 1 added, 1 removed, 1 changed; .*image 1#\.png was added.*relist=false, or choose another"
+    )
+    with pytest.raises(RunMismatchError, match=message):
+        segment(bundle_dir, own[0], run)
+    assert read_files(run) == before
+    frozen = SETTINGS.model_copy(update={"relist": False})
+    assert segment(bundle_dir, own[0], run, settings=frozen).num_ok == NUM_IMAGES - 2
+    assert read_files(run) == before
+    with pytest.raises(RunMismatchError, match=r"images: there \[.*\], here \["):
+        segment(bundle_dir, own[0] / "..", run, settings=frozen)
+
+
+def test_frozen_listings_say_what_has_changed_since(own: tuple[Path, Path], bundle_dir: Path) -> None:
+    images, run = own[0] / "images", own[1]
+    (images / "image 0#.png").unlink()
+    (images / "image 2#.png").write_bytes((images / "image 2#.png").read_bytes() + b" ")
+    (run / "images" / "part-00000000.parquet").unlink()
+    outcome = segment(bundle_dir, own[0], run, settings=SETTINGS.model_copy(update={"relist": False}))
+    assert outcome.errors == {"changed": 1, "mask_missing": 1, "missing": 1, "unreadable": 1}
+
+
+def test_mended_images_and_they_alone_are_taken_up_by_retry_errors(
+    own: tuple[Path, Path], finished: Path, bundle_dir: Path, bucket: Path
+) -> None:
+    images, run = own[0] / "images", own[1]
+    shutil.copy(bucket / "images" / "image 4#.png", images / "image 4#.png")
+    shutil.copy(bucket / "masks" / "sub" / "image 7#.png", own[0] / "masks" / "sub" / "image 7#.png")
+    with pytest.raises(RunMismatchError, match="another listing: 2 changed"):
+        segment(bundle_dir, own[0], run)
+    before = read_files(run)
+    retry = SETTINGS.model_copy(update={"retry_errors": True})
+    outcome = segment(bundle_dir, own[0], run, settings=retry)
+    assert (outcome.num_ok, outcome.errors) == (NUM_IMAGES, {})
+    after = read_files(run)
+    parts = [name for name in before if name.startswith("images/")]
+    assert [before[name] != after[name] for name in parts] == [True, False, True]
+    for row, other in zip(read_rows(run), read_rows(finished), strict=True):
+        assert row.pop("uri").removeprefix(str(own[0])) == other.pop("uri").removeprefix(str(bucket))
+        assert row == other
+    assert segment(bundle_dir, own[0], run).errors == {}  # bound to the mended listing now
+    assert segment(bundle_dir, own[0], run, settings=retry).errors == {}
+    assert read_files(run) == after
+    (images / "image 4#.png").write_bytes(b"broken again")  # no error row any more: it may not change
+    with pytest.raises(RunMismatchError, match=r"another listing: 1 changed; .*image 4#\.png was changed"):
+        segment(bundle_dir, own[0], run, settings=retry)
+
+
+def test_bad_input_is_named_and_nothing_is_written(bundle_dir: Path, bucket: Path, tmp_path: Path) -> None:
+    output = tmp_path / "run"
+    with pytest.raises(BundleError, match="no bundle at"):
+        segment(tmp_path, bucket, output)
+    with pytest.raises(MissingFileError, match=r"cannot list .*nowhere"):
+        segment(bundle_dir, tmp_path / "nowhere", output)
+    (tmp_path / "empty" / "images").mkdir(parents=True)
+    with pytest.raises(DataError, match=r"no images under .*\*\.png"):
+        segment(bundle_dir, tmp_path / "empty", output, masks=False)
+    assert not output.exists()
+
+
+def test_damaged_weights_stop_the_run_with_one_line(bundle_dir: Path, bucket: Path, tmp_path: Path) -> None:
+    bundle = Path(shutil.copytree(bundle_dir, tmp_path / "bundle"))
+    weights = bytearray((bundle / "model.safetensors").read_bytes())
+    weights[5000] ^= 1
+    (bundle / "model.safetensors").write_bytes(weights)
+    with pytest.raises(BundleError, match=r"model\.safetensors: damaged"):
+        segment(bundle, bucket, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_fault_of_the_world_is_no_error_row_and_the_next_call_goes_on(
+    finished: Path, bundle_dir: Path, bucket: Path, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+    blocked = output / "images" / "part-00000001.parquet"
+    (blocked / "in the way").mkdir(parents=True)  # a folder where a file has to go: the write fails, whoever we are
+    with pytest.raises(StorageError, match=r"cannot write .*part-00000001\.parquet"):
+        segment(bundle_dir, bucket, output)
+    assert json.loads((output / "run.json").read_text())["status"] == "running"
+    shutil.rmtree(blocked)
+    assert segment(bundle_dir, bucket, output).num_ok == NUM_IMAGES
+    assert read_rows(output) == read_rows(finished)

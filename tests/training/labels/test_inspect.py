@@ -1,0 +1,271 @@
+"""The label check: counts by hand, and every fault of an image and of its mask, each even if the other is bad."""
+
+import io
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+from PIL import Image
+
+from segray.data.classes import ClassMap
+from segray.data.manifest import Sample, Splits
+from segray.errors import DataError, FaultKind
+from segray.models.losses import compute_median_frequency_weights
+from segray.training.labels.inspect import LabelReport, WarningKind, check_samples, conclude, require_learnable
+
+CLASSES = ClassMap(("a", "b", "c"), (0, 1, 2), (255,))
+TWELVE = ClassMap(tuple("abcdefghijkl"), tuple(range(12)))
+CAMVID = Path(__file__).parents[2] / "data" / "camvid"  # not part of the repository; as jobs/camvid.yaml names it
+
+
+@pytest.fixture
+def samples(labelled_folders: tuple[Path, Path]) -> list[Sample]:
+    images, masks = labelled_folders
+    names = sorted(path.relative_to(images) for path in images.rglob("*.png"))
+    return [Sample(str(images / name), str(masks / name)) for name in names]
+
+
+def test_counts_are_those_of_the_files(samples: list[Sample]) -> None:
+    Image.new("L", Image.open(samples[0].image_uri).size, 255).save(samples[0].mask_uri)
+    Image.new("L", Image.open(samples[1].image_uri).size, 2).save(samples[1].mask_uri)
+    raw = [np.asarray(Image.open(sample.mask_uri)) for sample in samples]
+    report = check_samples(samples[:2], CLASSES) + check_samples(samples[2:], CLASSES)
+    assert report.num_samples == len(samples)
+    assert report.faults == []
+    assert report.pixel_count.tolist() == [sum(int((mask == value).sum()) for mask in raw) for value in (0, 1, 2)]
+    assert report.image_count.tolist() == [sum(bool((mask == value).any()) for mask in raw) for value in (0, 1, 2)]
+    assert report.ignored_px == sum(int((mask == 255).sum()) for mask in raw)
+    labelled_px = [int((mask != 255).sum()) for mask in raw]
+    assert report.image_px.tolist() == [
+        sum(number for number, mask in zip(labelled_px, raw, strict=True) if (mask == value).any())
+        for value in (0, 1, 2)
+    ]
+
+
+def test_class_weights_are_those_of_the_files(tmp_path: Path) -> None:
+    halves = np.repeat([[0, 1]], 10, 0).repeat(5, 1)
+    only_a = np.zeros((10, 10), int)
+    report = check_samples([save(tmp_path, "0", halves), save(tmp_path, "1", only_a)], CLASSES)
+    # a: 150 of 200 pixels, b: 50 of the 100 of the one image that has it; c is nowhere
+    np.testing.assert_allclose(
+        compute_median_frequency_weights(report.pixel_count, report.image_px), [0.625 / 0.75, 0.625 / 0.5, 1]
+    )
+
+
+def test_every_fault_is_listed_in_order(samples: list[Sample]) -> None:
+    Path(samples[0].image_uri).write_bytes(b"")
+    Path(samples[0].mask_uri).unlink()
+    Image.new("L", (3, 3)).save(samples[2].mask_uri)
+    Image.new("L", Image.open(samples[4].image_uri).size, 9).save(samples[4].mask_uri)
+    report = check_samples(samples, CLASSES)
+    assert [(fault.uri, fault.kind) for fault in report.faults] == [
+        (samples[0].image_uri, FaultKind.UNREADABLE),
+        (samples[0].mask_uri, FaultKind.MASK_MISSING),
+        (samples[2].mask_uri, FaultKind.MASK_MISMATCH),
+        (samples[4].mask_uri, FaultKind.MASK_MISMATCH),
+    ]
+    with pytest.raises(DataError, match=r"4 bad labels in val \(segray check lists all\): .*; and 1 more"):
+        require_learnable(report, "val")
+
+
+def test_masks_that_are_all_ignored_are_refused(samples: list[Sample]) -> None:
+    for sample in samples:
+        Image.new("L", Image.open(sample.image_uri).size, 255).save(sample.mask_uri)
+    with pytest.raises(DataError, match="train: every pixel of its 5 masks is ignored"):
+        require_learnable(check_samples(samples, CLASSES), "train")
+
+
+def save(folder: Path, name: str, mask: npt.ArrayLike, seed: int = 0) -> Sample:
+    """Write an image of noise and its mask, of values up to 255."""
+    raw = np.asarray(mask, np.uint8)
+    image = np.random.default_rng(seed).integers(0, 256, (*raw.shape[:2], 3), np.uint8)
+    sample = Sample(str(folder / f"{name}.png"), str(folder / f"{name}_mask.png"))
+    Image.fromarray(image).save(sample.image_uri)
+    Image.fromarray(raw).save(sample.mask_uri)
+    return sample
+
+
+def draw_blocks(values: npt.ArrayLike, side: int = 100) -> npt.NDArray[np.uint8]:
+    """Return a mask of blocks of the given values, as clean as people draw them."""
+    rng = np.random.default_rng(0)
+    return rng.choice(np.asarray(values, np.uint8), (side // 10, side // 10)).repeat(10, 0).repeat(10, 1)
+
+
+def check_all(samples: list[Sample], classes: ClassMap, val: list[Sample] | None = None) -> dict[str, LabelReport]:
+    splits = Splits(samples, val or [])
+    return conclude({name: check_samples(part, classes) for name, part in splits._asdict().items()}, splits, classes)
+
+
+@pytest.mark.parametrize(
+    ("classes", "masks", "remedy"),
+    [
+        (("a", "b"), [[0, 255], [0]], "a 0/255 mask: set data.class_values: [0, 255]"),
+        (("a", "b"), [[0, 255], [0, 1]], "255 is mostly void: set data.ignore_values: [255]"),
+        (("a", "b", "c"), [[0, 255]], "255 is mostly void: set data.ignore_values: [255]"),
+        (("a", "b", "c"), [[1, 2], [3], [2]], "values start at 1: set data.class_values: [1, 2, 3]"),
+        (("a", "b"), [[1, 2, 255]], "values start at 1: set data.class_values: [1, 2] and data.ignore_values: [255]"),
+        (
+            ("a", "b"),
+            [[2], [0, 1]],
+            "one value more than classes: if 2 is void, set data.ignore_values: [2]; if 0 is, set data.class_values: "
+            "[1, 2] and data.ignore_values: [0]",
+        ),
+        (("a", "b", "c"), [[0, 7], [9]], "as many values as classes: set data.class_values: [0, 7, 9]"),
+        (("a", "b"), [[0, 7], [9]], "expected 0, 1: add 7, 9 to data.class_values or data.ignore_values"),
+    ],
+)
+def test_undeclared_values_have_the_one_remedy_that_all_masks_together_call_for(
+    tmp_path: Path, classes: tuple[str, ...], masks: list[list[int]], remedy: str
+) -> None:
+    samples = [save(tmp_path, str(number), draw_blocks(values)) for number, values in enumerate(masks)]
+    reports = check_all(samples[:1], ClassMap(classes, tuple(range(len(classes)))), samples[1:])
+    faults = [fault for report in reports.values() for fault in report.faults]
+    assert all(re.search(r"mask values? .* not declared \(\d+ pixels\)", fault.message) for fault in faults)
+    assert {fault.remedy for fault in faults} == {remedy}
+    bad = next(report for report in reports.values() if report.faults)
+    with pytest.raises(DataError, match=re.escape(remedy)):
+        require_learnable(bad, "train")
+
+
+def save_jpeg(raw: npt.NDArray[np.uint8], path: str) -> None:
+    Image.fromarray(raw).save(path, "JPEG")
+
+
+def save_colours(raw: npt.NDArray[np.uint8], path: str) -> None:
+    Image.fromarray(np.stack([raw, 255 - raw, raw], 2)).save(path)
+
+
+def save_grey_as_rgb(raw: npt.NDArray[np.uint8], path: str) -> None:
+    Image.fromarray(raw).convert("RGBA").save(path)
+
+
+def save_smaller(raw: npt.NDArray[np.uint8], path: str) -> None:
+    Image.fromarray(raw[:40, :60]).save(path)
+
+
+@pytest.mark.parametrize(
+    ("save_wrongly", "expected"),
+    [
+        (save_jpeg, "JPEG file, which blurs class values; make the mask again from its source, as PNG"),
+        (save_colours, "expected one channel of class values, got RGB; write the class value of each colour to a grey"),
+        (save_grey_as_rgb, "got RGBA; its channels are equal: save the first one alone as greyscale PNG"),
+        (save_smaller, "mask of 60x40 pixels for an image of 100x100; save the mask at the image's size"),
+        (lambda raw, path: Path(path).write_bytes(b""), "empty file; replace the mask, or take its image out"),
+        (lambda raw, path: Path(path).unlink(), "; add it, or take its image out"),
+    ],
+)
+def test_a_mask_that_is_saved_wrongly_is_told_how_to_be_saved(
+    tmp_path: Path, save_wrongly: Callable[[npt.NDArray[np.uint8], str], None], expected: str
+) -> None:
+    raw = draw_blocks([0, 1, 2])
+    sample = save(tmp_path, "0", raw)
+    assert check_samples([sample], CLASSES).faults == []
+    save_wrongly(raw, sample.mask_uri)
+    report = check_samples([sample], CLASSES)
+    (fault,) = report.faults
+    assert (fault.uri, expected in str(fault)) == (sample.mask_uri, True)
+    assert not report.pixel_count.any()
+
+
+def blur(raw: npt.NDArray[np.uint8], scale: float) -> npt.NDArray[np.uint8]:
+    """Resize a mask as an image is resized."""
+    size = (round(raw.shape[1] * scale), round(raw.shape[0] * scale))
+    return np.asarray(Image.fromarray(raw).resize(size, Image.Resampling.BILINEAR))
+
+
+def compress(raw: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
+    """Return what a JPEG leaves of a mask, which somebody has converted to PNG since."""
+    buffer = io.BytesIO()
+    Image.fromarray(raw).save(buffer, "JPEG")
+    return np.asarray(Image.open(buffer))
+
+
+@pytest.mark.parametrize("spoil", [lambda raw: blur(raw, 0.5), lambda raw: blur(raw, 1.3), compress])
+def test_mixed_values_are_a_fault_where_undeclared_and_else_a_warning(
+    tmp_path: Path, spoil: Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]
+) -> None:
+    sparse = ClassMap(("a", "b"), (0, 200))
+    clean = draw_blocks([0, 200])
+    undeclared, honest = save(tmp_path, "0", spoil(clean)), save(tmp_path, "1", clean)
+    report = check_all([undeclared, honest], sparse)["train"]
+    (fault,) = report.faults
+    assert fault.uri == undeclared.mask_uri
+    assert "looks resized with interpolation or saved as JPEG; resize masks with nearest neighbour" in str(fault)
+    assert report.values == {0, 200}
+    assert report.warnings == []
+
+    clean = draw_blocks([0, 4, 8, 11])
+    report = check_samples([save(tmp_path, "2", spoil(clean).clip(0, 11)), save(tmp_path, "3", clean)], TWELVE)
+    assert report.faults == []
+    (warning,) = report.warnings
+    assert (warning.kind, warning.uri) == (WarningKind.INTERPOLATED, str(tmp_path / "2_mask.png"))
+    assert "nearest neighbour" in warning.remedy
+
+
+@pytest.mark.parametrize("orientation", [6, 8])
+def test_an_image_turned_by_exif_beside_a_mask_that_is_not_is_told_from_a_wrong_size(
+    tmp_path: Path, orientation: int
+) -> None:
+    sample = save(tmp_path, "0", draw_blocks([0, 1])[:60])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    image = Image.open(sample.image_uri)
+    image.save(sample.image_uri, exif=exif)
+    (fault,) = check_samples([sample], CLASSES).faults
+    assert str(fault) == (
+        f"{sample.mask_uri}: mask_mismatch: mask of 100x60 pixels for an image of 60x100, which its EXIF orientation "
+        "turns; turn the mask as viewers show the image, or save the image without EXIF"
+    )
+    image.transpose(Image.Transpose.ROTATE_90).save(sample.image_uri)
+    (fault,) = check_samples([sample], CLASSES).faults
+    assert "EXIF" not in str(fault)
+    image.save(sample.image_uri, exif=exif)
+    Image.open(sample.mask_uri).save(sample.mask_uri, exif=exif)
+    assert check_samples([sample], CLASSES).faults == []
+
+
+def test_a_mask_that_is_all_ignored_is_a_warning(tmp_path: Path) -> None:
+    samples = [save(tmp_path, "0", draw_blocks([0, 255])), save(tmp_path, "1", draw_blocks([255]))]
+    report = check_samples(samples, CLASSES)
+    assert report.faults == []
+    (warning,) = report.warnings
+    assert (warning.uri, warning.kind) == (samples[1].mask_uri, WarningKind.ALL_IGNORED)
+    require_learnable(report, "train")
+
+
+def test_one_picture_in_both_splits_is_a_warning_however_it_is_encoded(tmp_path: Path) -> None:
+    mask = draw_blocks([0, 1])
+    train = [save(tmp_path, f"train_{seed}", mask, seed) for seed in range(3)]
+    val = [save(tmp_path, f"val_{seed}", mask, seed + 2) for seed in range(3)]
+    again = val[0]._replace(image_uri=str(tmp_path / "again.webp"))
+    Image.open(val[0].image_uri).save(again.image_uri, lossless=True)
+    Path(train[0].image_uri).write_bytes(b"")  # files that cannot be read are not alike
+    Path(val[2].image_uri).write_bytes(b"")
+    wide, high = save(tmp_path, "wide", mask[:50]), save(tmp_path, "high", mask[:, :50])
+    for sample in (wide, high):  # of the same bytes, in other rows
+        Image.new("RGB", Image.open(sample.image_uri).size).save(sample.image_uri)
+    reports = check_all([*train, wide], CLASSES, [again, *val[1:], high])
+    assert reports["train"].warnings == []
+    (warning,) = reports["val"].warnings
+    assert (warning.uri, warning.kind) == (again.image_uri, WarningKind.DUPLICATE)
+    assert train[2].image_uri in warning.message
+    assert len(reports["train"].digests) == 4 * 16
+
+
+@pytest.mark.skipif(not CAMVID.exists(), reason="needs CamVid at data/camvid")
+def test_real_masks_are_clean_and_found_once_they_are_spoilt(tmp_path: Path) -> None:
+    classes = ClassMap(tuple("abcdefghijk"), tuple(range(11)), (11,))
+    masks = sorted((CAMVID / "masks").rglob("*.png"))
+    samples = [Sample(str(CAMVID / "images" / path.relative_to(CAMVID / "masks")), str(path)) for path in masks]
+    report = check_samples(samples[::8], classes)
+    assert (report.faults, report.warnings) == ([], [])
+    for path in masks[::40]:
+        raw = np.asarray(Image.open(path))
+        assert check_samples([save(tmp_path, "0", raw[2::4, 2::4])], classes).warnings == []
+        for number, spoilt in enumerate([blur(raw, 0.5), blur(raw, 0.9), blur(raw, 1.3), compress(raw)]):
+            report = check_samples([save(tmp_path, "1", spoilt.clip(0, 11))], classes)
+            kinds = [warning.kind for warning in report.warnings]
+            assert kinds == [WarningKind.INTERPOLATED], (path, number)

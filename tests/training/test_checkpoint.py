@@ -1,0 +1,185 @@
+"""Checkpoints: what is read is what was written, and what is damaged is passed over and said."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+from segray.config import ModelConfig, TrainSettings
+from segray.errors import TrainingError
+from segray.models.build import build_model
+from segray.training.checkpoint import (
+    TrainingState,
+    find_best_state,
+    find_newest_history,
+    find_newest_state,
+    list_checkpoints,
+    load_state,
+    remove_surplus,
+    save_state,
+)
+from segray.training.worker.optimisation import build_optimizer, build_schedule
+
+
+def make_state(
+    num_steps_done: int, scores: Sequence[float | None], epoch_losses: list[float] | None = None
+) -> TrainingState:
+    torch.manual_seed(num_steps_done)
+    model = build_model(ModelConfig(arch="classic_unet", widths=(4, 8)), 2)
+    settings = TrainSettings(encoder_lr_factor=0.1)
+    optimizer = build_optimizer(model, settings)
+    schedule = build_schedule(optimizer, settings, 10)
+    model(torch.randn(2, 3, 64, 64)).mean().backward()
+    optimizer.step()
+    schedule.step()
+    history = [{"epoch": index + 1, "val_mean_iou": score} for index, score in enumerate(scores)]
+    return TrainingState(
+        num_steps_done=num_steps_done,
+        model=model.state_dict(),
+        optimizer=get_optimizer_state_dict(model, optimizer),
+        schedule=schedule.state_dict(),
+        scaler={"scale": 1024.0, "growth_factor": 2.0, "backoff_factor": 0.5, "growth_interval": 2000},
+        average={name: value + 1 for name, value in model.state_dict().items()},
+        epoch_losses=epoch_losses or [],
+        history=history,
+    )
+
+
+def name_folder(run: Path, step: int) -> Path:
+    return run / f"checkpoint_{step:09d}_abcdef01"
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    """Three epochs, of which the second was best, with Ray Train's own file beside."""
+    for step, scores in ((1, [0.1]), (2, [0.1, 0.5]), (3, [0.1, 0.5, 0.3])):
+        save_state(str(name_folder(tmp_path, step)), make_state(step, scores))
+    (tmp_path / "checkpoint_manager_snapshot.json").touch()
+    return tmp_path
+
+
+def damage(run: Path, step: int, name: str = "state.safetensors", position: int = 5000) -> None:
+    path = name_folder(run, step) / name
+    content = bytearray(path.read_bytes())
+    content[min(position, len(content) // 2)] ^= 1
+    path.write_bytes(content)
+
+
+def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+    state = make_state(3, [0.25, 1 / 3], [0.5, 0.25])
+    save_state(str(tmp_path), state)
+    loaded = load_state(str(tmp_path))
+    for name in ("num_steps_done", "schedule", "scaler", "epoch_losses", "history"):
+        assert getattr(loaded, name) == getattr(state, name)
+    assert state.average is not None
+    assert loaded.average is not None
+    for got, expected in ((loaded.model, state.model), (loaded.average, state.average)):
+        assert got.keys() == expected.keys()
+        assert all(torch.equal(got[name], expected[name]) for name in expected)
+    assert loaded.optimizer["param_groups"] == state.optimizer["param_groups"]
+    assert loaded.optimizer["state"].keys() == state.optimizer["state"].keys()
+    for parameter, values in state.optimizer["state"].items():
+        for name, value in values.items():
+            assert torch.equal(loaded.optimizer["state"][parameter][name], value)
+
+
+def test_averaged_weights_are_those_that_count(tmp_path: Path) -> None:
+    state = make_state(1, [0.5])
+    assert state.weights is state.average
+
+
+def test_newest_and_best(run: Path) -> None:
+    heard: list[str] = []
+    newest = find_newest_state(str(run), heard.append)
+    assert newest is not None
+    assert newest[1].num_steps_done == 3
+    assert find_best_state(str(run), heard.append).num_steps_done == 2
+    assert heard == []
+
+
+def test_a_checkpoint_in_mid_epoch_is_newest_and_never_best(run: Path) -> None:
+    save_state(str(name_folder(run, 4)), make_state(4, [0.1, 0.5, 0.9], [0.7]))
+    newest = find_newest_state(str(run), print)
+    assert newest is not None
+    assert newest[1].num_steps_done == 4
+    assert newest[1].score is None
+    assert find_best_state(str(run), print).num_steps_done == 2
+
+
+def test_an_epoch_that_was_not_evaluated_is_never_best(run: Path) -> None:
+    save_state(str(name_folder(run, 4)), make_state(4, [0.1, 0.5, 0.3, None]))
+    assert find_best_state(str(run), print).num_steps_done == 2
+    assert len(find_newest_history(str(run))) == 4
+
+
+def test_the_latest_of_equals_is_the_best_as_it_is_what_ray_keeps(run: Path) -> None:
+    for step in (1, 3):
+        save_state(str(name_folder(run, step)), make_state(step, [0.1] * (step - 1) + [0.5]))
+    assert find_best_state(str(run), print).num_steps_done == 3
+
+
+def test_a_damaged_one_is_passed_over_and_said(run: Path) -> None:
+    heard: list[str] = []
+    damage(run, 3)
+    newest = find_newest_state(str(run), heard.append)
+    assert newest is not None
+    assert newest[1].num_steps_done == 2
+    assert len(heard) == 1
+    assert "passing over a damaged checkpoint" in heard[0]
+    assert "000000003" in heard[0]
+    damage(run, 2)
+    assert find_best_state(str(run), heard.append).num_steps_done == 1
+
+
+@pytest.mark.parametrize("position", [0, 30, 90, 400, 10**9])
+def test_a_flipped_bit_anywhere_in_the_index_is_seen(run: Path, position: int) -> None:
+    heard: list[str] = []
+    damage(run, 3, "checkpoint.json", position)
+    newest = find_newest_state(str(run), heard.append)
+    assert newest is not None
+    assert newest[1].num_steps_done == 2
+    assert len(heard) == 1
+
+
+def test_an_upload_that_broke_off_is_passed_over(run: Path) -> None:
+    heard: list[str] = []
+    (name_folder(run, 3) / "checkpoint.json").write_text("{")
+    (name_folder(run, 2) / "state.safetensors").unlink()
+    found = find_newest_state(str(run), heard.append)
+    assert found is not None
+    assert found[1].num_steps_done == 1
+    assert len(heard) == 2
+
+
+def test_no_checkpoint_at_all(tmp_path: Path) -> None:
+    assert find_newest_state(str(tmp_path / "none"), print) is None
+    with pytest.raises(TrainingError, match="no whole checkpoint"):
+        find_best_state(str(tmp_path), print)
+
+
+def test_the_newest_two_and_the_best_are_kept(tmp_path: Path) -> None:
+    scores = [0.5, 0.9, 0.3, 0.8, 0.1, 0.2]
+    for step in range(1, 7):
+        save_state(str(name_folder(tmp_path, step)), make_state(step, scores[:step]))
+    remove_surplus(str(tmp_path), num_best=2)
+    kept = [load_state(uri).num_steps_done for uri in list_checkpoints(str(tmp_path))]
+    assert kept == [2, 4, 5, 6]
+
+
+def test_what_old_broken_uploads_have_left_is_removed(run: Path) -> None:
+    save_state(str(name_folder(run, 4)), make_state(4, [0.1, 0.5, 0.3, 0.2]))
+    (name_folder(run, 1) / "checkpoint.json").unlink()
+    remove_surplus(str(run), num_best=1)
+    assert [load_state(uri).num_steps_done for uri in list_checkpoints(str(run))] == [2, 3, 4]
+
+
+def test_what_a_broken_upload_left_is_not_taken_for_one_of_those_kept(run: Path) -> None:
+    (name_folder(run, 3) / "checkpoint.json").unlink()
+    remove_surplus(str(run), num_best=1)
+    assert sorted(path.name[11:20] for path in run.glob("checkpoint_*_*") if path.is_dir()) == [
+        "000000001",
+        "000000002",
+        "000000003",
+    ]

@@ -1,0 +1,200 @@
+"""Real ranks with gloo against one process: the same loss, the same gradients, the same bits after a restart."""
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import distributed, multiprocessing, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from segray.config import ModelConfig
+from segray.data.manifest import Sample
+from segray.data.preprocessing import Preprocessing
+from segray.models.build import build_model
+from segray.models.sync_batchnorm import synchronise_norms
+from segray.training.worker.evaluation import add_over_ranks, compute_scores, evaluate
+from segray.training.worker.feed import iterate_evaluation
+from segray.training.worker.sample_store import SampleStore
+from segray.training.worker.steps import NonFiniteLossError, settle_gradient_buckets, train_step
+from tests.conftest import PET_CLASSES
+from tests.training.worker.learner import CPU, build_network, make_batch, make_learner, split
+
+WORLD_SIZES = (2, 3, 4)
+NUM_STEPS, GLOBAL_BATCH, NUM_IMAGES = 30, 8, 101
+TERMS: dict[str, object] = {"ce": 1.0, "dice": 0.5, "ohem": 0.5}
+
+
+def build_normalised_network() -> nn.Module:
+    torch.manual_seed(0)
+    network = build_model(ModelConfig(arch="classic_unet", widths=(4, 8)), 3).train()
+    synchronise_norms(network, CPU)
+    return network
+
+
+def train(network: nn.Module, steps: range, rank: int = 0, world_size: int = 1, num_parts: int = 1) -> list[float]:
+    """Take steps with a rank's share of each global batch; shares are uneven where it cannot be shared evenly."""
+    replica: nn.Module = network
+    if world_size > 1:
+        replica = DistributedDataParallel(network)
+        settle_gradient_buckets(replica, CPU)
+        replica.train()  # type: ignore[no-untyped-call]
+    learner = make_learner(replica, torch.optim.SGD(network.parameters(), 0.05), TERMS, max_gradient_norm=0.5)
+    losses = []
+    for step in steps:
+        share = split(make_batch([step], GLOBAL_BATCH), world_size)[rank]
+        losses.append(train_step(learner, split(share, num_parts), lambda stage: None))
+    return losses
+
+
+def fail_on_one_rank(rank: int, world_size: int) -> tuple[str, bool]:
+    """Return the error of a step whose loss is NaN on the last rank only, and whether the weights stayed."""
+    network = build_network()
+    replica = DistributedDataParallel(network)
+    if rank == world_size - 1:
+        replica.module[4].bias.data[0] = float("nan")
+    before = copy.deepcopy(network.state_dict())
+    try:
+        train_step(make_learner(replica), [make_batch([0, rank])], lambda stage: None)
+    except NonFiniteLossError as error:
+        same = all(torch.equal(before[k].nan_to_num(7), v.nan_to_num(7)) for k, v in network.state_dict().items())
+        return str(error), same
+    return "", False
+
+
+def score(folder: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
+    """Return the scores of 101 images."""
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(), 3)
+    samples = [
+        Sample(str(folder / f"{number}.png"), str(folder / f"{number}-mask.png")) for number in range(NUM_IMAGES)
+    ]
+    batches = iterate_evaluation(
+        samples,
+        SampleStore(PET_CLASSES, 0),
+        (32, 32),
+        batch_size=7,
+        world_rank=rank,
+        world_size=world_size,
+        num_threads=1,
+    )
+    counts = evaluate(model, batches, classes=PET_CLASSES, preprocessing=Preprocessing(), device=CPU, precision="fp32")
+    return compute_scores(add_over_ranks(counts))
+
+
+def run_rank(rank: int, world_size: int, folder: Path) -> None:
+    torch.set_num_threads(1)
+    init = f"file://{folder}/init{world_size}"
+    distributed.init_process_group("gloo", init, rank=rank, world_size=world_size)
+    unbroken = build_network()
+    result: dict[str, Any] = {"losses": train(unbroken, range(NUM_STEPS), rank, world_size)}
+    again = build_network()
+    train(again, range(NUM_STEPS), rank, world_size)
+    resumed = build_network()
+    train(resumed, range(13), rank, world_size)
+    restarted = build_network()
+    restarted.load_state_dict(resumed.state_dict())
+    train(restarted, range(13, NUM_STEPS), rank, world_size)
+    in_parts = build_network()
+    train(in_parts, range(NUM_STEPS), rank, world_size, num_parts=2)
+    normalised = build_normalised_network()
+    result["normalised_losses"] = train(normalised, range(NUM_STEPS), rank, world_size)
+    for name, network in {
+        "unbroken": unbroken,
+        "again": again,
+        "restarted": restarted,
+        "in_parts": in_parts,
+        "normalised": normalised,
+    }.items():
+        result[name] = network.state_dict()
+    result["scores"] = score(folder, rank, world_size)
+    result["failure"] = fail_on_one_rank(rank, world_size)
+    torch.save(result, folder / f"{world_size}-{rank}.pt")
+    distributed.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """101 images of differing sizes."""
+    folder = tmp_path_factory.mktemp("ranks")
+    rng = np.random.default_rng(0)
+    for number in range(NUM_IMAGES):
+        size = (20 + number % 7, 24 + number % 5)
+        Image.fromarray(rng.integers(0, 256, (*size, 3), np.uint8)).save(folder / f"{number}.png")
+        Image.fromarray(rng.integers(0, 4, size).astype(np.uint8)).save(folder / f"{number}-mask.png")
+    return folder
+
+
+@pytest.fixture(scope="module", params=WORLD_SIZES)
+def ranks(request: pytest.FixtureRequest, folder: Path) -> list[dict[str, Any]]:
+    world_size: int = request.param
+    multiprocessing.spawn(run_rank, (world_size, folder), nprocs=world_size)  # type: ignore[no-untyped-call, attr-defined]
+    return [torch.load(folder / f"{world_size}-{rank}.pt", weights_only=True) for rank in range(world_size)]
+
+
+@pytest.fixture(scope="module")
+def alone() -> tuple[nn.Module, list[float]]:
+    network = build_network()
+    return network, train(network, range(NUM_STEPS))
+
+
+@pytest.fixture(scope="module")
+def alone_normalised() -> tuple[nn.Module, list[float]]:
+    network = build_normalised_network()
+    return network, train(network, range(NUM_STEPS))
+
+
+def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> None:
+    assert one.keys() == other.keys()
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_ranks_learn_what_one_process_learns(ranks: list[dict[str, Any]], alone: tuple[nn.Module, list[float]]) -> None:
+    network, losses = alone
+    for rank in ranks:
+        np.testing.assert_allclose(rank["losses"], losses, atol=1e-4)
+        for name, expected in network.state_dict().items():
+            torch.testing.assert_close(rank["unbroken"][name], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_with_synchronised_batchnorm_too(
+    ranks: list[dict[str, Any]], alone_normalised: tuple[nn.Module, list[float]]
+) -> None:
+    network, losses = alone_normalised
+    for rank in ranks:
+        np.testing.assert_allclose(rank["normalised_losses"], losses, atol=1e-4)
+        for name, expected in network.state_dict().items():
+            torch.testing.assert_close(rank["normalised"][name], expected, rtol=1e-2, atol=2e-3)
+
+
+def test_the_same_seed_and_world_size_is_the_same_bits_after_thirty_steps(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert_same_bits(rank["again"], ranks[0]["unbroken"])
+
+
+def test_a_restart_changes_no_bit(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        assert_same_bits(rank["restarted"], ranks[0]["unbroken"])
+
+
+def test_accumulation_on_every_rank_is_equal_to_the_larger_batch(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        for name, expected in rank["unbroken"].items():
+            torch.testing.assert_close(rank["in_parts"][name], expected, rtol=1e-3, atol=1e-5)
+
+
+def test_evaluation_is_the_same_to_the_last_bit_and_no_image_is_dropped(
+    ranks: list[dict[str, Any]], folder: Path
+) -> None:
+    expected = score(folder)
+    num_scored = sum((np.asarray(Image.open(folder / f"{n}-mask.png")) > 0).sum() for n in range(NUM_IMAGES))
+    assert sum(map(sum, expected["val_confusion"])) == num_scored
+    for rank in ranks:
+        assert rank["scores"] == expected
+
+
+def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_weights_move(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["failure"] for rank in ranks] == [("loss is nan", True)] * len(ranks)

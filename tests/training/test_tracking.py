@@ -1,0 +1,155 @@
+"""The history of a run, as a table and in the trackers that a user has chosen."""
+
+import csv
+import io
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from segray.config import TrainConfig
+from segray.data.classes import ClassMap
+from segray.errors import ConfigError, TrainingError
+from segray.training.tracking import Tracking, flatten_metrics, format_metrics_csv
+
+CLASSES = ClassMap(("a", "b"), (0, 1))
+EVALUATED: dict[str, Any] = {
+    "epoch": 2,
+    "loss": 0.5,
+    "learning_rate": 0.01,
+    "images_per_s": 7.5,
+    "val_mean_iou": 0.25,
+    "val_mean_dice": 0.4,
+    "val_dataset_iou": [0.25, None],
+    "val_dataset_dice": [0.4, None],
+    "val_confusion": [[1, 0], [0, 1]],
+}
+NOT_EVALUATED = {"epoch": 1, "loss": 0.75, "learning_rate": 0.02, "images_per_s": 7.0}
+
+
+def make_config(output: Path, **tracking: object) -> TrainConfig:
+    return TrainConfig.model_validate(
+        {
+            "data": {
+                "train": {"images": "/i", "masks": "/m"},
+                "val": {"fraction": 0.1},
+                "class_names": ["a", "b"],
+            },
+            "image_size": [32, 32],
+            "output": str(output),
+            "tracking": tracking,
+        }
+    )
+
+
+def read_csv(content: str) -> list[dict[str, str]]:
+    return list(csv.DictReader(io.StringIO(content)))
+
+
+def test_each_score_stands_under_its_name_and_an_undefined_one_is_empty() -> None:
+    first, second = read_csv(format_metrics_csv([NOT_EVALUATED, EVALUATED], CLASSES).decode())
+    assert second["epoch"] == "2"
+    assert second["val_mean_iou"] == "0.25"
+    assert second["val_dataset_iou_a"] == "0.25"
+    assert second["val_dataset_iou_b"] == ""
+    assert second["val_dataset_dice_a"] == "0.4"
+    assert first["loss"] == "0.75"
+    assert {name for name, value in first.items() if value} == {"epoch", "loss", "learning_rate", "images_per_s"}
+    assert first.keys() == second.keys()
+
+
+def test_metrics_csv_grows_by_epochs_in_their_order(tmp_path: Path, console: Console) -> None:
+    tracking = Tracking(make_config(tmp_path), CLASSES, str(tmp_path), console)
+    tracking.log([NOT_EVALUATED])
+    assert [row["epoch"] for row in read_csv((tmp_path / "metrics.csv").read_text())] == ["1"]
+    tracking.log([EVALUATED])
+    tracking.log([NOT_EVALUATED])  # a start that went on tells all again
+    assert [row["epoch"] for row in read_csv((tmp_path / "metrics.csv").read_text())] == ["1", "2"]
+
+
+def read_tensorboard(folder: Path) -> Mapping[str, list[tuple[int, float]]]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    accumulator = EventAccumulator(str(folder))
+    accumulator.Reload()
+    return {
+        name: [(event.step, event.value) for event in accumulator.Scalars(name)]
+        for name in accumulator.Tags()["scalars"]
+    }
+
+
+def test_tensorboard_has_every_figure_once_also_after_a_restart(tmp_path: Path, console: Console) -> None:
+    config = make_config(tmp_path, tensorboard=True)
+    for epochs in ([NOT_EVALUATED], [NOT_EVALUATED, EVALUATED]):  # a second start tells the whole history
+        with Tracking(config, CLASSES, str(tmp_path), console) as tracking:
+            tracking.log(epochs)
+    found = read_tensorboard(tmp_path / "tensorboard")
+    assert found["loss"] == [(1, 0.75), (2, 0.5)]
+    assert found["val_dataset_iou_a"] == [(2, 0.25)]
+    assert "val_dataset_iou_b" not in found
+    assert found.keys() == {
+        name for name, value in flatten_metrics(EVALUATED, CLASSES).items() if value is not None
+    } - {"epoch"}
+
+
+def test_mlflow_has_one_run_with_settings_and_every_figure_once(tmp_path: Path, console: Console) -> None:
+    from mlflow import MlflowClient
+
+    uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
+    config = make_config(tmp_path, mlflow_uri=uri, mlflow_experiment="shapes")
+    for epochs in ([NOT_EVALUATED], [NOT_EVALUATED, EVALUATED]):
+        with Tracking(config, CLASSES, str(tmp_path), console) as tracking:
+            tracking.log(epochs)
+    client = MlflowClient(tracking_uri=uri)
+    experiment = client.get_experiment_by_name("shapes")
+    assert experiment is not None
+    (run,) = client.search_runs([experiment.experiment_id])
+    assert run.data.params["model.arch"] == "unet"
+    assert run.data.params["train.learning_rate"] == "0.001"
+    losses = client.get_metric_history(run.info.run_id, "loss")
+    assert [(metric.step, metric.value) for metric in losses] == [(1, 0.75), (2, 0.5)]
+    assert run.data.metrics["val_dataset_iou_a"] == 0.25
+    assert run.info.status == "FINISHED"
+    with pytest.raises(TrainingError), Tracking(config, CLASSES, str(tmp_path), console):
+        raise TrainingError("loss is nan")
+    assert client.get_run(run.info.run_id).info.status == "FAILED"
+
+
+def test_a_tracker_that_fails_costs_no_run_and_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with Tracking(make_config(tmp_path, tensorboard=True), CLASSES, str(tmp_path), Console(width=500)) as tracking:
+        (tmp_path / "tensorboard").write_text("in the way")
+        tracking.log([NOT_EVALUATED])
+        tracking.log([EVALUATED])
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
+    assert "TensorBoardTracker" in warning
+    assert "in the way" in warning
+    assert len(read_csv((tmp_path / "metrics.csv").read_text())) == 2
+
+
+def test_a_server_that_cannot_be_reached_is_an_error_before_training(
+    tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
+    config = make_config(tmp_path, mlflow_uri="http://127.0.0.1:9")
+    with pytest.raises(ConfigError, match=r"tracking: mlflow: .*127\.0\.0\.1"):
+        Tracking(config, CLASSES, str(tmp_path), console)
+
+
+@pytest.mark.parametrize(
+    ("module", "tracking", "extra"),
+    [("torch.utils.tensorboard", {"tensorboard": True}, "tensorboard"), ("mlflow", {"mlflow_uri": "x"}, "mlflow")],
+)
+def test_a_package_that_is_not_there_is_named(
+    tmp_path: Path,
+    console: Console,
+    monkeypatch: pytest.MonkeyPatch,
+    module: str,
+    tracking: dict[str, object],
+    extra: str,
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ConfigError, match=rf"pip install 'segray\[{extra}\]'"):
+        Tracking(make_config(tmp_path, **tracking), CLASSES, str(tmp_path), console)

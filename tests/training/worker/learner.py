@@ -1,0 +1,58 @@
+"""A training step's objects for tests: any network, any loss, on the CPU."""
+
+import numpy as np
+import torch
+from torch import nn
+
+from segray.config import LossSettings
+from segray.data.preprocessing import Preprocessing
+from segray.models.losses import SegmentationLoss
+from segray.training.worker.feed import TrainBatch
+from segray.training.worker.steps import Learner
+
+IGNORE, NUM_CLASSES = 255, 3
+CPU = torch.device("cpu")
+
+
+def make_learner(
+    replica: nn.Module,
+    optimizer: torch.optim.Optimizer | None = None,
+    loss: dict[str, object] | None = None,
+    max_gradient_norm: float | None = None,
+    precision: str = "fp32",
+) -> Learner:
+    return Learner(
+        replica=replica,
+        loss=SegmentationLoss(LossSettings.model_validate(loss or {}), IGNORE),
+        optimizer=optimizer or torch.optim.SGD(replica.parameters(), 0.05, momentum=0.9),
+        scaler=torch.amp.GradScaler("cpu", enabled=precision == "fp16"),
+        preprocessing=Preprocessing(),
+        device=CPU,
+        precision=precision,
+        max_gradient_norm=max_gradient_norm,
+    )
+
+
+def make_batch(seed: list[int], size: int = 4, side: int = 16, ignored: float = 0.2) -> TrainBatch:
+    """Return random images and truth; images have very different numbers of scored pixels."""
+    rng = np.random.default_rng(seed)
+    truth = rng.integers(0, NUM_CLASSES, (size, side, side)).astype(np.uint8)
+    for number in range(size):
+        truth[number][rng.random((side, side)) < ignored * number] = IGNORE
+    return TrainBatch(rng.integers(0, 256, (size, side, side, 3), np.uint8), truth, [str(n) for n in range(size)])
+
+
+def take(batch: TrainBatch, share: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> TrainBatch:
+    """Return a part of a batch."""
+    return TrainBatch(batch.images[share], batch.truth[share], [batch.image_uris[number] for number in share])
+
+
+def split(batch: TrainBatch, num_parts: int) -> list[TrainBatch]:
+    return [take(batch, part) for part in np.array_split(np.arange(len(batch.images)), num_parts)]
+
+
+def build_network() -> nn.Module:
+    """Build a network without BatchNorm."""
+    torch.manual_seed(0)
+    layers: list[nn.Module] = [nn.Conv2d(3, 7, 3, padding=1), nn.ReLU(), nn.Conv2d(7, 13, 3, padding=1), nn.ReLU()]
+    return nn.Sequential(*layers, nn.Conv2d(13, NUM_CLASSES, 1))

@@ -1,0 +1,142 @@
+"""Scores of a split against counting by hand, and the same for any number of workers."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import torch
+from torch.nn import functional
+
+from segray.config import DataConfig, ModelConfig
+from segray.data.manifest import Sample, load_splits
+from segray.data.preprocessing import Preprocessing
+from segray.models.build import SegmentationModel, build_model
+from segray.training.worker.evaluation import NUM_EXTREMES, EvaluationCounts, compute_scores, evaluate
+from segray.training.worker.feed import iterate_evaluation
+from segray.training.worker.sample_store import SampleStore, load_labelled_image
+from tests.conftest import NUM_TEST, PET_CLASSES, SHAPE_SIZE
+from tests.training.worker.learner import CPU
+
+SMALL = (32, 32)  # smaller than the images: masks must still be scored at the images' own size
+
+
+@pytest.fixture(scope="module")
+def model() -> SegmentationModel:
+    torch.manual_seed(0)
+    return build_model(ModelConfig(), PET_CLASSES.num_classes)
+
+
+@pytest.fixture(scope="module")
+def samples(shapes_root: Path) -> list[Sample]:
+    layout = {"layout": {"oxford_iiit_pet": {"root": str(shapes_root)}}}
+    return load_splits(DataConfig.model_validate(layout)).val
+
+
+def count(model: SegmentationModel, samples: list[Sample], world_size: int, rank: int, batch_size: int = 3) -> Any:
+    batches = iterate_evaluation(
+        samples,
+        SampleStore(PET_CLASSES, 0),
+        SMALL,
+        batch_size=batch_size,
+        world_rank=rank,
+        world_size=world_size,
+        num_threads=1,
+    )
+    return evaluate(model, batches, classes=PET_CLASSES, preprocessing=Preprocessing(), device=CPU, precision="fp32")
+
+
+@pytest.fixture(scope="module")
+def counts(model: SegmentationModel, samples: list[Sample]) -> EvaluationCounts:
+    found: EvaluationCounts = count(model, samples, 1, 0)
+    return found
+
+
+@pytest.fixture(scope="module")
+def pairs(
+    model: SegmentationModel, samples: list[Sample]
+) -> list[tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]]:
+    """Truth and mask of each image, one at a time."""
+    found = []
+    for sample in samples:
+        _, truth = load_labelled_image(sample, PET_CLASSES)
+        batch = next(
+            iterate_evaluation(
+                [sample], SampleStore(PET_CLASSES, 0), SMALL, batch_size=1, world_rank=0, world_size=1, num_threads=1
+            )
+        )
+        with torch.no_grad():
+            logits = model.eval()(Preprocessing().apply(torch.from_numpy(batch.images)))
+        large = functional.interpolate(logits, size=truth.shape, mode="bilinear", align_corners=False)
+        found.append((truth, large[0].argmax(0).numpy()))
+    return found
+
+
+def test_the_confusion_is_every_pixel_once(
+    counts: EvaluationCounts, pairs: list[tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]]
+) -> None:
+    expected = np.zeros((3, 3), np.int64)
+    for truth, mask in pairs:
+        scored = truth != PET_CLASSES.ignore_index
+        np.add.at(expected, (truth[scored], mask[scored]), 1)
+    np.testing.assert_array_equal(counts.confusion.numpy(), expected)
+    assert expected.sum() == NUM_TEST * SHAPE_SIZE**2
+    assert np.count_nonzero(expected) > 3  # not all of one class, which would prove little
+
+
+def test_scores_of_images_and_extremes(
+    counts: EvaluationCounts, pairs: list[tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]]
+) -> None:
+    ious = np.full((len(pairs), 3), np.nan)
+    dices = ious.copy()
+    for number, (truth, mask) in enumerate(pairs):
+        for index in range(3):
+            both, either = ((truth == index) & (mask == index)).sum(), ((truth == index) | (mask == index)).sum()
+            if either:
+                ious[number, index] = both / either
+                dices[number, index] = 2 * both / (both + either)
+    scores = compute_scores(counts)
+    np.testing.assert_allclose(scores["val_mean_image_iou"], np.nanmean(ious, 0), rtol=1e-9)
+    np.testing.assert_allclose(scores["val_mean_image_dice"], np.nanmean(dices, 0), rtol=1e-9)
+    assert scores["val_image_iou"] == pytest.approx(np.nanmean(np.nanmean(ious, 0)))
+    by_score = np.argsort(np.nanmean(ious, 1))
+    assert [number for _, number in scores["val_worst_images"]] == by_score[:NUM_EXTREMES].tolist()
+    assert [number for _, number in scores["val_best_images"]] == by_score[::-1][:NUM_EXTREMES].tolist()
+    assert scores["val_worst_images"][0][0] == pytest.approx(np.nanmean(ious, 1).min())
+
+
+def test_scores_of_a_confusion_are_their_formulas() -> None:
+    confusion = torch.tensor([[6, 2, 0], [1, 3, 0], [0, 0, 0]])  # the third class is nowhere
+    zeros = torch.zeros((2, 3), dtype=torch.int64)
+    boundary = torch.tensor([[1, 2, 0], [4, 3, 0]])
+    scores = compute_scores(EvaluationCounts(confusion, boundary, zeros, zeros[0], [], []))
+    assert scores["val_dataset_iou"] == [6 / 9, 3 / 6, None]
+    assert scores["val_dataset_dice"] == [12 / 15, 6 / 9, None]
+    assert scores["val_precision"] == [6 / 7, 3 / 5, None]
+    assert scores["val_recall"] == [6 / 8, 3 / 4, None]
+    assert scores["val_accuracy"] == [9 / 12, 9 / 12, 1.0]
+    assert scores["val_boundary_iou"] == [1 / 4, 2 / 3, None]
+    assert scores["val_mean_iou"] == pytest.approx((6 / 9 + 3 / 6) / 2)
+    assert scores["val_mean_boundary_iou"] == pytest.approx((1 / 4 + 2 / 3) / 2)
+    assert scores["val_pixel_accuracy"] == 9 / 12
+    assert scores["val_confusion"] == confusion.tolist()
+    assert scores["val_mean_image_iou"] == [None, None, None]
+
+
+@pytest.mark.parametrize("world_size", [2, 3, 4, 9])
+def test_shares_add_up_to_the_whole(
+    model: SegmentationModel, samples: list[Sample], counts: EvaluationCounts, world_size: int
+) -> None:
+    shares = [count(model, samples, world_size, rank) for rank in range(world_size)]
+    for name in ("confusion", "boundary", "image_sums", "image_count"):
+        total = sum(getattr(share, name) for share in shares)
+        assert torch.equal(total, getattr(counts, name)), name
+
+
+def test_padding_and_batch_size_change_no_bit(
+    model: SegmentationModel, samples: list[Sample], counts: EvaluationCounts
+) -> None:
+    other = count(model, samples, 1, 0, batch_size=5)
+    assert torch.equal(other.confusion, counts.confusion)
+    assert other.worst == counts.worst

@@ -1,0 +1,242 @@
+"""The order of samples is data: the same for any number of workers, nothing dropped, nothing twice."""
+
+import errno
+import os
+import tempfile
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from segray.config import AugmentationSettings, DataConfig
+from segray.data.augmentation import Augmentation
+from segray.data.images import resize_mask
+from segray.data.manifest import Sample, load_splits
+from segray.errors import DataError, StorageError
+from segray.training.worker.feed import (
+    TrainBatch,
+    compute_num_steps,
+    compute_step_order,
+    iterate_evaluation,
+    iterate_training,
+)
+from segray.training.worker.sample_store import SampleStore, _DiskStore, load_labelled_image
+from tests.conftest import NUM_TRAIN, PET_CLASSES, SHAPE_SIZE
+
+SIZE = (SHAPE_SIZE, SHAPE_SIZE)
+
+
+@pytest.fixture
+def samples(shapes_root: Path) -> list[Sample]:
+    layout = {"layout": {"oxford_iiit_pet": {"root": str(shapes_root)}}}
+    return load_splits(DataConfig.model_validate(layout)).train
+
+
+def train(
+    samples: list[Sample],
+    steps: range,
+    *,
+    size: tuple[int, int] = SIZE,
+    batch_size: int = 4,
+    num_parts: int = 1,
+    preset: str = "strong",
+    cache_bytes: int = 2**30,
+    rank: int = 0,
+    world_size: int = 1,
+    num_threads: int = 2,
+) -> list[list[TrainBatch]]:
+    """Return a rank's parts of each step."""
+    settings = AugmentationSettings.model_validate(preset)
+    return list(
+        iterate_training(
+            samples,
+            SampleStore(PET_CLASSES, cache_bytes),
+            Augmentation(settings, size, PET_CLASSES.ignore_index),
+            steps=steps,
+            global_batch_size=batch_size,
+            num_parts=num_parts,
+            seed=7,
+            world_rank=rank,
+            world_size=world_size,
+            num_threads=num_threads,
+        )
+    )
+
+
+def read(samples: list[Sample], steps: range, world_size: int, **options: Any) -> list[list[tuple[str, bytes, bytes]]]:
+    """Return URI, pixels and truth of each sample of each global step, ranks and parts in order."""
+    ranks = [train(samples, steps, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
+    return [
+        [
+            (uri, image.tobytes(), truth.tobytes())
+            for parts in share
+            for part in parts
+            for uri, image, truth in zip(part.image_uris, part.images, part.truth, strict=True)
+        ]
+        for share in zip(*ranks, strict=True)  # strict: every rank takes the same number of steps
+    ]
+
+
+def test_any_number_of_workers_and_parts_shares_one_order_and_one_augmentation(samples: list[Sample]) -> None:
+    expected = read(samples, range(6), 1)
+    assert all(len(step) == 4 for step in expected)
+    for world_size in (2, 3, 4):  # also where shares are uneven, after a node is lost
+        assert read(samples, range(6), world_size) == expected
+    assert read(samples, range(6), 1, num_parts=4) == expected
+    assert read(samples, range(6), 2, num_parts=2, num_threads=5) == expected
+
+
+def test_resuming_goes_on_at_the_very_next_sample(samples: list[Sample]) -> None:
+    assert read(samples, range(3, 6), 2) == read(samples, range(6), 2)[3:]
+
+
+def test_a_sample_looks_different_in_each_pass(samples: list[Sample]) -> None:
+    steps = [sample for step in read(samples, range(9), 1) for sample in step]  # two passes of 18
+    looks: dict[str, set[bytes]] = {}
+    for uri, image, _ in steps:
+        looks.setdefault(uri, set()).add(image)
+    assert all(len(images) == 2 for images in looks.values())
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 3 * 4 * SHAPE_SIZE**2, 2**30])
+def test_the_cache_changes_nothing_but_the_number_of_reads(samples: list[Sample], cache_bytes: int) -> None:
+    assert read(samples, range(9), 1, cache_bytes=cache_bytes) == read(samples, range(9), 1)
+
+
+@pytest.mark.parametrize("in_memory", [0, 1, 2])
+def test_the_cache_keeps_what_fits_and_no_more(samples: list[Sample], tmp_path: Path, in_memory: int) -> None:
+    paths = [tmp_path / f"{number}.png" for number in range(3)]
+    for path, sample in zip(paths, samples, strict=False):
+        Image.open(sample.image_uri).save(path)
+    copies = [Sample(str(path), sample.mask_uri) for path, sample in zip(paths, samples, strict=False)]
+    num_bytes = 4 * SHAPE_SIZE**2  # of image and truth
+    store = SampleStore(PET_CLASSES, in_memory * num_bytes, max_disk_bytes=(2 - in_memory) * num_bytes)
+    expected = [store.load(copy) for copy in copies]
+    for path in paths:
+        path.unlink()
+    for copy, (image, truth) in zip(copies[:2], expected, strict=False):
+        again = store.load(copy)
+        np.testing.assert_array_equal(again[0], image)
+        np.testing.assert_array_equal(again[1], truth)
+    with pytest.raises(DataError, match=r"2\.png: missing"):
+        store.load(copies[2])
+
+
+@pytest.mark.parametrize("is_short", [True, False])
+def test_a_full_disk_keeps_nothing_more_and_stops_nothing(
+    samples: list[Sample], is_short: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any) -> int:
+        attempts.append(1)
+        if is_short:
+            return 3  # of many bytes
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    attempts: list[int] = []
+    store = SampleStore(PET_CLASSES, 0, max_disk_bytes=2**20)
+    expected = [store.load(samples[0])]
+    monkeypatch.setattr(os, "pwrite", fail)
+    expected += [store.load(sample) for sample in samples[1:4]]
+    assert len(attempts) == 1
+    monkeypatch.undo()
+    for _ in range(2):
+        for sample, whole in zip(samples, expected, strict=False):
+            for part, expected_part in zip(store.load(sample), whole, strict=True):
+                np.testing.assert_array_equal(part, expected_part)
+
+
+def test_a_sample_that_two_threads_missed_takes_its_room_on_disk_once(samples: list[Sample]) -> None:
+    disk = _DiskStore(2 * 4 * SHAPE_SIZE**2)
+    found = [load_labelled_image(sample, PET_CLASSES) for sample in samples[:2]]
+    for sample, whole in ((samples[0], found[0]), (samples[0], found[0]), (samples[1], found[1])):
+        disk.keep(sample, whole)
+    for sample, whole in zip(samples, found, strict=False):
+        kept = disk.read(sample)
+        assert kept is not None
+        for part, expected in zip(kept, whole, strict=True):
+            np.testing.assert_array_equal(part, expected)
+
+
+def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+    with pytest.raises(StorageError, match=r"train\.cache_disk_bytes: cannot write to .*gone.*TMPDIR"):
+        SampleStore(PET_CLASSES, 0, max_disk_bytes=1)
+    SampleStore(PET_CLASSES, 0)
+
+
+@pytest.mark.parametrize(("num_samples", "batch"), [(18, 4), (7, 3), (3, 8), (101, 16), (1, 2)])
+def test_every_pass_is_a_permutation_and_none_is_like_another(num_samples: int, batch: int) -> None:
+    num_passes = 4
+    num_steps = compute_num_steps(num_samples * num_passes, batch)
+    stream = np.concatenate([compute_step_order(step, num_samples, batch, seed=0) for step in range(num_steps)])
+    passes = stream[: num_samples * num_passes].reshape(num_passes, num_samples)
+    for order in passes:
+        np.testing.assert_array_equal(np.sort(order), np.arange(num_samples))
+    if num_samples > 5:
+        assert len({tuple(order) for order in passes.tolist()}) == num_passes
+    other = np.concatenate([compute_step_order(step, num_samples, batch, seed=1) for step in range(num_steps)])
+    assert num_samples == 1 or not np.array_equal(stream, other)
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4, 25])
+def test_evaluation_sees_every_image_once(samples: list[Sample], world_size: int) -> None:
+    seen = Counter[int]()
+    num_batches = set()
+    for rank in range(world_size):
+        batches = list(
+            iterate_evaluation(
+                samples,
+                SampleStore(PET_CLASSES, 0),
+                SIZE,
+                batch_size=2,
+                world_rank=rank,
+                world_size=world_size,
+                num_threads=2,
+            )
+        )
+        num_batches.add(len(batches))
+        for batch in batches:
+            assert batch.images.shape == (2, *SIZE, 3)
+            assert len(batch.truths) == len(batch.numbers)
+            seen.update(batch.numbers)
+            for image, number in zip(batch.images, batch.numbers, strict=False):
+                expected, _ = load_labelled_image(samples[number], PET_CLASSES)
+                np.testing.assert_array_equal(image, expected)
+    assert seen == Counter(range(NUM_TRAIN))
+    assert len(num_batches) == 1  # ranks that share weights wait for each other's forward passes
+
+
+def test_training_images_are_resized_and_evaluation_truth_is_not(samples: list[Sample]) -> None:
+    small = (32, 48)
+    ((batch,),) = train(samples, range(1), size=small, batch_size=2, preset="none")
+    assert batch.images.shape == (2, *small, 3)
+    assert batch.truth.shape == (2, *small)
+    mask_uris = dict(samples)
+    for image, truth, uri in zip(batch.images, batch.truth, batch.image_uris, strict=True):
+        with Image.open(uri) as source, Image.open(mask_uris[uri]) as mask:
+            np.testing.assert_array_equal(image, source.resize(small[::-1], Image.Resampling.BILINEAR))
+            np.testing.assert_array_equal(truth + 1, resize_mask(np.asarray(mask), small))
+    assert batch.images.flags.writeable  # torch refuses to share memory that is not
+    evaluated = next(
+        iterate_evaluation(
+            samples,
+            SampleStore(PET_CLASSES, 0),
+            small,
+            batch_size=2,
+            world_rank=0,
+            world_size=1,
+            num_threads=1,
+        )
+    )
+    assert evaluated.images.shape == (2, *small, 3)
+    assert [truth.shape for truth in evaluated.truths] == [SIZE, SIZE]
+
+
+def test_a_broken_file_is_named_with_its_remedy(samples: list[Sample], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.jpg"
+    broken.write_bytes(b"no")
+    with pytest.raises(DataError, match=r"broken\.jpg: unreadable: .*run segray check"):
+        load_labelled_image(Sample(str(broken), samples[0].mask_uri), PET_CLASSES)

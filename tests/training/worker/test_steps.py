@@ -1,0 +1,125 @@
+"""One step against plain torch; parts against the whole; a loss that is not finite moves nothing."""
+
+import copy
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional
+
+from segray.config import LOSS_TERMS, ModelConfig
+from segray.models.build import SegmentationModel, build_model
+from segray.training.worker.feed import TrainBatch
+from segray.training.worker.steps import Learner, NonFiniteLossError, train_step
+from tests.conftest import PET_CLASSES
+from tests.training.worker.learner import IGNORE, build_network, make_batch, make_learner, split
+
+
+@pytest.fixture
+def model() -> SegmentationModel:
+    torch.manual_seed(0)
+    return build_model(ModelConfig(), PET_CLASSES.num_classes).train()
+
+
+@pytest.fixture
+def batch() -> TrainBatch:
+    return make_batch([0], size=2, side=64)
+
+
+def step(learner: Learner, *parts: TrainBatch) -> float:
+    return train_step(learner, parts, lambda stage: None)
+
+
+def compute_reference_loss(plain: nn.Module, batch: TrainBatch) -> torch.Tensor:
+    mean, std = torch.tensor([0.485, 0.456, 0.406]) * 255, torch.tensor([0.229, 0.224, 0.225]) * 255
+    image = ((torch.from_numpy(batch.images) - mean) / std).permute(0, 3, 1, 2)
+    return functional.cross_entropy(plain(image), torch.from_numpy(batch.truth).long(), ignore_index=IGNORE)
+
+
+def test_a_step_is_that_of_plain_torch(batch: TrainBatch) -> None:
+    model = build_network()
+    plain = copy.deepcopy(model)
+    for parameter in model.parameters():  # of a step before, which must not count again
+        parameter.grad = torch.ones_like(parameter)
+    loss = step(make_learner(model, torch.optim.SGD(model.parameters(), 0.1)), batch)
+    expected = compute_reference_loss(plain, batch)
+    expected.backward()  # type: ignore[no-untyped-call]
+    assert loss == pytest.approx(expected.item(), rel=1e-5)
+    for got, reference in zip(model.parameters(), plain.parameters(), strict=True):
+        assert reference.grad is not None
+        torch.testing.assert_close(got, reference - 0.1 * reference.grad, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("num_parts", [2, 3, 8])
+@pytest.mark.parametrize("terms", [{name: 1.0} for name in LOSS_TERMS] + [{"ce": 1.0, "dice": 0.5}], ids=str)
+def test_accumulation_is_equal_to_the_larger_batch(num_parts: int, terms: dict[str, float]) -> None:
+    whole, in_parts = make_learner(build_network(), loss={**terms}), make_learner(build_network(), loss={**terms})
+    for number in range(3):
+        batch = make_batch([number], size=8)
+        expected = step(whole, batch)
+        assert step(in_parts, *split(batch, num_parts)) == pytest.approx(expected, rel=1e-5)
+    for got, reference in zip(in_parts.replica.parameters(), whole.replica.parameters(), strict=True):
+        torch.testing.assert_close(got, reference, rtol=1e-4, atol=1e-6)
+
+
+def test_long_gradients_are_shortened_and_short_ones_are_not() -> None:
+    norms = []
+    for longest in (None, 1e6, 0.01):
+        network = build_network()
+        before = copy.deepcopy(network)
+        learner = make_learner(network, torch.optim.SGD(network.parameters(), 1.0), max_gradient_norm=longest)
+        step(learner, make_batch([0]))
+        moves = [new - old for new, old in zip(network.parameters(), before.parameters(), strict=True)]
+        norms.append(torch.cat([move.flatten() for move in moves]).norm().item())
+    assert norms[1] == norms[0] > 0.02
+    assert norms[2] == pytest.approx(0.01, rel=1e-3)
+
+
+def test_a_loss_that_is_not_finite_moves_nothing(model: SegmentationModel, batch: TrainBatch) -> None:
+    with torch.no_grad():
+        model.network.get_parameter("segmentation_head.0.bias")[0] = float("nan")
+    before = [parameter.clone() for parameter in model.parameters()]
+    with pytest.raises(NonFiniteLossError, match="loss is nan"):
+        step(make_learner(model), batch)
+    for parameter, old in zip(model.parameters(), before, strict=True):
+        assert torch.equal(parameter.nan_to_num(7), old.nan_to_num(7))
+
+
+@pytest.mark.parametrize("terms", [{name: 1.0} for name in LOSS_TERMS], ids=str)
+def test_a_batch_that_is_all_ignored_is_a_loss_of_zero_and_no_step(terms: dict[str, float]) -> None:
+    network = build_network()
+    before = copy.deepcopy(network)
+    batch = make_batch([0])
+    ignored = TrainBatch(batch.images, np.full_like(batch.truth, IGNORE), batch.image_uris)
+    assert step(make_learner(network, loss={**terms}), ignored) == 0
+    for new, old in zip(network.parameters(), before.parameters(), strict=True):
+        assert torch.equal(new, old)
+
+
+def test_stages_are_announced_in_order() -> None:
+    heard: list[str] = []
+    train_step(make_learner(build_network()), split(make_batch([0]), 2), heard.append)
+    assert heard == ["forward", "backward", "forward", "backward", "update"]
+
+
+def test_gradients_without_end_move_nothing_even_where_the_loss_is_finite() -> None:
+    network = build_network()
+    before = copy.deepcopy(network)
+    network.get_parameter("0.weight").register_hook(lambda g: g * float("inf"))  # type: ignore[no-untyped-call]
+    with pytest.raises(NonFiniteLossError, match=r"the gradient's length is (inf|nan)"):
+        step(make_learner(network, max_gradient_norm=1.0), make_batch([0]))
+    for new, old in zip(network.parameters(), before.parameters(), strict=True):
+        assert torch.equal(new, old)
+
+
+@pytest.mark.parametrize(("precision", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
+def test_a_step_in_half_precision_computes_in_it_and_comes_near(precision: str, dtype: torch.dtype) -> None:
+    whole, half = build_network(), build_network()
+    seen: set[torch.dtype] = set()
+    half[2].register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))  # type: ignore[index]
+    expected = step(make_learner(whole), make_batch([0]))
+    assert step(make_learner(half, precision=precision), make_batch([0])) == pytest.approx(expected, rel=1e-2)
+    assert seen == {dtype}
+    for got, reference in zip(half.parameters(), whole.parameters(), strict=True):
+        torch.testing.assert_close(got, reference, rtol=0.05, atol=5e-3)
