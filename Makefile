@@ -1,9 +1,10 @@
-# make setup: everything into .venv.   make demo: the whole job, 2 minutes.   make test: checks and tests, 30 minutes.
-# make test-faults: every fault, half an hour.   make test-cluster: clusters launched for real, as root, 15 minutes.
+# make setup: everything into .venv.  make demo: train and segment drawn shapes.  CONTRIBUTING.md describes the tests.
 PYTHON ?= python3
 BIN := .venv/bin
+# Tests of one file run in one process and share its fixtures. Two more processes than cores: tests wait for Ray.
+PARALLEL := --numprocesses 4 --dist loadfile
 
-.PHONY: setup demo test test-faults test-cluster wheel check lock clean
+.PHONY: setup demo docs test test-all test-faults test-cluster gpu-pack gpu-run wheel check lock clean
 
 setup: .venv/installed
 
@@ -25,10 +26,15 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: check .venv-swift/installed
-	$(BIN)/pytest -m "not slow"
+# linters, types, tests without Ray or an object store, and a smoke test of each on real Ray
+test: check
+	$(BIN)/pytest $(PARALLEL) -m "smoke or not (integration or slow or gpu)"
 
-# every fault of docs/reliability.md, on a real object store
+# every test but the slow faults and the clusters, and the documentation site
+test-all: setup docs .venv-swift/installed
+	$(BIN)/pytest $(PARALLEL) --ignore tests/cluster -m "not slow" --durations=30
+
+# every fault of docs/guides/faults.md, on a real object store
 test-faults: setup .venv-swift/installed
 	$(BIN)/pytest tests/faults tests/training/tuning/test_tuning.py --durations=0
 
@@ -36,6 +42,18 @@ test-faults: setup .venv-swift/installed
 test-cluster: setup .venv-swift/installed .venv-moto/installed
 	tests/cluster/install.sh
 	$(BIN)/pytest tests/cluster --durations=0
+
+# What a machine with a GPU and without a network lacks, into gpu-pack/ (40 MiB). GPU_PYTHON: its Python version, 3.12.
+gpu-pack:
+	benchmarks/pack_gpu.sh
+
+# There: everything that needs a GPU, within 10 minutes and without `make setup`; results go to runs/gpu_run.json.
+gpu-run:
+	@$(PYTHON) benchmarks/gpu_run.py $(if $(OUT),--output $(OUT)/gpu_run.json)
+
+# The documentation site, into site/. A broken link or anchor is an error.
+docs: setup
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir site
 
 # into dist/, by way of a source archive: a folder build/ that lies about has no part in it
 wheel: setup

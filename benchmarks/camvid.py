@@ -1,4 +1,4 @@
-"""Images and a model for the benchmarks of segmentation: CamVid's, as often as it takes, and a U-Net of them."""
+"""Prepare inputs for the segmentation benchmarks: copies of CamVid's images, and a U-Net trained on CamVid."""
 
 import io
 import subprocess
@@ -15,11 +15,11 @@ CLASS_NAMES = ["sky", "building", "pole", "road", "sidewalk", "tree", "sign", "f
 
 
 def make_images(num_images: int, extension: str = "png") -> Path:
-    """Return a folder of that many files of 360x480, each of CamVid's images as often as it takes; made once.
+    """Return a folder of copies of CamVid's images (360x480); an existing one is reused.
 
     Args:
-        num_images: How many.
-        extension: ``png``, the data set's own files, or ``jpg``, of quality 90 unless the data set is there as JPEG.
+        num_images: Number of files; the images are repeated as often as necessary.
+        extension: ``png`` for the data set's own files, or ``jpg``, encoded at quality 90 unless the data set is JPEG.
     """
     folder = _RUNS / f"images-{num_images}-{extension}"
     originals = sorted((_CAMVID / "images").rglob(f"*.{extension}")) or sorted((_CAMVID / "images").rglob("*.png"))
@@ -42,7 +42,7 @@ def _encode_jpeg(path: Path) -> bytes:
 
 
 def make_bundle() -> Path:
-    """Return a bundle of a resnet18 U-Net for 352x480, trained on CamVid for a few minutes; made once."""
+    """Return a bundle of a resnet18 U-Net for 352x480, trained on CamVid for a few minutes unless it exists already."""
     output = _RUNS / "camvid-352x480"
     bundle = output / "bundle"
     if not (bundle / "bundle.json").exists():

@@ -1,6 +1,6 @@
-"""What a careful evening with segmentation-models-pytorch gives: the yardstick beside jobs/camvid.yaml.
+"""Train on CamVid with a plain script around segmentation-models-pytorch, as a reference for jobs/camvid.yaml.
 
-U-Net on resnet18 from scratch, 192x256, random crops and flips, AdamW, one-cycle, bf16. No Ray, one process.
+resnet18 U-Net from scratch, 192x256, random crops and flips, AdamW, one-cycle schedule, bf16. One process without Ray.
 
     python benchmarks/camvid_plain_smp.py data/camvid --epochs 130
 """
@@ -27,7 +27,7 @@ Pair = tuple[torch.Tensor, torch.Tensor]
 
 
 class CamVid(Dataset[Pair]):
-    """Images (3, H, W) float32, normalised, with truth (H, W) int64; those of ``train`` at 192x256."""
+    """Normalised images (3, H, W) float32 with ground truth (H, W) int64; pairs of ``train`` have 192x256 pixels."""
 
     def __init__(self, root: Path, split: str) -> None:
         self.is_train = split == "train"
@@ -57,7 +57,7 @@ class CamVid(Dataset[Pair]):
 
 @torch.no_grad()
 def evaluate(model: torch.nn.Module, batches: "DataLoader[Pair]") -> torch.Tensor:
-    """Return the IoU of each class over the split, masks at the images' own size."""
+    """Return the IoU of each class over the split, with masks at the images' own size."""
     model.eval()
     confusion = torch.zeros(NUM_CLASSES, NUM_CLASSES, dtype=torch.int64)
     for image, truth in batches:
@@ -72,7 +72,7 @@ def evaluate(model: torch.nn.Module, batches: "DataLoader[Pair]") -> torch.Tenso
 
 
 def main() -> None:
-    """Train for as many epochs as fit into the time, and print the validation IoU."""
+    """Train, and print the validation IoU."""
     parser = argparse.ArgumentParser()
     parser.add_argument("root", type=Path)
     parser.add_argument("--epochs", type=int, default=130)

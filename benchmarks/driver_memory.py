@@ -1,10 +1,10 @@
-"""The driver's memory while it plans and runs a million URIs.
+"""Measure the driver's memory while it plans and processes a million URIs.
 
     python benchmarks/driver_memory.py [NUM_URIS]
 
-The listing is a text file of images that are not there: each is fetched, found missing, passed through the real
-pipeline as an error row and written. So the predictors have nothing to compute, and all else is as in any run. The
-driver's resident memory is read twice a second.
+The images are listed in a text file and do not exist. Each is requested, found missing, passed through the real
+pipeline as an error row and written, so that only the model has no work. The driver's resident memory is sampled twice
+a second.
 """
 
 import json
@@ -23,7 +23,7 @@ _FOLDER = Path(__file__).parents[1] / "runs/benchmarks/million"
 
 
 def main() -> None:
-    """Run, and watch the driver."""
+    """Run segray and sample the driver's memory."""
     num_uris = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
     bundle, output, gone = make_bundle(), _FOLDER / "out", _FOLDER / "gone"
     shutil.rmtree(_FOLDER, ignore_errors=True)

@@ -1,4 +1,4 @@
-"""What every benchmark needs: the machine's description, processes measured from outside, a table and a JSON."""
+"""Shared code of the benchmarks: describe the machine, measure processes, write a table and a JSON file."""
 
 import json
 import os
@@ -24,14 +24,14 @@ _PACKAGES = ("ray", "torch", "torchvision", "segmentation-models-pytorch", "pyar
 
 @dataclass(frozen=True)
 class Measured:
-    """A process from its start to its end.
+    """A process measured from its start to its end.
 
     Attributes:
-        wall_s: Its time.
-        busy_core_s: Time that the machine's cores were busy meanwhile, whoever kept them so: Ray's processes too.
-        started_s: When it began, seconds since 1970.
-        output: What it printed, both streams.
-        samples: Twice a second the time, seconds since 1970, and ``count_busy_core_s``.
+        wall_s: Elapsed time.
+        busy_core_s: Busy time of all cores of the machine in that time, including other processes such as Ray's.
+        started_s: Start, in seconds since 1970.
+        output: Everything that it printed to both streams.
+        samples: Time in seconds since 1970 and ``count_busy_core_s``, twice a second.
     """
 
     wall_s: float
@@ -41,13 +41,13 @@ class Measured:
     samples: list[tuple[float, float]]
 
     def count_busy_core_s(self, from_s: float, to_s: float) -> float:
-        """Return the seconds that the cores were busy between two times, seconds since 1970."""
+        """Return the busy core-seconds between two times in seconds since 1970, interpolated between samples."""
         times, busy = zip(*self.samples, strict=True)
         return float(np.interp(to_s, times, busy) - np.interp(from_s, times, busy))
 
 
 def describe_machine(*packages: str) -> dict[str, str]:
-    """Return what a figure has to be read with: processor, cores, memory, GPU, versions, date."""
+    """Return the conditions of a measurement: date, processor, cores, memory, GPU, versions of Python and packages."""
     names = Path("/proc/cpuinfo").read_text().splitlines() if os.path.exists("/proc/cpuinfo") else []
     processor = next((line.split(":")[1].strip() for line in names if line.startswith("model name")), "")
     described = {
@@ -77,16 +77,16 @@ def _describe_gpu() -> str:
 
 
 def count_busy_core_s() -> float:
-    """Return the seconds that all cores together have been busy since the machine started."""
+    """Return the busy core-seconds of the machine since it started, summed over all cores."""
     times = psutil.cpu_times()
     return float(sum(times) - times.idle - getattr(times, "iowait", 0) - getattr(times, "steal", 0))
 
 
 def run_measured(command: list[str], environment: dict[str, str] | None = None) -> Measured:
-    """Run a process to its end, in the project's root.
+    """Run a process in the project's root and wait for its end.
 
     Raises:
-        SystemExit: It failed; with what it printed.
+        SystemExit: The process failed; the message contains its output.
     """
     samples = [(time.time(), count_busy_core_s())]
     with TemporaryFile("w+") as output:
@@ -110,13 +110,13 @@ def run_measured(command: list[str], environment: dict[str, str] | None = None) 
 
 
 def read_results(name: str) -> dict[str, Any]:
-    """Return what ``report`` wrote under a name."""
+    """Return the content that ``report`` wrote to ``results/<name>.json``."""
     results: dict[str, Any] = json.loads((_RESULTS / f"{name}.json").read_text())
     return results
 
 
 def report(name: str, columns: list[str], rows: list[list[str]], figures: dict[str, Any], *packages: str) -> None:
-    """Print a table, and write it with the figures, the machine and the versions to ``results/<name>.json``."""
+    """Print a table, and write it with the figures and the machine's description to ``results/<name>.json``."""
     machine = describe_machine(*packages)
     table = Table(*columns)
     for row in rows:

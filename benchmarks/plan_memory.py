@@ -1,10 +1,10 @@
-"""How much memory and time the driver needs to plan a bucket: a listing of a million images, streamed to the plan.
+"""Measure the memory and time that the driver needs to plan a run over a million images.
 
     python benchmarks/plan_memory.py [NUM_IMAGES]
 
-A store that holds a million objects is made up: a server on loopback that answers ListObjectsV2 as S3 does, page by
-page; nothing else of S3 is touched by planning. Beside it a text list of as many URIs, and a folder of a tenth of them.
-The peak is the driver's own resident memory (VmHWM), each case in a process of its own.
+The inputs are an S3 prefix, a text list of as many URIs, and a local folder with a tenth of them. S3 is simulated by a
+server on loopback that answers ListObjectsV2 page by page; planning needs no other call. The peak is the resident
+memory of the driver (VmHWM); each input is planned in a separate process.
 """
 
 import json
@@ -44,7 +44,7 @@ print(json.dumps({"images": plan.num_images, "fragments": plan.num_fragments, "p
 
 
 def make_key(number: int) -> str:
-    """Return the key of a made-up object; in the order of their numbers they are sorted."""
+    """Return the key of a simulated object; keys sort in the order of the numbers."""
     return f"images/2026/camera-{number // 10_000:04d}/frame-{number:010d}.jpg"
 
 
@@ -53,7 +53,7 @@ class _Lister(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
     def do_GET(self) -> None:
         query = parse_qs(urlsplit(self.path).query)
@@ -77,7 +77,7 @@ class _Lister(BaseHTTPRequestHandler):
 
 
 def plan(uri: str, environment: dict[str, str]) -> dict[str, float]:
-    """Plan in a process of its own, and return what it measured."""
+    """Plan a run in a separate process and return its measurements."""
     done = subprocess.run([sys.executable, "-c", _PLAN, uri], env=environment, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr)
@@ -86,7 +86,7 @@ def plan(uri: str, environment: dict[str, str]) -> dict[str, float]:
 
 
 def main() -> None:
-    """Plan the three inputs, and print a line for each."""
+    """Plan the three inputs and print one line for each."""
     _Lister.num_images = num_images = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
     server = ThreadingHTTPServer(("127.0.0.1", 0), _Lister)
     threading.Thread(target=server.serve_forever, daemon=True).start()

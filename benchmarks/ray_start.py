@@ -1,9 +1,9 @@
-"""How long Ray itself takes to begin: the floor under `segray segment`'s first fragment on this machine.
+"""Measure how long Ray takes to start, a lower bound for the time to the first fragment of `segray segment`.
 
     python benchmarks/ray_start.py [--rounds 3]
 
-The smallest pipeline with an actor in it: one row, one actor that gives it back. A process of its own each time, with
-Ray started as segray starts it. Neither torch nor an image is in it.
+Runs the smallest Ray Data pipeline with an actor, which returns its only row, without torch or images. Each round is a
+new process that starts Ray in the same way as segray.
 """
 
 import argparse
@@ -19,15 +19,15 @@ _STAGES = ("Python and segray's connection imported", "Ray started", "Ray Data i
 
 
 class Echo:
-    """An actor that does nothing."""
+    """An actor that returns its input."""
 
     def __call__(self, batch: object) -> object:
-        """Give back what came."""
+        """Return the batch."""
         return batch
 
 
-def begin(started_s: float) -> None:
-    """Run the pipeline; print the seconds at which each stage was over."""
+def run_pipeline(started_s: float) -> None:
+    """Run the pipeline, and print the seconds since ``started_s`` at the end of each stage."""
     from segray.runtime.connect import connect_ray
 
     print(time.time() - started_s)
@@ -43,7 +43,7 @@ def begin(started_s: float) -> None:
 
 
 def main() -> None:
-    """Measure a few starts."""
+    """Measure several starts."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
@@ -60,6 +60,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     if "--started" in sys.argv:
-        begin(float(sys.argv[-1]))
+        run_pipeline(float(sys.argv[-1]))
     else:
         main()

@@ -1,11 +1,11 @@
-"""The model of docs/scale.md beside the real pipeline, with stages that sleep instead of working.
+"""Compare the throughput model of docs/guides/scale.md with the real pipeline, in which decoding and model only sleep.
 
     python benchmarks/scale_simulation.py
 
-Ray Data, the ledger, fragments, transport and Parquet are the real ones; decoding and the model are replaced by waits
-of a set length, so that many more workers fit on this machine than it has cores. First fragments whose stages do
-nothing: how many of them a second all processes together hand on, on the cores that they share here, and how long the
-driver's process computes for one. Then pipelines whose narrowest place is told beforehand.
+Ray Data, the ledger, fragments, transport and Parquet are real. Decoding and the model are replaced by sleeps of a set
+length, so that many more workers fit on this machine than it has cores. The first measurement uses fragments without
+any work: how many per second all processes transfer together on the shared cores, and the driver's CPU time for each.
+The others use pipelines with a known bottleneck.
 """
 
 import argparse
@@ -28,27 +28,28 @@ from segray.config import SegmentSettings
 from segray.models.bundle import load_manifest
 from segray.runtime.connect import connect_ray
 from segray.schema import IMAGES_SCHEMA
+from segray.segmentation.job import PipelineJob
 from segray.segmentation.profile import Stopwatch
 from segray.segmentation.stages.decode import DecodedImage, FragmentDecoder, pack_decoded
 from segray.segmentation.stages.ledger import LedgerClient
 from segray.segmentation.stages.predictor import PREDICTED_SCHEMA
 
 _FOLDER = Path(__file__).parents[1] / "runs/benchmarks/scale"
-_NUM_CPUS = 32  # logical ones
+_NUM_CPUS = 32  # Logical CPUs.
 _SIZE_PX = 8
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A cluster that is made up.
+    """A simulated cluster and workload.
 
     Attributes:
-        name: Its narrowest place.
-        num_predictors: Actors with a model.
-        fragment_size: Images in each fragment.
-        num_fragments: How many there are.
-        decode_s: For an image, in one task; one task on each CPU that no predictor has.
-        predict_s: For an image, in one predictor.
+        name: Name of its bottleneck.
+        num_predictors: Number of predictors.
+        fragment_size: Images per fragment.
+        num_fragments: Number of fragments.
+        decode_s: Time to decode one image in one task; one task runs on each CPU that no predictor uses.
+        predict_s: Time to predict one image in one predictor.
     """
 
     name: str
@@ -59,7 +60,7 @@ class Setting:
     predict_s: float
 
     def compute_rate(self, fragments_per_s: float) -> tuple[float, str]:
-        """Return images per second as docs/scale.md reckons them, and what limits them."""
+        """Return the images per second that the model of docs/guides/scale.md predicts, and the bottleneck."""
         rates = {
             "handing on": fragments_per_s * self.fragment_size,
             "predictors": self.num_predictors / self.predict_s if self.predict_s else float("inf"),
@@ -79,46 +80,46 @@ _SETTINGS = (
 
 
 class WaitingDecoder(FragmentDecoder):
-    """Waits as long as fetching and decoding a fragment would take."""
+    """A decode stage that sleeps as long as fetching and decoding a fragment would take."""
 
     setting: Setting
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Make a fragment up."""
+        """Return a simulated fragment."""
         fragment = batch["fragment"][0].as_py()
-        orders = self._ledger.begin(fragment)
+        plan = self._ledger.begin(fragment)
         time.sleep(self.setting.decode_s * self.setting.fragment_size)
         pixels = np.zeros((_SIZE_PX, _SIZE_PX, 3), np.uint8)
         rows = [{"uri": f"{fragment}-{n}", "height": 1, "width": 1} for n in range(self.setting.fragment_size)]
         packed = pack_decoded(fragment, [DecodedImage(row, pixels) for row in rows], Stopwatch())
-        self._ledger.end(fragment, orders)
+        self._ledger.end(fragment, plan)
         return packed
 
 
 class WaitingPredictor:
-    """Waits as long as the model would take."""
+    """A predict stage that sleeps as long as the model would take."""
 
     def __init__(self, setting: Setting, ledger: LedgerClient) -> None:
         self._setting = setting
         self._ledger = ledger
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Make masks of one pixel up."""
+        """Return rows with masks of one pixel."""
         fragment = batch["fragment"][0].as_py()
-        orders = self._ledger.begin(fragment)
+        plan = self._ledger.begin(fragment)
         time.sleep(self._setting.predict_s * self._setting.fragment_size)
         blank = dict.fromkeys(IMAGES_SCHEMA.names)
         rows = [
             {**blank, **row, "status": "ok", "mask": b"\0", "mask_encoding": "raw", "pixel_count": [1, 0]}
             for row in batch["rows"][0].as_py()
         ]
-        self._ledger.end(fragment, orders)
+        self._ledger.end(fragment, plan)
         return pa.Table.from_pylist([{"fragment": fragment, "rows": rows, "steps": []}], PREDICTED_SCHEMA)
 
 
 @contextmanager
-def made_up_stages(setting: Setting) -> Iterator[None]:
-    """Let the pipeline have waiting stages while the block runs."""
+def simulated_stages(setting: Setting) -> Iterator[None]:
+    """Replace the stages of the pipeline by sleeping ones while the block runs."""
     from segray.segmentation.stages import pipeline
 
     class Predictor(WaitingPredictor):
@@ -137,27 +138,27 @@ def made_up_stages(setting: Setting) -> Iterator[None]:
 
 
 def measure_rate(setting: Setting, bundle: Path) -> tuple[float, float]:
-    """Return images per second of the middle eight tenths of a run's fragments, and the driver's seconds for each."""
+    """Return images per second and the driver's CPU seconds per fragment, over the middle 80% of the fragments."""
     from segray.segmentation.stages.pipeline import run_pipeline
     from segray.segmentation.stages.placement import Placement
 
     output = _FOLDER / "out"
     shutil.rmtree(output, ignore_errors=True)
     manifest, sha256 = load_manifest(str(bundle))
+    job = PipelineJob(
+        output_uri=str(output),
+        cut_sha256="",
+        bundle_uri=str(bundle),
+        bundle_sha256=sha256,
+        classes=manifest.classes,
+        image_size=manifest.image_size,
+        settings=SegmentSettings(),
+        has_truth=False,
+    )
+    placement = Placement(setting.num_predictors, 1, {"CPU": 1}, decode_cpus=1, write_cpus=0.25, num_tasks=None)
     times = []
-    with made_up_stages(setting):
-        for _ in run_pipeline(
-            range(setting.num_fragments),
-            replaced=frozenset(),
-            output_uri=str(output),
-            cut_sha256="",
-            bundle_uri=str(bundle),
-            bundle_sha256=sha256,
-            manifest=manifest,
-            settings=SegmentSettings(),
-            placement=Placement(setting.num_predictors, 1, {"CPU": 1}, decode_cpus=1, write_cpus=0.25, num_tasks=None),
-            has_truth=False,
-        ):
+    with simulated_stages(setting):
+        for _ in run_pipeline(range(setting.num_fragments), job, placement):
             times.append((time.monotonic(), time.process_time()))
     margin = len(times) // 10
     (began_s, began_core_s), (ended_s, ended_core_s) = times[margin], times[-margin - 1]
@@ -166,7 +167,7 @@ def measure_rate(setting: Setting, bundle: Path) -> tuple[float, float]:
 
 
 def main() -> None:
-    """Measure the driver alone, then each setting beside what is reckoned for it."""
+    """Measure fragments without work, then each setting, and compare the latter with the model."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--rounds", type=int, default=3)
     rounds = parser.parse_args().rounds
@@ -185,7 +186,7 @@ def main() -> None:
             rate = statistics.median(rate for rate, _ in measured)
             figures[setting.name] = {"images_per_s, driver_s": measured, "expected": expected, "narrowest": narrowest}
             rows.append([setting.name, f"{expected:.0f}", f"{rate:.0f}", f"{rate / expected:.2f}", narrowest])
-    report("scale_simulation", ["setting", "reckoned images/s", "measured", "ratio", "limit"], rows, figures)
+    report("scale_simulation", ["setting", "predicted images/s", "measured", "ratio", "limit"], rows, figures)
     shutil.rmtree(_FOLDER)
 
 

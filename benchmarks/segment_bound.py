@@ -1,15 +1,16 @@
-"""How near `segray segment` comes to what the arithmetic allows, and how long it takes to begin.
+"""Compare the throughput of `segray segment` with an upper bound, and measure the time to its first fragment.
 
     python benchmarks/segment_bound.py [--num-images 2106] [--rounds 3]
 
-The bound is the number of cores over the core-seconds that an image needs: of the compiled bf16 model, of decoding and
-of encoding, each measured alone on the idle machine, with the allocator's settings that segray gives its workers: as
-it comes, the compiled model takes a seventh longer, and the bound would be lower. A second, stricter one takes the
-model as segray has it, its normalisations folded into convolutions, and compiles that. The rate in steady state is
-that of the fragments of the middle of the run, by the times at which their files appeared. CPU outside the model is all
-that the machine was busy with in that time, whoever kept it so, less what the predictors' processes counted for the
-model and for the statistics; steps are what of it segray's own code counted: fetch, decode, pack, encode, write. The
-rest is Ray's processes, which take as much of the machine for few images as for many.
+The bound is the number of cores divided by the core-seconds per image of the compiled bf16 model, of decoding and of
+encoding. Each is measured alone on the idle machine, with the allocator settings that segray gives its workers; with
+the default settings the compiled model takes a seventh longer, which would lower the bound. A second, stricter bound
+uses the model as segray runs it, with normalisations folded into convolutions, and compiles it.
+
+The steady-state rate is that of the fragments in the middle of the run, by the modification times of their files. CPU
+outside the model is the machine's whole busy time in that period, minus what the predictors measured for the model and
+the statistics. "Steps" is the part of it that segray's own code measured: fetch, decode, pack, encode, write. The rest
+is Ray's processes, which use the same CPU time per second whether few or many images are processed.
 """
 
 import argparse
@@ -33,11 +34,11 @@ _BATCH_SIZE = 8
 
 
 def measure_model(bundle: Path, is_folded: bool) -> float:
-    """Return the core-seconds per image of the compiled bf16 model with its normalisation, on all cores.
+    """Return the core-seconds per image of the compiled bf16 model, including input normalisation, on all cores.
 
     Args:
-        bundle: The model.
-        is_folded: With BatchNorm folded into its convolutions before it is compiled, which is the fastest form known.
+        bundle: The model bundle.
+        is_folded: Fold BatchNorm into the convolutions before compiling, which is the fastest known form.
     """
     from segray.models.bundle import load_bundle
     from segray.models.export import DeployableModel
@@ -57,7 +58,7 @@ def measure_model(bundle: Path, is_folded: bool) -> float:
 
 
 def measure_decoding(paths: list[Path], size: tuple[int, int]) -> float:
-    """Return the core-seconds per image of decoding and resizing, in one thread."""
+    """Return the core-seconds per image of decoding and resizing on one thread."""
     from segray.data.images import decode_image, resize_image
 
     contents = [path.read_bytes() for path in paths]
@@ -65,7 +66,7 @@ def measure_decoding(paths: list[Path], size: tuple[int, int]) -> float:
 
 
 def measure_encoding(written: Path) -> float:
-    """Return the core-seconds per image of writing masks and statistics to Parquet, in one thread."""
+    """Return the core-seconds per image of encoding masks and statistics as Parquet on one thread."""
     import io
 
     from pyarrow import parquet as pq
@@ -85,10 +86,10 @@ def _time(act: Any) -> float:
 
 
 def segment(bundle: Path, images: Path, output: Path, *overrides: str) -> Measured:
-    """Run the verb as a user does."""
+    """Run `segray segment --profile` as a command, into an empty output folder."""
     shutil.rmtree(output, ignore_errors=True)
     settings = [f"segment.fragment_size={_FRAGMENT_SIZE}", f"segment.batch_size={_BATCH_SIZE}", *overrides]
-    command = [str(Path(sys.executable).with_name("segray")), "segment", "--profile"]
+    command = [sys.executable, "-m", "segray", "segment", "--profile"]
     command += ["--bundle", str(bundle), "--images", str(images), "--output", str(output)]
     return run_measured(command + [part for setting in settings for part in ("--set", setting)])
 
@@ -101,19 +102,19 @@ def read_core_ms(output: str, step: str) -> float:
 
 
 def get_written_times(output: Path) -> list[float]:
-    """Return when each fragment appeared, in that order, seconds since 1970."""
+    """Return the modification times of the fragments' files, sorted, in seconds since 1970."""
     return sorted(path.stat().st_mtime for path in (output / "images").glob("part-*.parquet"))
 
 
 def find_steady_times(output: Path) -> list[float]:
-    """Return the times at which the fragments of the middle of a run appeared: without the first and last tenth."""
+    """Return the modification times without the first and last tenth of the fragments."""
     times = get_written_times(output)
     margin = max(2, len(times) // 10)
     return times[margin:-margin]
 
 
 def measure_run(bundle: Path, images: Path, num_images: int, overrides: list[str]) -> dict[str, float]:
-    """Segment the images; return what can be told of the run from outside, and from its profile."""
+    """Segment the images and return measurements from outside and from the run's profile."""
     output = images.parent / "segmented"
     run = segment(bundle, images, output, *overrides)
     print(run.output, flush=True)
@@ -137,13 +138,13 @@ def measure_run(bundle: Path, images: Path, num_images: int, overrides: list[str
 
 
 def main() -> None:
-    """Measure the parts, then the whole."""
+    """Measure the parts alone, then whole runs."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--num-images", type=int, default=2106)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     arguments = parser.parse_args()
-    if not MEMORY_VARIABLES.items() <= os.environ.items():  # they are read when a process starts
+    if not MEMORY_VARIABLES.items() <= os.environ.items():  # They are read when a process starts.
         os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MEMORY_VARIABLES})
     bundle = make_bundle()
     rows, figures = [], {}

@@ -1,10 +1,10 @@
-"""Whether an image costs the same in a run of a thousand as in one of a hundred thousand.
+"""Measure whether the time per image grows with the size of a run, from 1,000 to 100,000 images.
 
     python benchmarks/segment_growth.py [NUM_IMAGES …]
 
-Small JPEG files and a network of a few weights, so that what is not the model is all there is. Whole processes are
-compared: their start costs the same however many images there are, so it is the difference between two sizes that tells
-what the images between them cost, with their listing and the summing up.
+Uses small JPEG files and a tiny network, so that almost all of the time is spent outside the model. Whole processes are
+timed. Their start-up does not depend on the number of images, so the difference between two sizes is the cost of the
+additional images, including listing and summary.
 """
 
 import io
@@ -30,25 +30,16 @@ def make_tiny_bundle(folder: Path) -> Path:
     from segray.data.classes import ClassMap
     from segray.data.preprocessing import Preprocessing
     from segray.models.build import build_model
-    from segray.models.bundle import save_bundle
+    from segray.models.bundle import BundleDescription, save_bundle
 
     model = ModelConfig(arch="classic_unet", encoder_weights=None, widths=(1, 1))
-    save_bundle(
-        str(folder),
-        weights=build_model(model, 2).state_dict(),
-        model=model,
-        classes=ClassMap(("a", "b"), (0, 1), ()),
-        image_size=(32, 32),
-        preprocessing=Preprocessing(),
-        metrics={},
-        config={},
-        files={},
-    )
+    description = BundleDescription(model, ClassMap(("a", "b"), (0, 1), ()), (32, 32), Preprocessing())
+    save_bundle(str(folder), build_model(model, 2).state_dict(), description)
     return folder
 
 
 def make_small_images(folder: Path, num_images: int) -> Path:
-    """Write that many JPEG files of 64x64."""
+    """Write JPEG files of 64x64 to a new folder and return it."""
     folder.mkdir(parents=True)
     generator = np.random.default_rng(0)
     contents = []
@@ -62,7 +53,7 @@ def make_small_images(folder: Path, num_images: int) -> Path:
 
 
 def main() -> None:
-    """Segment buckets of growing size."""
+    """Segment folders of increasing size."""
     sizes = [int(number) for number in sys.argv[1:]] or [1_000, 10_000, 50_000, 100_000]
     shutil.rmtree(_FOLDER, ignore_errors=True)
     bundle = make_tiny_bundle(_FOLDER / "bundle")
@@ -80,7 +71,7 @@ def main() -> None:
         cost_ms = 1000 * (medians[more] - medians[fewer]) / (more - fewer)
         first_ms = first_ms or cost_ms
         rows.append([f"{more:,}", f"{medians[more]:.1f}", f"{cost_ms:.3f}", f"{cost_ms / first_ms:.3f}"])
-    columns = ["images", "whole process s", "ms for each image more", "times the first"]
+    columns = ["images", "whole process s", "ms per additional image", "relative to the first"]
     report("segment_growth", columns, rows, {"seconds": {str(size): values for size, values in seconds.items()}})
     shutil.rmtree(_FOLDER)
 

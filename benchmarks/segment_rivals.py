@@ -1,9 +1,10 @@
-"""`segray segment`, whole process, beside what one would write without it: the same images, network and machine.
+"""Compare `segray segment` with other implementations: a plain script, Ray Data and PySpark.
 
-    python benchmarks/segment_rivals.py [--num-images 2106] [--rounds 3] [--only plain-fp32 spark …]
+    python benchmarks/segment_rivals.py [--num-images 2106] [--rounds 3] [--only script Spark …]
 
-A rival is a script under rivals/, and all write the same columns; segray writes more of them. One after the other, in
-turn, each from the start of its process to its end. PySpark is installed beside the environment at first.
+All process the same images with the same network on the same machine. The other implementations are the scripts in
+rivals/, which write the same columns; segray writes more. Whole processes are timed one at a time, in turn. PySpark is
+first installed into a folder outside the environment.
 """
 
 import argparse
@@ -28,7 +29,7 @@ _SPARK = "pyspark==4.0.1"
 def build_commands(
     bundle: Path, images: Path, output: Path, spark: Path
 ) -> dict[str, tuple[list[str], dict[str, str]]]:
-    """Return the command line and environment of each rival."""
+    """Return the command line and the environment variables of each other implementation, by name."""
     arguments = [str(bundle), str(images), str(output)]
 
     def build(script: str, *options: str) -> list[str]:
@@ -48,7 +49,7 @@ def build_commands(
 
 
 def read_masks(output: Path) -> dict[str, npt.NDArray[np.uint8]]:
-    """Return the masks that were written, by the names of the images: from bytes, or from lists of numbers."""
+    """Return the written masks by image name, as flat arrays; the column holds bytes or lists of integers."""
     files = [str(path) for path in sorted(output.rglob("*.parquet")) if path.name != "summary.parquet"]
     dataset = ds.dataset([path for path in files if "/plan/" not in path])
     uri = "uri" if "uri" in dataset.schema.names else "path"
@@ -62,19 +63,19 @@ def read_masks(output: Path) -> dict[str, npt.NDArray[np.uint8]]:
 
 
 def compare(ours: dict[str, npt.NDArray[np.uint8]], theirs: dict[str, npt.NDArray[np.uint8]]) -> float:
-    """Return the share of pixels that are of the same class in both."""
-    assert ours.keys() == theirs.keys(), f"{len(ours)} images, {len(theirs)} of theirs"
+    """Return the share of pixels that have the same class in both."""
+    assert ours.keys() == theirs.keys(), f"segray has masks of {len(ours)} images, the other of {len(theirs)}"
     num_equal = sum(int((ours[name] == theirs[name]).sum()) for name in ours)
     return num_equal / sum(mask.size for mask in ours.values())
 
 
 def main() -> None:
-    """Measure segray and its rivals in turn."""
+    """Measure segray and the other implementations in turn."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--num-images", type=int, default=2106)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--only", nargs="*", default=[])
-    parser.add_argument("--add", action="store_true", help="to what results/ has of this machine already")
+    parser.add_argument("--add", action="store_true", help="add to the results that results/ has of this machine")
     arguments = parser.parse_args()
     bundle, images = make_bundle(), make_images(arguments.num_images)
     spark = images.parent / "packages"

@@ -1,10 +1,10 @@
-"""VGG16/FCN-8s on a frozen encoder at 224x224: `segray train` beside the textbook's Keras script, on the same images.
+"""Compare the training speed of `segray train` and a textbook Keras script: FCN-8s with a frozen VGG16 at 224x224.
 
     python benchmarks/train_keras.py [--epochs 3] [--rounds 2] [--batch-size 32]
 
-jobs/pet_fcn8s.yaml with CamVid's images, from random weights on both sides: weights change no time. Images per second
-of each epoch but the first, in which images are decoded and kernels are chosen; medians. TensorFlow is installed into
-an environment of its own at first.
+Both train on CamVid's images from random weights, which do not affect speed; segray uses jobs/pet_fcn8s.yaml. The
+results are medians of images per second over all epochs but the first, in which images are decoded and kernels
+selected. TensorFlow is first installed into a separate environment.
 """
 
 import argparse
@@ -26,7 +26,7 @@ _TENSORFLOW = "tensorflow-cpu==2.21.0"
 
 
 def prepare_keras() -> Path:
-    """Return the Python of an environment that has TensorFlow."""
+    """Return the Python interpreter of an environment with TensorFlow, which is created if necessary."""
     folder = _RUNS / "keras"
     python = folder / "bin/python"
     if not python.exists():
@@ -36,7 +36,7 @@ def prepare_keras() -> Path:
 
 
 def train_keras(epochs: int, batch_size: int) -> list[float]:
-    """Return images per second of each epoch of the Keras script but the first."""
+    """Return images per second of the Keras script for each epoch but the first."""
     script = [str(prepare_keras()), str(_ROOT / "benchmarks/rivals/keras_fcn8s.py")]
     folders = [str(_DATA / "images/train"), str(_DATA / "masks/train")]
     run = run_measured([*script, *folders, "--epochs", str(epochs), "--batch-size", str(batch_size)])
@@ -44,7 +44,7 @@ def train_keras(epochs: int, batch_size: int) -> list[float]:
 
 
 def train_segray(epochs: int, batch_size: int, precision: str) -> list[float]:
-    """Return the same of segray, from its own metrics."""
+    """Return images per second of segray for each epoch but the first, from its own metrics."""
     output = _RUNS / "fcn8s"
     shutil.rmtree(output, ignore_errors=True)
     settings = {

@@ -1,10 +1,10 @@
-"""A training step with real data beside the same step with one batch that is there already.
+"""Compare the time of a training step on real data with the same step on a batch that is already in memory.
 
     python benchmarks/train_step.py [--rounds 5]
 
-The U-Net of jobs/camvid.yaml with its augmentation, in one process. Batches are read, decoded, augmented and stacked by
-the feed's threads on the same cores that compute; the synthetic batch costs nothing but the step. Twenty steps of each
-in turn; the first epoch, in which images are read and decoded, is told apart.
+Uses the U-Net of jobs/camvid.yaml with its augmentation, in one process. Real batches are read, decoded, augmented and
+stacked by the feed's threads on the cores that also run the step. Twenty steps of each kind are measured in turn. The
+first epoch, in which images are read and decoded, is reported separately.
 """
 
 import argparse
@@ -24,7 +24,7 @@ from segray.data.preprocessing import Preprocessing
 from segray.models.build import build_model
 from segray.models.losses import SegmentationLoss
 from segray.training.job import get_classes
-from segray.training.worker.feed import TrainBatch, iterate_training
+from segray.training.worker.feed import RankShare, StreamSettings, TrainBatch, iterate_training
 from segray.training.worker.optimisation import build_optimizer
 from segray.training.worker.sample_store import SampleStore
 from segray.training.worker.steps import Learner, train_step
@@ -54,13 +54,9 @@ def main() -> None:
         splits.train,
         SampleStore(classes, settings.cache_bytes),
         Augmentation(config.augmentation, config.image_size, classes.ignore_index),
-        steps=range(10**6),
-        global_batch_size=settings.global_batch_size,
-        num_parts=1,
-        seed=0,
-        world_rank=0,
-        world_size=1,
-        num_threads=settings.num_decode_threads,
+        range(10**6),
+        StreamSettings(settings.global_batch_size),
+        RankShare(num_threads=settings.num_decode_threads),
     )
     synthetic = next(batches)
 
@@ -70,7 +66,7 @@ def main() -> None:
             train_step(learner, next(batches), lambda stage: None)
         return (time.perf_counter() - began) / _STEPS
 
-    measure(repeat(synthetic))  # oneDNN chooses its kernels
+    measure(repeat(synthetic))  # oneDNN selects its kernels.
     num_passes = -(-len(splits.train) // (_STEPS * settings.global_batch_size))
     first_s = statistics.median(measure(batches) for _ in range(num_passes))
     times, synthetic_times = [], []
@@ -79,7 +75,7 @@ def main() -> None:
         times.append(measure(batches))
     real_s, synthetic_s = statistics.median(times), statistics.median(synthetic_times)
     rows = [
-        ["one batch that is there", f"{1000 * synthetic_s:.0f}", "1.000"],
+        ["a batch in memory", f"{1000 * synthetic_s:.0f}", "1.000"],
         ["real, from the second epoch on", f"{1000 * real_s:.0f}", f"{real_s / synthetic_s:.3f}"],
         ["real, first epoch", f"{1000 * first_s:.0f}", f"{first_s / synthetic_s:.3f}"],
     ]

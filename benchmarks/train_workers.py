@@ -1,9 +1,9 @@
-"""Training with two workers of one thread beside one worker of one thread, by `segray train` itself.
+"""Compare the training speed of one and two workers with one thread each.
 
     python benchmarks/train_workers.py [--epochs 4] [--rounds 2] [--batch-size 8 32]
 
-CamVid's U-Net of jobs/camvid.yaml, on gloo. The single worker is given one core of the machine, the two have two.
-Images per second as the run's own metrics tell them, the median of the epochs after the first.
+Runs `segray train` with the U-Net of jobs/camvid.yaml, on gloo. One worker gets one core of the machine, two get two.
+The results are medians of the run's own images per second over all epochs but the first.
 """
 
 import argparse
@@ -21,7 +21,7 @@ _OUTPUT = _ROOT / "runs/benchmarks/workers"
 
 
 def train(num_workers: int, epochs: int, batch_size: int) -> list[float]:
-    """Return images per second of each epoch but the first."""
+    """Return images per second for each epoch but the first."""
     shutil.rmtree(_OUTPUT, ignore_errors=True)
     cores = ",".join(str(core) for core in range(num_workers))
     settings = {

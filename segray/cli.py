@@ -1,10 +1,11 @@
-"""The ``segray`` command: one function for each verb. The two job files run the same functions.
+"""The ``segray`` command: one function per verb, which the files under ``jobs/`` run too.
 
-Modules that import torch or Ray are imported inside the verbs, so that a mistake is answered at once.
+Modules that import torch or Ray are imported inside the verbs, so that mistakes are reported without delay.
 """
 
 import sys
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, NoReturn
 
@@ -13,23 +14,43 @@ import typer
 from segray.config import ExportFormat, SegmentFile, TrainConfig, load_config, require_absolute
 from segray.errors import ConfigError, SegrayError, flatten_message
 from segray.progress import build_console
-from segray.runtime.connect import find_segray_error, is_submitted_job, keep_on_loopback
+from segray.runtime.connect import find_segray_error, is_submitted_job
 
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="Train a segmentation model on labelled images, and apply it to a whole bucket. Both run on Ray.",
+    help="Train a segmentation model on labelled images and apply it to a whole bucket, distributed with Ray.",
 )
-ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="Configuration; a path or URI.")]
+ConfigArgument = Annotated[str, typer.Argument(metavar="CONFIG.yaml", help="Path or URI of the configuration file.")]
 SetOption = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Override a setting: train.num_epochs=3.")
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="Override one setting of the configuration, for example train.num_epochs=3. May be repeated.",
+    ),
 ]
+
+
+def _print_version(is_requested: bool) -> None:
+    if is_requested:
+        print(f"segray {version('segray')}")
+        raise typer.Exit
+
+
+@app.callback()
+def handle_common_options(
+    show_version: Annotated[
+        bool, typer.Option("--version", is_eager=True, callback=_print_version, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """Handle the options that come before the verb."""
 
 
 @app.command()
 def train(config: ConfigArgument, overrides: SetOption = None) -> None:
-    """Train a model on labelled images, and leave a bundle."""
+    """Train a model on labelled images and write a model bundle. To resume, rerun the same command."""
     settings = load_config(TrainConfig, config, overrides or [])
     if is_submitted_job():
         require_absolute(settings.uris)
@@ -41,40 +62,52 @@ def train(config: ConfigArgument, overrides: SetOption = None) -> None:
 
 @app.command()
 def tune(config: ConfigArgument, overrides: SetOption = None) -> None:
-    """Search settings (section tune), and leave the best configuration. The same call goes on with a search."""
+    """Search for the best settings (section tune) and write that configuration. To resume, rerun the same command."""
     settings = load_config(TrainConfig, config, overrides or [])
     if is_submitted_job():
         require_absolute(settings.uris)
     console = build_console()
     from segray.training.tuning.search import run_search
 
-    best = run_search(settings, console)
-    console.print(f"best configuration: {best} (segray train with it leaves its bundle)", highlight=False)
+    best = run_search(settings, console).config_uri
+    console.print(f"best configuration: {best} (to train a bundle with it, run segray train)", highlight=False)
 
 
 @app.command()
 def segment(
-    bundle: Annotated[str, typer.Option(metavar="URI", help="Bundle that segray train made.")],
+    bundle: Annotated[str, typer.Option(metavar="URI", help="Model bundle written by segray train.")],
     images: Annotated[
         list[str],
         typer.Option(
-            metavar="URI", help="Folder, prefix, glob or image; .txt list; .csv or .parquet manifest. May be repeated."
+            metavar="URI",
+            help="Images: a folder or prefix, a glob, a single image, a .txt list of URIs, or a .csv or .parquet "
+            "manifest. May be repeated.",
         ),
     ],
-    output: Annotated[str, typer.Option(metavar="URI", help="Run folder; the same call goes on with it.")],
+    output: Annotated[
+        str, typer.Option(metavar="URI", help="Folder to write the results to. Each run needs a folder of its own.")
+    ],
     config: Annotated[
-        str | None, typer.Argument(metavar="[CONFIG.yaml]", help="Configuration; its segment section is used.")
+        str | None,
+        typer.Argument(metavar="CONFIG.yaml", help="Path or URI of a configuration; only its section segment is used."),
     ] = None,
     masks: Annotated[
         list[str] | None,
-        typer.Option(metavar="URI", help="Ground truth, paired by name, to score; one for each --images."),
+        typer.Option(
+            metavar="URI",
+            help="Ground-truth masks to score against, paired with the images by name. One per --images, in order.",
+        ),
     ] = None,
     profile: Annotated[
-        bool, typer.Option("--profile", help="Print where the time went, what held the run up, and what to turn.")
+        bool,
+        typer.Option("--profile", help="Print the time per stage, the bottleneck, and which setting to change."),
     ] = False,
     overrides: SetOption = None,
 ) -> None:
-    """Segment every image, and leave Parquet. Exit code 3 if too many images are error rows, 4 if the world failed."""
+    """Segment images and write one Parquet row per image. To resume, rerun the same command.
+
+    Exit code 3: too many images are error rows. Exit code 4: environment error (permissions, network, disk).
+    """
     settings = load_config(SegmentFile, config, overrides or []).segment
     if is_submitted_job():
         require_absolute({"--bundle": bundle, "--output": output})
@@ -92,8 +125,10 @@ def segment(
 
 
 @app.command()
-def status(output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Run folder of segray segment.")]) -> None:
-    """Say how far a run of segment is: planned, done, errors by kind, what remains, rate."""
+def status(
+    output: Annotated[str, typer.Argument(metavar="OUTPUT", help="The --output folder of segray segment.")],
+) -> None:
+    """Show the progress of a segmentation run: images planned, done and remaining, errors by kind, rate."""
     console = build_console()
     from segray.results.status import print_status, read_status
 
@@ -104,19 +139,28 @@ def status(output: Annotated[str, typer.Argument(metavar="OUTPUT", help="Run fol
 def check(
     config: ConfigArgument,
     overrides: SetOption = None,
-    list_all: Annotated[bool, typer.Option("--all", help="List every fault, also beyond 100 of a kind.")] = False,
+    list_all: Annotated[
+        bool, typer.Option("--all", help="List every problem; the default is at most 100 of each kind.")
+    ] = False,
     draw: Annotated[
         int | None,
-        typer.Option(metavar="N", min=1, max=32, help="Draw the first N training samples, augmented as training will."),
+        typer.Option(metavar="N", min=1, max=32, help="Draw the first N training samples as training augments them."),
     ] = None,
     draw_to: Annotated[
-        str | None, typer.Option(metavar="URI", help="PNG to draw to; default: augmented.png under the output.")
+        str | None,
+        typer.Option(
+            metavar="URI",
+            help="PNG file for the drawn samples. Default: augmented.png in the configured output folder.",
+        ),
     ] = None,
 ) -> None:
-    """Open every image and mask, and list every fault with what mends it. Exit code 1 if there is any."""
+    """Check all images and masks of a training configuration and list every problem with its remedy.
+
+    Exit code 1 if there is any problem.
+    """
     settings = load_config(TrainConfig, config, overrides or [])
     if draw_to and not draw:
-        raise ConfigError("--draw-to: nothing is drawn; say how many samples with --draw N")
+        raise ConfigError("--draw-to requires --draw N, the number of samples to draw")
     console = build_console()
     from segray.training.labels.command import run_check
 
@@ -126,15 +170,17 @@ def check(
 
 @app.command()
 def export(
-    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="Bundle that segray train made.")],
+    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="Model bundle written by segray train.")],
     export_format: Annotated[
-        ExportFormat, typer.Option("--format", help="onnx for ONNX Runtime and others; torch_export for torch alone.")
+        ExportFormat,
+        typer.Option("--format", help="onnx: for ONNX Runtime and others. torch_export: for PyTorch without segray."),
     ],
     output: Annotated[
-        str | None, typer.Option(metavar="URI", help="File to write; default: model.onnx or model.pt2 in the bundle.")
+        str | None,
+        typer.Option(metavar="URI", help="File to write. Default: model.onnx or model.pt2 in the bundle folder."),
     ] = None,
 ) -> None:
-    """Write a bundle's model as one file that needs no segray, once it was found equal to the bundle."""
+    """Export a model bundle to a single file that runs without segray, and compare its output with the bundle's."""
     console = build_console()
     from segray.models.export import export_bundle
 
@@ -143,10 +189,12 @@ def export(
 
 @app.command()
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder to work in.")] = Path("runs/demo"),
-    only_data: Annotated[bool, typer.Option("--only-data", help="Only make the labelled images.")] = False,
+    output: Annotated[
+        Path, typer.Option(help="Folder for data and results; an earlier demo in it is replaced.")
+    ] = Path("runs/demo"),
+    only_data: Annotated[bool, typer.Option("--only-data", help="Only generate the labelled images.")] = False,
 ) -> None:
-    """Run the whole job on drawn shapes: labels, training, segmentation, scores, pictures."""
+    """Generate labelled images of shapes, train a model on them, and segment and score test images."""
     console = build_console()
     from segray.demo import run_demo, run_demo_data
 
@@ -157,8 +205,7 @@ def demo(
 
 
 def run(command: Callable[[], object]) -> NoReturn:
-    """Run a command line and exit: an error of segray is one line on standard error and an exit code."""
-    keep_on_loopback()
+    """Call ``command`` and exit; a ``SegrayError`` becomes one line on standard error and its exit code."""
     try:
         command()
     except SegrayError as error:
@@ -169,10 +216,10 @@ def run(command: Callable[[], object]) -> NoReturn:
 
 
 def main() -> NoReturn:
-    """Entry point of the ``segray`` command."""
+    """Run the ``segray`` command with the arguments of the process."""
     run(app)
 
 
 def run_job(verb: str) -> NoReturn:
-    """Entry point of a job file: ``segray VERB`` with the job's own arguments."""
+    """Run ``segray VERB`` with the arguments of a job file."""
     run(lambda: app([verb, *sys.argv[1:]], prog_name=f"jobs/{verb}.py"))

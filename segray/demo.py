@@ -1,4 +1,4 @@
-"""``segray demo``: the whole main job on drawn shapes, from labelled images to Parquet, in about two minutes."""
+"""Run training and segmentation on generated images of shapes, in about two minutes: ``segray demo``."""
 
 import shutil
 from pathlib import Path
@@ -24,14 +24,22 @@ _SETTINGS = {
 
 
 def run_demo(folder: Path, console: Console) -> None:
-    """Make shapes, train on them, segment a folder with two broken files in it, and say where everything lies."""
+    """Generate shapes, train on them, segment a folder that contains two broken files, and print where results are.
+
+    Args:
+        folder: Folder for data and results; an earlier demo in it is replaced.
+        console: Receives progress and results.
+
+    Raises:
+        ConfigError: The folder is not empty and was not written by a demo.
+    """
     folder = _clear(folder)
     console.rule("1 of 3: labelled images")
     shapes = _save(folder / "shapes", console)
     config = TrainConfig.model_validate(
         {**_SETTINGS, "data": {"layout": {"oxford_iiit_pet": {"root": shapes}}}, "output": str(folder / "train")}
     )
-    with connect_ray():  # one for both verbs: each would start its own
+    with connect_ray():  # Otherwise training and segmentation would each start a private Ray.
         console.rule("2 of 3: segray train")
         bundle = run_training(config, console)
         console.rule("3 of 3: segray segment")
@@ -44,23 +52,27 @@ def run_demo(folder: Path, console: Console) -> None:
 
 
 def run_demo_data(folder: Path, console: Console) -> None:
-    """Make the labelled images alone."""
+    """Generate the labelled images only.
+
+    Raises:
+        ConfigError: The folder is not empty and was not written by a demo.
+    """
     _save(_clear(folder), console)
 
 
 def _save(folder: Path, console: Console) -> str:
     save_shapes(str(folder), NUM_TRAIN, NUM_TEST)
-    console.print(f"drew {NUM_TRAIN} images to train on and {NUM_TEST} to test on: {folder}", highlight=False)
+    console.print(f"generated {NUM_TRAIN} training and {NUM_TEST} test images: {folder}", highlight=False)
     return str(folder)
 
 
 def _clear(folder: Path) -> Path:
-    """Make the demo's folder afresh, but never empty a folder that the demo did not make."""
+    """Create an empty folder, removing an earlier demo but never other files; return its absolute path."""
     folder = folder.absolute()
     marker = folder / ".segray-demo"
     if folder.exists() and any(folder.iterdir()):
         if not marker.exists():
-            raise ConfigError(f"--output {folder}: not empty, and not of a demo; choose a new folder")
+            raise ConfigError(f"--output {folder}: not empty and not written by a demo; choose another --output")
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     marker.touch()
@@ -68,7 +80,7 @@ def _clear(folder: Path) -> Path:
 
 
 def _copy_test_images(shapes: str, bucket: Path) -> tuple[str, str]:
-    """Copy the test images and masks to folders of their own, and add an empty and a truncated file."""
+    """Copy test images and masks to their own folders, add an empty and a truncated image, and return the folders."""
     images, masks = str(bucket / "images"), str(bucket / "masks")
     names = [line.split()[0] for line in read_bytes(join_uri(shapes, "annotations/test.txt")).decode().splitlines()]
     for name in names:

@@ -1,70 +1,144 @@
-"""Every error that segray raises on purpose, and the exit code that each one gives the process.
+"""Exceptions raised by segray, and the process exit code of each.
 
     SegrayError                 1
-    ├── ConfigError             2   a setting is wrong: names the setting
-    ├── DataError               1   images, masks or a manifest are wrong: names the file and the remedy
-    │   └── ImageFault          1   one image cannot be used: becomes an error row when segmenting
-    ├── BundleError             1   a bundle is damaged, or of another version
-    ├── RunMismatchError        2   an output folder belongs to another model, configuration or listing
-    ├── TrainingError           1   training cannot go on (a loss that is not finite, a worker lost too often)
-    ├── TooManyErrorRows        3   a run is finished, and more of its images are error rows than was allowed
-    ├── ClusterError            1   Ray cannot be reached, or a worker failed in a way that segray has no name for
-    └── StorageError            4   the world is at fault: permission, network, disk; try again once it is mended
-        ├── MissingFileError    4   nothing is at this URI
-        ├── ChangedFileError    4   something else is at this URI than there was
-        └── UnusableFileError   4   this one file cannot be opened: its name, or it is archived
+    ├── ConfigError             2   a setting is wrong
+    ├── DataError               1   images, masks or a manifest cannot be used
+    │   └── ImageFault          1   one image or mask cannot be used; segmentation records it as an error row
+    ├── BundleError             1   a model bundle is damaged or incompatible
+    ├── RunMismatchError        2   the output folder holds another run
+    ├── TrainingError           1   training failed
+    ├── TooManyErrorRows        3   the run is complete, but too many of its images are error rows
+    ├── ClusterError            1   Ray cannot be reached, lacks resources, or a worker failed
+    └── StorageError            4   environment error: permissions, network or disk
+        ├── MissingFileError    4   there is no file at this URI
+        ├── ChangedFileError    4   the file has changed since it was listed
+        └── UnusableFileError   4   this one file cannot be opened
 
-A message says, in one line, what was got, what was expected, and what to do.
+Each message is one line that says what was received, what was expected, and what to do, and names the URI or setting.
 """
 
 from enum import StrEnum
 
 
 def flatten_message(error: BaseException) -> str:
-    """Return the text of a foreign error in one line; its type where it says nothing."""
+    """Return the message of any exception as one line, or the name of its type if the message is empty."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
 class SegrayError(Exception):
-    """Base of all errors a user of segray can meet."""
+    """Base class of every exception that segray raises on purpose.
+
+    Catch it to handle all of them. ``str(error)`` is one line that a user can act on.
+
+    Attributes:
+        exit_code: Exit code of the ``segray`` command and of the job files when this exception ends them: 1 for input
+            that cannot be used, 2 for a wrong setting or the output of another run, 3 for too many error rows, 4 for an
+            environment error. 0 is success.
+    """
 
     exit_code = 1
 
     def __str__(self) -> str:
-        return super().__str__().partition("\n")[0]  # one line: to a worker's error Ray Data adds lines of its own
+        return super().__str__().partition("\n")[0]  # Ray Data appends lines of its own to the error of a worker.
 
 
 class ConfigError(SegrayError):
-    """A setting is unknown, has the wrong type or contradicts another one."""
+    """Raised if a setting is unknown, missing, has the wrong type or range, or contradicts another setting.
+
+    The message names the setting and the accepted values. Exit code 2.
+    """
 
     exit_code = 2
 
 
 class DataError(SegrayError):
-    """Images, masks or a manifest are not what the configuration says."""
+    """Raised if labelled images, masks, an image list or a manifest cannot be used as configured.
+
+    The message names the first files concerned and the remedy; ``segray check`` lists all of them. Exit code 1.
+    """
 
 
 class FaultKind(StrEnum):
-    """Closed list of reasons for which a planned image becomes an error row (column ``error_kind``)."""
+    """Reason why a planned image is an error row: the value of the column ``error_kind``. The list is closed.
 
-    UNREADABLE = "unreadable"
-    TRUNCATED = "truncated"
-    UNSUPPORTED = "unsupported"
-    TOO_LARGE = "too_large"
-    MISSING = "missing"
-    CHANGED = "changed"
-    MASK_MISSING = "mask_missing"
-    MASK_MISMATCH = "mask_mismatch"
-    FAILED = "failed"
+    After the images are fixed, a rerun with ``segment.retry_errors: true`` processes their fragments again.
+
+    Attributes:
+        description: What the kind means, in one sentence.
+        remedy: What to do about it, in one sentence.
+    """
+
+    description: str
+    remedy: str
+
+    def __new__(cls, value: str, description: str = "", remedy: str = "") -> "FaultKind":
+        """Create a member that compares equal to ``value``."""
+        member = str.__new__(cls, value)
+        member._value_ = value
+        member.description = description
+        member.remedy = remedy
+        return member
+
+    UNREADABLE = (
+        "unreadable",
+        "The file is empty, is not an image, or its content is damaged.",
+        "Replace the file, or remove it from the input.",
+    )
+    TRUNCATED = (
+        "truncated",
+        "The file is incomplete: its end is missing.",
+        "Copy the complete file again.",
+    )
+    UNSUPPORTED = (
+        "unsupported",
+        "The file is valid, but its format, pixel type or compression is not supported, or it cannot be opened because "
+        "of its name or because it is archived.",
+        "Convert the image to 8-bit RGB in one of the supported formats; rename or restore a file that cannot be "
+        "opened.",
+    )
+    TOO_LARGE = (
+        "too_large",
+        "The image has more pixels than segment.max_image_px allows, or its metadata expands to a suspicious size.",
+        "Raise segment.max_image_px if the nodes have enough memory, or split the image; save it without its metadata.",
+    )
+    MISSING = (
+        "missing",
+        "There is no file at this URI: it was removed after it was listed, or the list names a wrong URI.",
+        "Restore the file and rerun with segment.retry_errors: true, or correct the list or manifest.",
+    )
+    CHANGED = (
+        "changed",
+        "The file was replaced after it was listed, so its content is no longer the one that was planned.",
+        "Rerun with segment.retry_errors: true to use the present file.",
+    )
+    MASK_MISSING = (
+        "mask_missing",
+        "Ground truth was given, but this image has no mask.",
+        "Add the mask under the name of the image, or remove the image from the input.",
+    )
+    MASK_MISMATCH = (
+        "mask_mismatch",
+        "The mask cannot be used with its image: it has another size, undeclared class values or several colour "
+        "channels, or it cannot be decoded.",
+        "Correct the mask, or declare its values in data.class_values or data.ignore_values before training.",
+    )
+    FAILED = (
+        "failed",
+        "Processing this image ran out of memory, or ended the worker process repeatedly.",
+        "Give the nodes more memory or lower segment.max_image_px, then rerun with segment.retry_errors: true.",
+    )
 
 
 class ImageFault(DataError):
-    """One image, or its mask, cannot be used; all others can.
+    """Raised if one image, or its mask, cannot be used while others can.
+
+    Functions that read a single image raise it. Segmentation records it as an error row, and the label check as a line
+    of its report, so it does not end a run. Exit code 1.
 
     Args:
-        kind: Why.
-        message: What was got, and what was expected.
-        remedy: What to do; empty where the message says it, or where there is nothing but another file.
+        kind: Reason, as in the column ``error_kind``.
+        message: What was received, and what was expected.
+        remedy: What to do. Empty if the message already says so, or if only another file would help.
     """
 
     def __init__(self, kind: FaultKind, message: str, remedy: str = "") -> None:
@@ -74,47 +148,71 @@ class ImageFault(DataError):
         self.remedy = remedy
 
     def __reduce__(self) -> tuple[type["ImageFault"], tuple[FaultKind, str, str]]:
-        # exceptions with several arguments do not pickle by themselves
+        # Exceptions whose constructor takes several arguments cannot be unpickled by default.
         return type(self), (self.kind, self.message, self.remedy)
 
 
 class BundleError(SegrayError):
-    """A model bundle is damaged, incomplete or written by an incompatible version."""
+    """Raised if a model bundle is missing, damaged, of an incompatible format version, or cannot be exported.
+
+    Copy the bundle again, or train again. Exit code 1.
+    """
 
 
 class RunMismatchError(SegrayError):
-    """An output folder already holds a run of another model, configuration or listing."""
+    """Raised if the output folder belongs to a run with another model, other settings or other images.
+
+    The message lists the differences. Nothing has been written. Choose another output, or restore the settings and
+    images of the first run. Exit code 2.
+    """
 
     exit_code = 2
 
 
 class TrainingError(SegrayError):
-    """Training stopped for a reason that starting again would not mend."""
+    """Raised if training fails: the loss is not finite, workers are lost too often or stall, or no checkpoint is left.
+
+    Exit code 1.
+    """
 
 
 class TooManyErrorRows(SegrayError):
-    """A run is finished and all its rows are written, but too many of them are errors."""
+    """Raised if a segmentation run is complete, but its share of error rows reaches ``segment.max_error_fraction``.
+
+    All rows are written. Fix the images and rerun with ``segment.retry_errors: true``, or raise the limit. Exit code 3.
+    """
 
     exit_code = 3
 
 
 class ClusterError(SegrayError):
-    """Ray cannot be reached, or a worker failed in a way that segray has no name for; carries Ray's last line."""
+    """Raised if Ray cannot be reached, the cluster can never provide the requested resources, or a worker failed.
+
+    It is also raised if the cause of a worker's failure is unknown; the message then holds the last line of Ray's
+    error. Exit code 1.
+    """
 
 
 class StorageError(SegrayError):
-    """A file system or object store refused, failed or was out of reach."""
+    """Raised on an environment error: missing permissions, an unreachable network, or a full disk.
+
+    It is raised after the retries of the file system or object store. Nothing that was already written is lost: fix
+    the cause and rerun the same command to resume. Exit code 4.
+    """
 
     exit_code = 4
 
 
 class MissingFileError(StorageError):
-    """Nothing is stored at a URI that should hold something."""
+    """Raised if there is no file or folder at a URI. Exit code 4."""
 
 
 class ChangedFileError(StorageError):
-    """A file is not the one any more that was listed."""
+    """Raised if the entity tag of a file is not the one that it was listed with. Exit code 4."""
 
 
 class UnusableFileError(StorageError):
-    """One file cannot be opened though its store is well: its name is too long or a folder's, or it is archived."""
+    """Raised if one file cannot be opened although its store works: its name is invalid, or it is archived.
+
+    Rename or restore the file. Exit code 4.
+    """

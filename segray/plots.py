@@ -1,4 +1,4 @@
-"""Pictures for people: masks over images, training curves, scores of classes. All are returned as PNG files."""
+"""Draw pictures for people as PNG files: masks over images, training curves, confusion matrices, scores per class."""
 
 import io
 from collections.abc import Sequence
@@ -16,20 +16,20 @@ from segray.metrics import IntArray, divide
 
 _MAX_LEGEND_CLASSES = 24
 _MAX_CURVE_CLASSES = 12
-_MAX_NUMBERED_CLASSES = 24  # of a confusion matrix: more leave no room for numbers
+_MAX_NUMBERED_CLASSES = 24  # A confusion matrix of more classes has no space for numbers.
 _MAX_NAMED_CLASSES = 100
 _IGNORED_COLOUR = (255, 255, 255)
 _CELL_WIDTH_IN = 3.0
-_SAMPLE_WIDTH_IN = 4.5  # wide enough to see whether image and mask lie on each other
+_SAMPLE_WIDTH_IN = 4.5  # Wide enough to see whether image and mask are aligned.
 _MAX_TITLE_LENGTH = 44
-_MAX_CELL_HEIGHT_IN = 9.0  # of very tall images, so that many of them stay a picture that opens
+_MAX_CELL_HEIGHT_IN = 9.0  # Limits very tall images, so that a picture of many of them can still be opened.
 
 
 class Panel(NamedTuple):
     """One image of a comparison.
 
     Attributes:
-        title: Written above it.
+        title: Text above the image.
         image: (H, W, 3) uint8.
         truth: (H, W) class indices, or None without ground truth.
         mask: (H, W) predicted class indices.
@@ -42,10 +42,10 @@ class Panel(NamedTuple):
 
 
 class LabelledPicture(NamedTuple):
-    """One sample as it is learned from.
+    """One training sample, augmented as in training.
 
     Attributes:
-        title: Written above it.
+        title: Text above the image.
         image: (H, W, 3) uint8.
         truth: (H, W) class indices.
     """
@@ -62,7 +62,7 @@ class _Cell(NamedTuple):
 
 
 def colour_mask(mask: npt.NDArray[np.integer], classes: ClassMap) -> npt.NDArray[np.uint8]:
-    """Return (H, W, 3) uint8 RGB: each class in its palette colour, ignored pixels white."""
+    """Return a mask (H, W) as (H, W, 3) uint8 RGB: each class in its palette colour, ignored pixels white."""
     colours = np.vstack([build_palette(classes.num_classes), [_IGNORED_COLOUR]]).astype(np.uint8)
     return colours[np.where(mask == classes.ignore_index, classes.num_classes, mask)]
 
@@ -70,14 +70,14 @@ def colour_mask(mask: npt.NDArray[np.integer], classes: ClassMap) -> npt.NDArray
 def overlay_mask(
     image: npt.NDArray[np.uint8], mask: npt.NDArray[np.integer], classes: ClassMap
 ) -> npt.NDArray[np.uint8]:
-    """Return (H, W, 3) uint8 RGB: the image seen through the colours of its classes, ignored pixels white."""
+    """Return (H, W, 3) uint8 RGB: the image blended equally with its classes' colours, ignored pixels white."""
     mixed = (image.astype(np.uint16) + colour_mask(mask, classes)) // 2
     mixed[mask == classes.ignore_index] = _IGNORED_COLOUR
     return mixed.astype(np.uint8)
 
 
 def draw_comparison(panels: Sequence[Panel], classes: ClassMap) -> bytes:
-    """Draw image, truth (where there is one) and prediction side by side, a row for each panel, with a legend."""
+    """Draw image, truth (if any) and prediction side by side, one row per panel, with a legend; return a PNG file."""
     has_truth = any(panel.truth is not None for panel in panels)
     rows = []
     for panel in panels:
@@ -90,12 +90,12 @@ def draw_comparison(panels: Sequence[Panel], classes: ClassMap) -> bytes:
 
 
 def draw_samples(samples: Sequence[LabelledPicture], classes: ClassMap) -> bytes:
-    """Draw each training sample as it is fed, and beside it with its truth over it, with a legend."""
+    """Draw each training sample beside the same image overlaid with its truth, with a legend; return a PNG file."""
     rows = [
         [_Cell(sample.title, sample.image, is_mask=False), _Cell("truth", overlay_mask(*sample[1:], classes))]
         for sample in samples
     ]
-    # also where no mask has an ignored value: past the edges of an image all is ignored
+    # Ignored pixels occur even if no mask has an ignored value, since pixels beyond an image's edges are ignored.
     legend = _build_legend([sample.truth for sample in samples], classes, has_ignored=True)
     return _draw_grid(rows, legend, _SAMPLE_WIDTH_IN)
 
@@ -103,7 +103,7 @@ def draw_samples(samples: Sequence[LabelledPicture], classes: ClassMap) -> bytes
 def _draw_grid(
     rows: Sequence[Sequence[_Cell]], legend: Sequence[Patch], cell_width_in: float = _CELL_WIDTH_IN
 ) -> bytes:
-    """Draw rows of pictures with a legend below them; the first picture of all says how high a row is."""
+    """Draw rows of pictures with a legend below them; the first picture sets the height of all rows."""
     first = rows[0][0].picture
     assert first is not None
     cell_height_in = min(cell_width_in * first.shape[0] / first.shape[1], _MAX_CELL_HEIGHT_IN) + 0.25
@@ -116,7 +116,7 @@ def _draw_grid(
     for row, cells in zip(axes, rows, strict=True):
         for axis, cell in zip(row, cells, strict=True):
             axis.set(xticks=[], yticks=[])
-            axis.spines[:].set_linewidth(0.5)  # a frame: ignored pixels are as white as the page
+            axis.spines[:].set_linewidth(0.5)  # A frame is needed because ignored pixels are white, like the page.
             axis.set_title(_shorten(cell.title), fontsize=8)
             if cell.picture is None:
                 axis.set_axis_off()
@@ -127,13 +127,13 @@ def _draw_grid(
 
 
 def _shorten(title: str) -> str:
-    """Return a title that fits above a picture: a long one without its middle."""
+    """Return a title that fits above a picture; the middle of a long one is replaced by an ellipsis."""
     half = _MAX_TITLE_LENGTH // 2
     return title if len(title) <= _MAX_TITLE_LENGTH else f"{title[: half - 1]}…{title[-half:]}"
 
 
 def _build_legend(masks: Sequence[npt.NDArray[np.integer]], classes: ClassMap, has_ignored: bool) -> list[Patch]:
-    """Return a patch for each class; of many classes, for those in the masks."""
+    """Return a legend patch for each class; if there are many classes, only for those in the masks."""
     shown = list(range(classes.num_classes))
     if len(shown) > _MAX_LEGEND_CLASSES:
         seen = {int(index) for mask in masks for index in np.unique(mask)}
@@ -152,7 +152,10 @@ def _build_legend(masks: Sequence[npt.NDArray[np.integer]], classes: ClassMap, h
 
 
 def draw_curves(history: Sequence[dict[str, Any]], classes: ClassMap) -> bytes:
-    """Draw loss, learning rate, mean scores and per-class IoU over epochs; scores where an epoch was evaluated."""
+    """Draw loss, learning rate, mean scores and IoU per class over epochs; return a PNG file.
+
+    Scores are drawn only for evaluated epochs.
+    """
     figure = Figure(figsize=(11, 7), layout="constrained")
     (loss, rate), (means, ious) = figure.subplots(2, 2)
     evaluated = [metrics for metrics in history if "val_mean_iou" in metrics]
@@ -174,17 +177,17 @@ def draw_curves(history: Sequence[dict[str, Any]], classes: ClassMap) -> bytes:
         axis.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
         axis.grid(alpha=0.3)
     if evaluated:
-        for axis in (means, ious):  # beside it: wherever it is put inside, curves may be
+        for axis in (means, ious):  # The legend is beside the axes, because anywhere inside it could hide curves.
             axis.legend(fontsize=7, loc="center left", bbox_to_anchor=(1, 0.5))
     return _save(figure)
 
 
 def _choose_classes(evaluated: Sequence[dict[str, Any]], classes: ClassMap) -> list[int]:
-    """Return the classes whose curves are drawn: all, or those with the lowest IoU in the end."""
+    """Return the classes whose curves are drawn: all of them, or those with the lowest final IoU."""
     if not evaluated or classes.num_classes <= _MAX_CURVE_CLASSES:
         return list(range(classes.num_classes))
     last = _to_floats(evaluated[-1]["val_dataset_iou"])
-    return sorted(np.argsort(last, kind="stable")[:_MAX_CURVE_CLASSES].tolist())  # NaN is the last
+    return sorted(np.argsort(last, kind="stable")[:_MAX_CURVE_CLASSES].tolist())  # NaN sorts last.
 
 
 def _plot(axis: Axes, history: Sequence[dict[str, Any]], key: str, index: int | None = None, **style: Any) -> None:
@@ -197,10 +200,12 @@ def _to_floats(values: Sequence[float | None]) -> npt.NDArray[np.float64]:
 
 
 def draw_confusion(confusion: IntArray, classes: ClassMap) -> bytes:
-    """Draw which share of each true class was predicted as which; a class without pixels has no row.
+    """Draw a confusion matrix as shares of each true class; return a PNG file.
+
+    The row of a class without pixels is empty.
 
     Args:
-        confusion: (C, C) pixels, rows are the truth.
+        confusion: (C, C) pixel counts; rows are the truth.
         classes: The classes.
     """
     share = divide(confusion, confusion.sum(1, keepdims=True))
@@ -225,7 +230,7 @@ def draw_confusion(confusion: IntArray, classes: ClassMap) -> bytes:
 
 
 def draw_class_bars(values: Sequence[float | None], classes: ClassMap, title: str) -> bytes:
-    """Draw one horizontal bar for each class; none for a class whose value is undefined."""
+    """Draw one horizontal bar per class, none where the value is undefined; return a PNG file."""
     figure = Figure(figsize=(6, 0.8 + 0.28 * classes.num_classes), layout="constrained")
     axis = figure.subplots()
     widths = [0.0 if value is None else value for value in values]

@@ -1,6 +1,6 @@
-"""Arrow schemas of what segray writes. Column names are public interface.
+"""Arrow schemas of the Parquet files that segray writes. Column names are public interface.
 
-Every schema is explicit, because a column whose first rows are all null would otherwise be written as type null.
+Every schema is explicit: a column inferred from rows that are all null would be written with type null.
 """
 
 from importlib.metadata import version
@@ -12,9 +12,9 @@ _LIBRARIES = ("segray", "ray", "torch", "torchvision", "segmentation-models-pyto
 PLAN_SCHEMA = pa.schema(
     [
         ("uri", pa.string()),
-        ("size_bytes", pa.int64()),  # null where a list names the image
-        ("etag", pa.string()),  # what its content has to be known by when it is read; null where a list names it
-        ("mask_uri", pa.string()),  # null without ground truth, and where an image has no mask
+        ("size_bytes", pa.int64()),  # Null if the image comes from a list.
+        ("etag", pa.string()),  # Entity tag that the content must have when it is read; null if not listed.
+        ("mask_uri", pa.string()),  # Null without ground truth, and for an image without a mask.
         ("mask_etag", pa.string()),
         ("fragment", pa.int64()),
     ]
@@ -23,17 +23,17 @@ PLAN_SCHEMA = pa.schema(
 IMAGES_SCHEMA = pa.schema(
     [
         ("uri", pa.string()),
-        ("status", pa.string()),  # ok | error
+        ("status", pa.string()),  # "ok" or "error".
         ("error_kind", pa.string()),
         ("error_message", pa.string()),
-        ("note", pa.string()),  # of an ok row: what a reader should know, such as "first of 12 frames"
+        ("note", pa.string()),  # On an ok row: a remark on the image, such as "first of 12 frames".
         ("height", pa.int32()),
         ("width", pa.int32()),
-        ("mask", pa.large_binary()),  # large: 64 masks of 40 megapixels pass the 2 GiB of an ordinary binary column
-        ("mask_encoding", pa.string()),  # raw | png
+        ("mask", pa.large_binary()),  # Large: 64 masks of 40 megapixels exceed the 2 GiB of type binary.
+        ("mask_encoding", pa.string()),  # "raw" or "png".
         ("pixel_count", pa.list_(pa.int64())),
         ("mean_confidence", pa.list_(pa.float32())),
-        ("entropy", pa.float32()),  # nats
+        ("entropy", pa.float32()),  # In nats.
         ("tp_px", pa.list_(pa.int64())),
         ("fp_px", pa.list_(pa.int64())),
         ("fn_px", pa.list_(pa.int64())),
@@ -46,7 +46,7 @@ SUMMARY_SCHEMA = pa.schema(
     [
         ("class_id", pa.int32()),
         ("class_name", pa.string()),
-        ("image_count", pa.int64()),  # images in which the class was predicted
+        ("image_count", pa.int64()),  # Images in which the class was predicted.
         ("pixel_count", pa.int64()),
         ("tp_px", pa.int64()),
         ("fp_px", pa.int64()),
@@ -62,5 +62,5 @@ SUMMARY_SCHEMA = pa.schema(
 
 
 def get_library_versions() -> dict[str, str]:
-    """Return the versions of the libraries that decide what a run computes."""
+    """Return the versions, by package name, of the libraries that can change the results of a run."""
     return {name: version(name) for name in _LIBRARIES}

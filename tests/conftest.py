@@ -1,28 +1,34 @@
-"""What several test files share: a small drawn data set, one Ray for in-process runs, a bundle without training."""
+"""Fixtures of several test files, and which tests each make target runs. Heavy libraries are imported by the fixtures.
+
+Markers: a test that needs Ray, an object store, or more than a few seconds is ``integration``; ``make test`` runs those
+of them that are marked ``smoke``, ``make test-all`` all of them. ``slow`` tests run in ``make test-faults`` and
+``make test-cluster``.
+"""
 
 import os
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
-import torch
-from huggingface_hub import constants
 from PIL import Image
 from rich.console import Console
-from segmentation_models_pytorch.encoders import encoders
 
 from segray.config import ModelConfig, TrainConfig
 from segray.data.classes import ClassMap
 from segray.data.preprocessing import Preprocessing
 from segray.data.synthetic import save_shapes
-from segray.models.build import build_model
-from segray.models.bundle import save_bundle
+from segray.models.bundle import BundleDescription, save_bundle
 from segray.runtime.connect import connect_ray, keep_on_loopback
-from tests.faults.object_store import ObjectStore, find_swift
-from tests.faults.proxy import FaultProxy
+
+if TYPE_CHECKING:
+    import torch
+
+    from tests.faults.object_store import ObjectStore
+    from tests.faults.proxy import FaultProxy
 
 MEMORY = Path("/dev/shm")
 pytest_plugins = ["tests.segmented"]
@@ -30,6 +36,15 @@ keep_on_loopback()
 PET_CLASSES = ClassMap(("pet", "background", "border"), (1, 2, 3), ignore_values=(0,))
 SHAPE_SIZE = 64
 NUM_TRAIN, NUM_TEST = 18, 7
+TINY_MODEL = ModelConfig(arch="classic_unet", widths=(8, 16))  # for tests in which the network does not matter
+INTEGRATION_FIXTURES = {"ray_session", "object_store"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark tests that use Ray or an object store through a fixture; others are marked where they are defined."""
+    for item in items:
+        if INTEGRATION_FIXTURES & set(getattr(item, "fixturenames", ())):
+            item.add_marker("integration")
 
 
 @pytest.fixture(scope="session")
@@ -66,27 +81,22 @@ def make_train_config(shapes_root: Path) -> Callable[..., TrainConfig]:
     return make
 
 
-def save_pet_bundle(folder: Path, weights: dict[str, torch.Tensor]) -> None:
-    """Write a bundle of the default model for images of the shapes' size."""
-    save_bundle(
-        str(folder),
-        weights=weights,
-        model=ModelConfig(),
-        classes=PET_CLASSES,
-        image_size=(SHAPE_SIZE, SHAPE_SIZE),
-        preprocessing=Preprocessing(),
-        metrics={},
-        config={},
-        files={},
-    )
+def save_pet_bundle(folder: Path, weights: "dict[str, torch.Tensor]") -> None:
+    """Write a bundle of ``TINY_MODEL`` for images of the shapes' size."""
+    description = BundleDescription(TINY_MODEL, PET_CLASSES, (SHAPE_SIZE, SHAPE_SIZE), Preprocessing())
+    save_bundle(str(folder), weights, description)
 
 
 @pytest.fixture(scope="session")
 def bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of random weights; its BatchNorm statistics make the classes come out mixed."""
+    """A bundle of random weights, with BatchNorm statistics such that all classes are predicted."""
+    import torch
+
+    from segray.models.build import build_model
+
     folder = tmp_path_factory.mktemp("bundle")
     torch.manual_seed(3)
-    model = build_model(ModelConfig(), PET_CLASSES.num_classes)
+    model = build_model(TINY_MODEL, PET_CLASSES.num_classes)
     with torch.no_grad():
         for _ in range(3):
             model.train()(torch.randn(4, 3, SHAPE_SIZE, SHAPE_SIZE))
@@ -96,7 +106,10 @@ def bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def make_hub_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
-    """A model hub that cannot be reached, but for what is put into the folders of its cache that this makes."""
+    """A model hub that cannot be reached; only files in the cache folders that this function creates are found."""
+    from huggingface_hub import constants
+    from segmentation_models_pytorch.encoders import encoders
+
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
 
@@ -112,7 +125,7 @@ def make_hub_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callab
 
 @pytest.fixture
 def labelled_folders(tmp_path: Path) -> tuple[Path, Path]:
-    """Five images of differing sizes and their masks of values 0, 1 and 255, by name."""
+    """Five images of different sizes and their masks with values 0, 1 and 255, paired by name."""
     rng = np.random.default_rng(0)
     images, masks = tmp_path / "images", tmp_path / "masks"
     for index in range(5):
@@ -126,7 +139,7 @@ def labelled_folders(tmp_path: Path) -> tuple[Path, Path]:
 
 
 def keeps_attributes(folder: Path) -> bool:
-    """Whether files there can have extended attributes, in which Swift keeps what it knows of an object."""
+    """Return whether files in a folder can have extended attributes, in which Swift stores the metadata of objects."""
     with suppress(OSError), tempfile.NamedTemporaryFile(dir=folder) as file:
         os.setxattr(file.name, "user.segray", b"1")
         return True
@@ -134,10 +147,12 @@ def keeps_attributes(folder: Path) -> bool:
 
 
 @pytest.fixture(scope="session")
-def object_store() -> Iterator[ObjectStore]:
+def object_store() -> "Iterator[ObjectStore]":
+    from tests.faults.object_store import ObjectStore, find_swift
+
     try:
         find_swift()
-    except FileNotFoundError as error:  # not a skip, which nobody would see
+    except FileNotFoundError as error:  # A skip would go unnoticed.
         raise pytest.fail.Exception(str(error), pytrace=False) from None
     memory = MEMORY if keeps_attributes(MEMORY) else None
     with (
@@ -148,6 +163,8 @@ def object_store() -> Iterator[ObjectStore]:
 
 
 @pytest.fixture
-def proxy(object_store: ObjectStore) -> Iterator[FaultProxy]:
+def proxy(object_store: "ObjectStore") -> "Iterator[FaultProxy]":
+    from tests.faults.proxy import FaultProxy
+
     with FaultProxy(object_store.endpoint) as proxy:
         yield proxy

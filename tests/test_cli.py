@@ -1,8 +1,9 @@
-"""The command line: every mistake is one line that says what to do, with its exit code and nothing left behind."""
+"""Tests of segray.cli: every mistake gives one line with the remedy, an exit code, and no output files."""
 
 import json
 import shutil
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,16 @@ from tests.conftest import SHAPE_SIZE
 
 
 def run(*arguments: str) -> int:
-    """Run `segray ARGUMENTS` as the installed command does, and return its exit code."""
+    """Run `segray ARGUMENTS` like the installed command, and return its exit code."""
     with pytest.raises(SystemExit) as caught:
         cli.run(lambda: cli.app(list(arguments)))
     assert isinstance(caught.value.code, int)
     return caught.value.code
+
+
+def test_the_version_is_printed_without_a_verb(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("--version") == 0
+    assert capsys.readouterr().out == f"segray {version('segray')}\n"
 
 
 @pytest.fixture
@@ -40,7 +46,7 @@ def config(tmp_path: Path, shapes_root: Path) -> Path:
         (
             "data.layout.oxford_iiit_pet.root=/nowhere",
             4,
-            "cannot read /nowhere/annotations/trainval.txt: nothing is there",
+            "cannot read /nowhere/annotations/trainval.txt: no such file or folder",
         ),
         ("trian.num_epochs=3", 2, "trian: unknown setting; did you mean train?"),
         ("model.arch=unett", 2, "model.arch: unknown architecture 'unett'; choose from classic_unet, fcn32s"),
@@ -49,7 +55,7 @@ def config(tmp_path: Path, shapes_root: Path) -> Path:
         ("output=nostore://x/y", 4, "cannot open nostore://x"),
     ],
 )
-def test_a_wrong_setting_is_one_line(
+def test_a_wrong_setting_gives_one_line(
     config: Path, override: str, exit_code: int, message: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("train", str(config), "--set", override) == exit_code
@@ -60,13 +66,13 @@ def test_a_wrong_setting_is_one_line(
     assert not (config.parent / "output").exists()
 
 
-def test_a_missing_configuration_is_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_missing_configuration_gives_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("train", str(tmp_path / "none.yaml")) == 4
     assert capsys.readouterr().err.startswith(f"error: cannot read {tmp_path}/none.yaml")
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_check_lists_every_fault_with_its_remedy(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_check_lists_every_problem_with_its_remedy(config: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert run("check", str(config)) == 0
     assert "25 images and masks checked, 0 faults" in capsys.readouterr().out
     root = config.parent / "shapes"
@@ -76,17 +82,17 @@ def test_check_lists_every_fault_with_its_remedy(config: Path, capsys: pytest.Ca
     printed = capsys.readouterr().out
     assert f"{root}/images/disc_0.jpg: unreadable: empty file" in printed
     assert f"{root}/annotations/trimaps/star_3.png: mask_missing: no mask at" in printed
-    assert f"{root}/annotations/trimaps/square_1.png: mask_mismatch: mask value 3 not declared" in printed
-    assert f"{root}/annotations/trimaps/disc_0.png: mask_mismatch" in printed  # its image is bad as well
+    assert f"{root}/annotations/trimaps/square_1.png: mask_mismatch: mask value 3 is not declared" in printed
+    assert f"{root}/annotations/trimaps/disc_0.png: mask_mismatch" in printed  # Its image is broken as well.
     assert "25 images and masks checked, 26 faults" in printed
     assert all(";" in line for line in printed.splitlines() if line.startswith(str(root)))
-    remedy = "as many values as classes: set data.class_values: [1, 2, 3]"
+    remedy = "the masks hold as many values as there are classes: set data.class_values: [1, 2, 3]"
     assert f"24 x mask_mismatch: {remedy}\n1 x unreadable: replace the file, or remove it\n" in printed
 
 
 @pytest.fixture
 def folders(tmp_path: Path, labelled_folders: tuple[Path, Path]) -> Path:
-    """A configuration of two paired folders, whose masks hold 0, 1 and the ignored 255."""
+    """Write a configuration for two paired folders, whose masks hold 0, 1 and the ignored 255; return its path."""
     both = {"images": str(labelled_folders[0]), "masks": str(labelled_folders[1])}
     data = {"train": both, "val": {"fraction": 0.4}, "class_names": ["a", "b"], "ignore_values": [255]}
     path = tmp_path / "folders.yaml"
@@ -95,7 +101,7 @@ def folders(tmp_path: Path, labelled_folders: tuple[Path, Path]) -> Path:
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_faults_of_folders_are_listed_by_check_and_refused_by_train(
+def test_problems_of_paired_folders_are_listed_by_check_and_refused_by_train(
     folders: Path, labelled_folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     images, masks = labelled_folders
@@ -115,16 +121,16 @@ def test_faults_of_folders_are_listed_by_check_and_refused_by_train(
     assert f"{images}/2.png: no mask of this name; add it" in printed
     assert f"{masks}/other.png: no image of this name; add it" in printed
     assert run("train", str(folders)) == 1
-    assert "2 files without a partner (segray check lists all)" in capsys.readouterr().err
+    assert "2 files have no matching mask or image (segray check lists all)" in capsys.readouterr().err
     assert run("train", str(folders), "--set", f"data.train.masks={images.parent}/empty") == 4
     (images.parent / "empty").mkdir()
     assert run("train", str(folders), "--set", f"data.train.masks={images.parent}/empty") == 1
-    assert "no pairs: 5 images under" in capsys.readouterr().err
+    assert "no image has a mask: 5 images under" in capsys.readouterr().err
     assert not (folders.parent / "output").exists()
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_warning_is_printed_and_is_no_fault(
+def test_check_prints_warnings_but_succeeds(
     folders: Path, labelled_folders: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
     images, masks = labelled_folders
@@ -136,7 +142,7 @@ def test_a_warning_is_printed_and_is_no_fault(
     assert run("check", str(folders), "--set", split) == 0
     printed = capsys.readouterr().out
     assert f"warning: {masks}/0.png: all_ignored: every pixel is ignored" in printed
-    assert f"warning: {images.parent}/val/2.png: duplicate: the same pixels as {images}/2.png of train; keep" in printed
+    assert f"warning: {images.parent}/val/2.png: duplicate: same pixels as {images}/2.png in train; keep" in printed
     assert "5 x warning: duplicate: keep it in one split" in printed
     assert "10 images and masks checked, 0 faults, 7 warnings" in printed
     for path in masks.rglob("*.png"):
@@ -146,7 +152,7 @@ def test_a_warning_is_printed_and_is_no_fault(
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_check_draws_augmented_samples_unless_labels_are_bad(
+def test_check_draws_augmented_samples_only_if_there_are_no_problems(
     folders: Path, labelled_folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert run("check", str(folders), "--draw", "3") == 0
@@ -158,7 +164,7 @@ def test_check_draws_augmented_samples_unless_labels_are_bad(
     assert Image.open(other).height > Image.open(default).height
     shutil.rmtree(default.parent)
     other.unlink()
-    shutil.copy(labelled_folders[1] / "0.png", labelled_folders[1] / "of_no_image.png")  # what is drawn is well
+    shutil.copy(labelled_folders[1] / "0.png", labelled_folders[1] / "of_no_image.png")  # The drawn samples are fine.
     assert run("check", str(folders), "--draw", "3") == 1
     assert run("check", str(folders), "--draw", "3", "--draw-to", str(other)) == 1
     assert "augmented samples" not in capsys.readouterr().out
@@ -166,25 +172,27 @@ def test_check_draws_augmented_samples_unless_labels_are_bad(
     assert not other.exists()
 
 
-def test_drawing_nowhere_or_too_much_is_a_wrong_setting(folders: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_draw_target_without_samples_or_too_many_samples_are_refused(
+    folders: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert run("check", str(folders), "--draw-to", "x.png") == 2
-    assert "--draw-to: nothing is drawn; say how many samples with --draw N" in capsys.readouterr().err
+    assert "--draw-to requires --draw N, the number of samples to draw" in capsys.readouterr().err
     assert run("check", str(folders), "--draw", "33") == 2
 
 
-def test_segmenting_with_masks_of_other_names_is_refused_before_it_starts(
+def test_segmenting_with_unpaired_masks_is_refused_before_it_starts(
     bundle_dir: Path, labelled_folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "others").mkdir()
     Image.new("L", (3, 4)).save(tmp_path / "others" / "none.png")
     arguments = ["--bundle", str(bundle_dir), "--images", str(labelled_folders[0]), "--output", str(tmp_path / "run")]
     assert run("segment", *arguments, "--masks", str(tmp_path / "others")) == 1
-    assert "no pairs: 5 images under" in capsys.readouterr().err
+    assert "no image has a mask: 5 images under" in capsys.readouterr().err
     assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_too_many_error_rows_are_an_exit_code_of_their_own_and_all_rows_are_written(
+def test_too_many_error_rows_give_exit_code_3_after_all_rows_are_written(
     bundle_dir: Path, labelled_folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     images = labelled_folders[0]
@@ -205,7 +213,7 @@ def test_too_many_error_rows_are_an_exit_code_of_their_own_and_all_rows_are_writ
     assert capsys.readouterr().err.startswith(f"error: no run at {tmp_path}")
 
 
-def test_a_bundle_of_another_version_is_one_line(
+def test_a_bundle_of_another_version_gives_one_line(
     bundle_dir: Path, labelled_folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     bundle = Path(shutil.copytree(bundle_dir, tmp_path / "bundle"))
@@ -215,38 +223,38 @@ def test_a_bundle_of_another_version_is_one_line(
     assert run("segment", *arguments) == 1
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    assert "bundle format 99, this segray reads 1" in error
+    assert "bundle format 99, but this segray reads format 1" in error
     assert not (tmp_path / "run").exists()
 
 
-def test_jobs_take_the_verbs_arguments_and_refuse_relative_paths(
+def test_job_files_accept_the_arguments_of_the_verb_and_refuse_relative_paths(
     config: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")  # as `ray job submit` sets it
+    monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", "{}")  # `ray job submit` sets it.
     monkeypatch.setattr(sys, "argv", ["jobs/train.py", str(config), "--set", "output=runs/x"])
     with pytest.raises(SystemExit) as caught:
         cli.run_job("train")
     assert caught.value.code == 2
-    assert "output: runs/x is relative" in capsys.readouterr().err
+    assert "output: runs/x is a relative path" in capsys.readouterr().err
     assert run("segment", "--bundle", "/b", "--images", "images", "--output", "/o") == 2
-    assert "--images: images is relative" in capsys.readouterr().err
+    assert "--images: images is a relative path" in capsys.readouterr().err
 
 
-def test_the_demo_empties_no_folder_that_is_not_its_own(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_demo_never_empties_other_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "mine.txt").touch()
     assert run("demo", "--output", str(tmp_path)) == 2
-    assert "not empty, and not of a demo" in capsys.readouterr().err
+    assert "not empty and not written by a demo; choose another --output" in capsys.readouterr().err
     assert (tmp_path / "mine.txt").exists()
 
 
-def test_only_data_makes_a_set_that_can_be_trained_on(tmp_path: Path) -> None:
+def test_the_demo_with_only_data_writes_labelled_images(tmp_path: Path) -> None:
     assert run("demo", "--only-data", "--output", str(tmp_path / "shapes")) == 0
     names = (tmp_path / "shapes/annotations/trainval.txt").read_text().split()[::4]
     assert len(names) == 96
     assert all((tmp_path / "shapes/images" / f"{name}.jpg").exists() for name in names)
 
 
-def test_a_mistake_in_exporting_is_one_line(
+def test_a_mistake_in_exporting_gives_one_line(
     bundle_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     assert run("export", str(bundle_dir), "--format", "tflite") == 2
@@ -255,7 +263,7 @@ def test_a_mistake_in_exporting_is_one_line(
     assert "--format" in capfd.readouterr().err
     assert run("export", str(tmp_path), "--format", "onnx") == 1
     assert capfd.readouterr().err == (
-        f"error: no bundle at {tmp_path}: no bundle.json; give the folder that segray train made\n"
+        f"error: no bundle at {tmp_path}: bundle.json not found; pass the bundle folder that segray train wrote\n"
     )
     assert run("export", str(bundle_dir), "--format", "torch_export", "--output", str(tmp_path)) == 4
     error = capfd.readouterr().err

@@ -1,4 +1,4 @@
-"""Every file that makes a cluster: accepted by who reads it, nothing open to the world, Ray pinned, no secret in it."""
+"""Tests of the cluster files: valid for Ray and Kubernetes, closed to the internet, Ray pinned, without secrets."""
 
 import copy
 import gzip
@@ -41,28 +41,28 @@ def list_pods(spec: dict[str, Any]) -> list[dict[str, Any]]:
     return [group["template"]["spec"] for group in [spec["headGroupSpec"], *spec["workerGroupSpecs"]]]
 
 
-def test_no_file_that_makes_a_cluster_is_left_out() -> None:
-    there = {str(path.relative_to(ROOT)) for path in (ROOT / "clusters").rglob("*") if path.is_file()}
-    assert there | {"cluster.yaml", "Containerfile"} == set(ALL)
+def test_all_cluster_files_are_tested() -> None:
+    existing = {str(path.relative_to(ROOT)) for path in (ROOT / "clusters").rglob("*") if path.is_file()}
+    assert existing | {"cluster.yaml", "Containerfile"} == set(ALL)
 
 
-# What Ray's launcher reads
+# Files for Ray's launcher
 
 
 @pytest.mark.parametrize("name", LAUNCHED)
-def test_rays_launcher_accepts_it(name: str) -> None:
+def test_rays_launcher_accepts_the_file(name: str) -> None:
     prepared = prepare_config(load(name))
     validate_config(prepared)
 
 
 @pytest.mark.parametrize("name", CLOUDS)
-def test_ray_would_refuse_a_mistake(name: str) -> None:
+def test_rays_validation_detects_a_mistake(name: str) -> None:
     with pytest.raises(Exception, match="head_node_type"):
         validate_config(prepare_config({**load(name), "head_node_type": "nothing"}))
 
 
 @pytest.mark.parametrize("name", CLOUDS)
-def test_workers_come_and_go_and_the_head_does_no_work(name: str) -> None:
+def test_workers_scale_from_zero_and_the_head_runs_no_tasks(name: str) -> None:
     types = dict(prepare_config(load(name))["available_node_types"])
     head = types.pop("head")
     assert (head["max_workers"], head["resources"]) == (0, {"CPU": 0})
@@ -76,11 +76,11 @@ def test_workers_come_and_go_and_the_head_does_no_work(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CLOUDS)
-def test_spot_comes_first_and_the_other_type_where_there_is_none(name: str) -> None:
+def test_spot_instances_are_preferred_while_available(name: str) -> None:
     def choose(**availability: float) -> str:
         config = prepare_config({**load(name), "auth": {"ssh_user": "nobody"}})
         for node_type in config["available_node_types"].values():
-            node_type["resources"] = node_type["resources"] or {"CPU": 8, "GPU": 1}  # Ray asks AWS for them
+            node_type["resources"] = node_type["resources"] or {"CPU": 8, "GPU": 1}  # On AWS, Ray queries them.
         scaling = AutoscalingConfig(config, skip_content_hash=True)
         demand = ResourceRequestByCount(request=ResourceRequestUtil.make({"GPU": 1}), count=1)
         reply = ResourceDemandScheduler(None).schedule(
@@ -101,7 +101,7 @@ def test_spot_comes_first_and_the_other_type_where_there_is_none(name: str) -> N
 
 
 @pytest.mark.parametrize("name", LAUNCHED)
-def test_what_ray_starts_asks_for_a_token_and_shows_its_dashboard_to_the_head_alone(name: str) -> None:
+def test_ray_requires_a_token_and_the_dashboard_listens_on_loopback(name: str) -> None:
     config = load(name)
     options = config.get("docker", {}).get("run_options", [])
     for kind in ("head", "worker"):
@@ -112,18 +112,18 @@ def test_what_ray_starts_asks_for_a_token_and_shows_its_dashboard_to_the_head_al
             "RAY_grpc_client_keepalive_timeout_ms=30000",
         ):
             assert variable in start.partition("ray start")[0].split() or f"--env {variable}" in options
-        # `ray up` itself switches the head's usage statistics on, whatever its container says
+        # `ray up` enables usage statistics on the head, regardless of the container's environment.
         for option in ("--dashboard-host=127.0.0.1", "--disable-usage-stats"):
             assert (option in start) == (kind == "head")
     assert "~/.ray/auth_token" in config["file_mounts"].values()
 
 
-# What is open to whom
+# Access
 
 
 def check_addresses(name: str, text: str) -> None:
-    assert "0.0.0.0" not in text, f"{name}: open to the world"
-    assert "::/0" not in text, f"{name}: open to the world"
+    assert "0.0.0.0" not in text, f"{name}: open to the internet"
+    assert "::/0" not in text, f"{name}: open to the internet"
 
 
 def check_pins(name: str, text: str) -> None:
@@ -132,16 +132,16 @@ def check_pins(name: str, text: str) -> None:
     declared = re.findall(r"(?:rayVersion: |RAY_VERSION=)(\S+)", text)
     for version in [*versions, *declared]:
         assert version.replace("${RAY_VERSION}", PINNED).startswith(PINNED), f"{name}: Ray {version}, not {PINNED}"
-    assert not re.search(r"pip install[^&\n]*(?<![\w/.-])ray(?![\w/.-])", text), f"{name}: a Ray of its own"
+    assert not re.search(r"pip install[^&\n]*(?<![\w/.-])ray(?![\w/.-])", text), f"{name}: installs another Ray"
 
 
 def check_secrets(name: str, text: str) -> None:
     for what, pattern in {
-        "an access key of AWS": r"\b(AKIA|ASIA)[A-Z0-9]{16}\b",
+        "an AWS access key": r"\b(AKIA|ASIA)[A-Z0-9]{16}\b",
         "a private key": r"BEGIN [A-Z ]*PRIVATE KEY",
         "a key of a service account": r"\"private_key(_id)?\"",
         "a long random string": r"\b[0-9a-fA-F]{32,}\b|\b(?=\w*\d)(?=\w*[a-z])(?=\w*[A-Z])\w{40,}\b",
-        "a value of something secret": r"(?i)(secret_access_key|password|auth_token|api_key)\s*[=:]\s*[^\s~<$/]",
+        "the value of a secret": r"(?i)(secret_access_key|password|auth_token|api_key)\s*[=:]\s*[^\s~<$/]",
     }.items():
         assert not re.search(pattern, text), f"{name}: {what}"
 
@@ -151,7 +151,7 @@ CHECKS = [check_addresses, check_pins, check_secrets]
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("check", CHECKS)
-def test_it_is_closed_pinned_and_without_secrets(check: Callable[[str, str], None], name: str) -> None:
+def test_a_file_is_closed_pinned_and_without_secrets(check: Callable[[str, str], None], name: str) -> None:
     check(name, (ROOT / name).read_text())
 
 
@@ -170,7 +170,7 @@ def test_it_is_closed_pinned_and_without_secrets(check: Callable[[str, str], Non
         ("Containerfile", f"RAY_VERSION={PINNED}", "RAY_VERSION=2.59.0"),
     ],
 )
-def test_the_checks_would_see_it(name: str, before: str, after: str) -> None:
+def test_the_checks_detect_mistakes(name: str, before: str, after: str) -> None:
     text = (ROOT / name).read_text()
     assert before in text
     broken = text.replace(before, after)
@@ -184,28 +184,28 @@ def test_the_checks_would_see_it(name: str, before: str, after: str) -> None:
 
 
 @pytest.mark.parametrize("name", CLOUDS)
-def test_nodes_have_no_address_outside(name: str) -> None:
+def test_nodes_have_no_external_addresses(name: str) -> None:
     config = load(name)
     assert config["provider"]["use_internal_ips"] is True
-    assert config["provider"]["cache_stopped_nodes"] is False  # a stopped node keeps its disk
-    assert config["auth"]["ssh_private_key"].startswith("<")  # without, Ray makes a key of its own
+    assert config["provider"]["cache_stopped_nodes"] is False  # A stopped node keeps its disk.
+    assert config["auth"]["ssh_private_key"].startswith("<")  # Without it Ray creates a key.
     for node_type in config["available_node_types"].values():
         for interface in node_type["node_config"].get("networkInterfaces", ()):
             assert not interface.get("accessConfigs"), "an external address"
 
 
-def test_instances_have_the_second_metadata_service_and_groups_and_roles_of_their_own() -> None:
+def test_aws_instances_use_imdsv2_encrypted_disks_and_dedicated_groups_and_roles() -> None:
     types = load("cluster.yaml")["available_node_types"]
     for node_type in types.values():
         node = node_type["node_config"]
         assert node["MetadataOptions"] == {"HttpTokens": "required", "HttpPutResponseHopLimit": 1}
-        assert node["SecurityGroupIds"]  # without, Ray makes a group that admits SSH from everywhere
+        assert node["SecurityGroupIds"]  # Without it Ray creates a group that admits SSH from everywhere.
         assert node["BlockDeviceMappings"][0]["Ebs"]["Encrypted"] is True
     profiles = {name: node_type["node_config"]["IamInstanceProfile"]["Name"] for name, node_type in types.items()}
     assert profiles == {"head": "segray-head", "gpu_spot": "segray-worker", "gpu_on_demand": "segray-worker"}
 
 
-def test_machines_at_google_have_accounts_of_their_own_and_no_keys_of_the_project() -> None:
+def test_google_machines_have_dedicated_accounts_and_no_project_keys() -> None:
     types = load("clusters/gcp.yaml")["available_node_types"]
     accounts = {name: node_type["node_config"]["serviceAccounts"][0]["email"] for name, node_type in types.items()}
     assert accounts["head"] != accounts["gpu-spot"] == accounts["gpu-on-demand"]
@@ -216,7 +216,7 @@ def test_machines_at_google_have_accounts_of_their_own_and_no_keys_of_the_projec
 
 
 @pytest.mark.parametrize("name", POLICIES)
-def test_a_policy_names_what_it_allows(name: str) -> None:
+def test_policies_contain_no_wildcard_actions(name: str) -> None:
     document = json.loads((ROOT / name).read_text())
     assert document["Version"] == "2012-10-17"
     for statement in document["Statement"]:
@@ -224,18 +224,20 @@ def test_a_policy_names_what_it_allows(name: str) -> None:
         actions = statement["Action"] if isinstance(statement["Action"], list) else [statement["Action"]]
         assert not any("*" in action for action in actions)
         if statement.get("Resource") == "*":
-            assert all(action.startswith("ec2:Describe") for action in actions)  # which knows no resources
+            assert all(
+                action.startswith("ec2:Describe") for action in actions
+            )  # Describe calls do not support resources.
 
 
-def test_workers_may_do_nothing_but_use_the_bucket() -> None:
+def test_workers_have_access_only_to_the_bucket() -> None:
     document = json.loads((ROOT / "clusters/aws/worker-policy.json").read_text())
     resources = {statement["Resource"].partition("/")[0] for statement in document["Statement"]}
     assert resources == {"arn:aws:s3:::<bucket>"}
 
 
-# What Kubernetes reads
+# Files for Kubernetes
 
-# of later versions of KubeRay than the schema: 1.3 (autoscaler's version, backoffLimit), 1.5.1 (authOptions)
+# Fields of KubeRay versions later than the schema: 1.3 (autoscaler's version, backoffLimit), 1.5.1 (authOptions).
 _LATER: dict[str, Any] = {
     "authOptions": {
         "type": "object",
@@ -246,7 +248,7 @@ _LATER: dict[str, Any] = {
 
 
 def build_schema(kind: str) -> dict[str, Any]:
-    """Return the published schema of a kind, with what later versions have added, and closed to unknown fields."""
+    """Return the published schema of a kind with the fields of later versions, which rejects unknown fields."""
     schemas = json.loads(gzip.decompress((ROOT / "tests" / "schemas" / "kuberay.json.gz").read_bytes()))
     schema: dict[str, Any] = schemas[kind]
     spec = schema["properties"]["spec"]
@@ -273,7 +275,7 @@ def walk(schema: Any) -> Iterator[dict[str, Any]]:
 
 
 @pytest.mark.parametrize("name", APPLIED)
-def test_kubernetes_accepts_it(name: str) -> None:
+def test_the_manifest_matches_the_schema(name: str) -> None:
     ray_object = load(name)
     jsonschema.Draft7Validator(build_schema(ray_object["kind"])).validate(ray_object)
 
@@ -288,19 +290,19 @@ def test_kubernetes_accepts_it(name: str) -> None:
         ("enableInTreeAutoscaling", "yes"),
     ],
 )
-def test_the_schema_would_see_a_mistake(path: str, value: object) -> None:
+def test_the_schema_detects_mistakes(path: str, value: object) -> None:
     broken: Any = copy.deepcopy(load("clusters/kuberay.yaml"))
     *parents, last = ["spec", *path.split(".")]
-    place = broken
+    target = broken
     for part in parents:
-        place = place[int(part)] if part.isdigit() else place[part]
-    place[last] = value
+        target = target[int(part)] if part.isdigit() else target[part]
+    target[last] = value
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.Draft7Validator(build_schema("RayCluster")).validate(broken)
 
 
 @pytest.mark.parametrize("name", APPLIED)
-def test_rays_autoscaler_understands_it(name: str) -> None:
+def test_rays_autoscaler_accepts_the_manifest(name: str) -> None:
     ray_object = load(name)
     metadata = {**ray_object["metadata"], "namespace": "segray"}
     derived = _derive_autoscaling_config_from_ray_cr({"metadata": metadata, "spec": get_cluster_spec(ray_object)})
@@ -312,7 +314,7 @@ def test_rays_autoscaler_understands_it(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", APPLIED)
-def test_pods_ask_for_a_token_and_can_do_little(name: str) -> None:
+def test_pods_require_a_token_and_have_few_privileges(name: str) -> None:
     spec = get_cluster_spec(load(name))
     assert spec["authOptions"] == {"mode": "token"}
     assert spec["enableInTreeAutoscaling"] is True
@@ -326,10 +328,10 @@ def test_pods_ask_for_a_token_and_can_do_little(name: str) -> None:
         assert {"name": "RAY_grpc_client_keepalive_time_ms", "value": "20000"} in container["env"]
     head, worker = list_pods(spec)
     assert head["serviceAccountName"] != worker["serviceAccountName"]
-    assert worker["automountServiceAccountToken"] is False  # the head's autoscaler needs one
+    assert worker["automountServiceAccountToken"] is False  # Only the head's autoscaler needs one.
 
 
-def test_only_the_clusters_own_pods_and_the_operator_are_let_in() -> None:
+def test_the_network_policy_admits_only_the_clusters_pods_and_the_operator() -> None:
     policy = load(NETWORK)
     selected = policy["spec"]["podSelector"]["matchLabels"]
     (rule,) = policy["spec"]["ingress"]
@@ -337,7 +339,7 @@ def test_only_the_clusters_own_pods_and_the_operator_are_let_in() -> None:
     assert own == {"podSelector": {"matchLabels": selected}}
     assert operator["podSelector"] == {"matchLabels": {"app.kubernetes.io/name": "kuberay-operator"}}
     assert list(operator["namespaceSelector"]["matchLabels"]) == ["kubernetes.io/metadata.name"], (
-        "and not any namespace"
+        "only the operator's namespace is admitted"
     )
     for name in APPLIED:
         spec = load(name)["spec"]
@@ -347,17 +349,17 @@ def test_only_the_clusters_own_pods_and_the_operator_are_let_in() -> None:
         assert all(template["metadata"]["labels"] == selected for template in templates)
 
 
-def test_a_job_leaves_no_cluster_behind() -> None:
+def test_the_cluster_of_a_kubernetes_job_is_removed_afterwards() -> None:
     spec = load("clusters/kuberay-job.yaml")["spec"]
     assert spec["shutdownAfterJobFinishes"] is True
     assert "clusterSelector" not in spec
     assert spec["entrypoint"].startswith("segray segment ")
 
 
-# The image
+# The container image
 
 
-def test_the_container_file_copies_what_is_there_and_what_its_builder_is_sent() -> None:
+def test_the_container_file_copies_existing_files_of_the_build_context() -> None:
     lines = (ROOT / "Containerfile").read_text().splitlines()
     copied = [word for line in lines if line.startswith("COPY") for word in line.split()[2:-1]]
     sent = {line.removeprefix("!") for line in (ROOT / ".dockerignore").read_text().splitlines() if line[:1] == "!"}

@@ -1,4 +1,4 @@
-"""segray as it is shipped: its wheel in a bare environment, and there a head that takes jobs from who has the token."""
+"""Tests of the built wheel in a bare environment: the command, and jobs submitted to a head that requires a token."""
 
 import json
 import os
@@ -31,7 +31,7 @@ def find_free_ports(count: int) -> list[int]:
 
 @pytest.fixture(scope="module")
 def bare_environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Build the wheel as `make wheel` does, install it with what it asks for, and return the folder of commands."""
+    """Build the wheel like `make wheel`, install it with its dependencies, and return the folder of its commands."""
     uv, folder = str(BIN / "uv"), tmp_path_factory.mktemp("wheel")
     python = folder / "env" / "bin" / "python"
     install = [uv, "pip", "install", "--quiet", f"--python={python}", f"--constraint={ROOT / 'requirements.txt'}"]
@@ -42,17 +42,17 @@ def bare_environment(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return python.parent
 
 
-def test_the_wheel_alone_gives_the_command(bare_environment: Path, tmp_path: Path) -> None:
+def test_the_wheel_provides_the_command_and_no_tests(bare_environment: Path, tmp_path: Path) -> None:
     command = [str(bare_environment / "segray"), "--help"]
     done = subprocess.run(command, cwd=tmp_path, env={}, capture_output=True, text=True, check=True)
     assert all(f" {verb} " in done.stdout for verb in ("train", "tune", "segment", "status", "check", "export", "demo"))
     missing = subprocess.run([str(bare_environment / "python"), "-c", "import pytest"], stderr=subprocess.DEVNULL)
-    assert missing.returncode == 1, "nothing of the tests is in it"
+    assert missing.returncode == 1, "the environment must not contain the tests' dependencies"
 
 
 @pytest.fixture(scope="module")
 def job_environment(bare_environment: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
-    """A head in the foreground, ended by its own process group; the environment with which jobs reach it."""
+    """Run a head in a process group of its own and return the environment variables with which jobs reach it."""
     folder = tmp_path_factory.mktemp("head")
     (folder / "token").write_text("0123456789abcdef" * 4)
     port, dashboard_port, agent_port, client_port = find_free_ports(4)
@@ -84,7 +84,7 @@ def job_environment(bare_environment: Path, tmp_path_factory: pytest.TempPathFac
             time.sleep(0.2)
         yield {**environment, "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{dashboard_port}"}
     finally:
-        os.killpg(head.pid, signal.SIGKILL)  # its own session: the head, its daemons and workers, and no others
+        os.killpg(head.pid, signal.SIGKILL)  # The session contains only the head, its daemons and its workers.
         head.wait()
 
 
@@ -100,7 +100,7 @@ def submit(environment: dict[str, str], *arguments: str, working_dir: Path = ROO
     )
 
 
-def test_a_job_runs_from_the_tree_and_the_next_one_from_the_wheel(
+def test_jobs_run_from_the_source_tree_and_from_the_wheel(
     job_environment: dict[str, str], shapes_root: Path, tmp_path: Path
 ) -> None:
     settings = [f"data.layout.oxford_iiit_pet.root={shapes_root}", "image_size=[64, 64]", "train.num_epochs=1"]
@@ -110,27 +110,27 @@ def test_a_job_runs_from_the_tree_and_the_next_one_from_the_wheel(
     assert trained.returncode == 0, trained.stdout + trained.stderr
     assert f"bundle: {tmp_path}/train/bundle" in trained.stdout
     arguments = ["--bundle", f"{tmp_path}/train/bundle", "--images", f"{shapes_root}/images", "--output"]
-    shutil.copytree(ROOT / "jobs", tmp_path / "elsewhere" / "jobs")  # and no segray beside it
+    shutil.copytree(ROOT / "jobs", tmp_path / "elsewhere" / "jobs")  # Without the package next to it.
     command = ["python", "jobs/segment.py", "jobs/segment.yaml", *arguments, f"{tmp_path}/segmented"]
     segmented = submit(job_environment, *command, working_dir=tmp_path / "elsewhere")
     assert segmented.returncode == 0, segmented.stdout + segmented.stderr
-    assert "25 images segmented, 0 not" in segmented.stdout
+    assert "25 images segmented, 0 error rows" in segmented.stdout
     assert json.loads((tmp_path / "segmented" / "run.json").read_text())["status"] == "complete"
     assert sum(pq.read_metadata(path).num_rows for path in tmp_path.glob("segmented/images/*.parquet")) == 25
 
 
-def test_the_command_itself_can_be_a_job(job_environment: dict[str, str], tmp_path: Path) -> None:
+def test_the_segray_command_can_be_submitted_as_a_job(job_environment: dict[str, str], tmp_path: Path) -> None:
     failed = submit(job_environment, "segray", "train", "street.yaml", working_dir=tmp_path)
     assert failed.returncode != 0
-    assert re.search(r"error: .*street\.yaml: nothing is there", failed.stdout), failed.stdout
+    assert re.search(r"error: .*street\.yaml: no such file or folder", failed.stdout), failed.stdout
 
 
-def test_a_mistake_in_a_job_is_its_exit_code_and_line(job_environment: dict[str, str]) -> None:
+def test_a_mistake_in_a_job_gives_an_exit_code_and_one_line(job_environment: dict[str, str]) -> None:
     failed = submit(
         job_environment, "python", "jobs/segment.py", "--bundle", "/none", "--images", "x", "--output", "/out"
     )
     assert failed.returncode != 0
-    assert "error: --images: x is relative" in failed.stdout + failed.stderr
+    assert "error: --images: x is a relative path" in failed.stdout + failed.stderr
 
 
 def test_without_the_token_a_job_is_refused(job_environment: dict[str, str], tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Scores against brute force and torchmetrics, with absent and ignored classes."""
+"""Scores compared with brute force and torchmetrics, with absent classes and ignored pixels."""
 
 import numpy as np
 import numpy.typing as npt
@@ -24,14 +24,14 @@ from segray.metrics import (
 from segray.models.confusion import compute_confusion
 
 NUM_CLASSES, IGNORE = 5, 255
-ABSENT = 4  # a class in neither truth nor mask
+ABSENT = 4  # A class that is in neither truth nor mask.
 
 
 @pytest.fixture
 def pair() -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
     rng = np.random.default_rng(1)
     truth = rng.choice([0, 1, 2, IGNORE], (3, 31, 17)).astype(np.uint8)
-    mask = rng.choice([0, 1, 2, 3], truth.shape).astype(np.uint8)  # 3 is predicted but never true
+    mask = rng.choice([0, 1, 2, 3], truth.shape).astype(np.uint8)  # Class 3 is predicted but never true.
     return truth, mask
 
 
@@ -55,14 +55,16 @@ def test_counts_equal_brute_force(pair: tuple[npt.NDArray[np.uint8], npt.NDArray
 
 def test_scores_equal_torchmetrics(pair: tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]) -> None:
     truth, mask = (torch.from_numpy(array).long() for array in pair)
-    witness = multiclass_confusion_matrix(mask, truth, NUM_CLASSES, ignore_index=IGNORE)
-    assert torch.equal(compute_confusion(truth, mask, NUM_CLASSES, IGNORE), witness)
+    expected = multiclass_confusion_matrix(mask, truth, NUM_CLASSES, ignore_index=IGNORE)
+    assert torch.equal(compute_confusion(truth, mask, NUM_CLASSES, IGNORE), expected)
     iou = compute_iou(count(*pair))
     jaccard = multiclass_jaccard_index(mask, truth, NUM_CLASSES, average=None, ignore_index=IGNORE).numpy()
     np.testing.assert_allclose(iou[:ABSENT], jaccard[:ABSENT], rtol=1e-6)
 
 
-def test_accuracy_is_of_each_class_against_the_rest(pair: tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]) -> None:
+def test_accuracy_equals_binary_accuracy_of_each_class_against_the_rest(
+    pair: tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]],
+) -> None:
     truth, mask = (torch.from_numpy(array) for array in pair)
     got = compute_accuracy(compute_confusion(truth, mask, NUM_CLASSES, IGNORE).numpy())
     scored = truth != IGNORE
@@ -73,32 +75,34 @@ def test_accuracy_is_of_each_class_against_the_rest(pair: tuple[npt.NDArray[np.u
     assert np.isnan(compute_accuracy(np.zeros((NUM_CLASSES, NUM_CLASSES), np.int64))).all()
 
 
-def test_undefined_is_null_and_left_out_of_means(pair: tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]) -> None:
+def test_undefined_scores_are_null_and_excluded_from_means(
+    pair: tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]],
+) -> None:
     counts = count(*pair)
     iou, dice = compute_iou(counts), compute_dice(counts)
     assert to_nullable(iou)[ABSENT] is None
     assert to_nullable(dice)[ABSENT] is None
-    assert iou[3] == 0  # predicted where it is not: a score of 0, not an absent class
+    assert iou[3] == 0  # Class 3 is predicted but never true, so its score is 0, not undefined.
     assert np.isnan(compute_recall(counts)[3])
     assert compute_precision(counts)[3] == 0
     assert compute_defined_mean(iou) == pytest.approx(iou[:ABSENT].mean(), abs=1e-12)
     assert np.isnan(compute_defined_mean(np.array([np.nan])))
 
 
-def test_dice_and_iou_keep_their_identity(pair: tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]) -> None:
+def test_dice_follows_from_iou(pair: tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]) -> None:
     counts = count(*pair)
     iou, dice = compute_iou(counts)[:ABSENT], compute_dice(counts)[:ABSENT]
     np.testing.assert_allclose(dice, 2 * iou / (1 + iou), rtol=1e-12)
 
 
-def test_a_perfect_mask_scores_one_and_an_ignored_image_nothing() -> None:
+def test_a_perfect_mask_scores_one_and_an_ignored_image_is_undefined() -> None:
     truth = np.arange(4, dtype=np.uint8).reshape(2, 2)
     np.testing.assert_array_equal(compute_iou(count(truth, truth)), [1, 1, 1, 1, np.nan])
     ignored = np.full((2, 2), IGNORE, np.uint8)
     assert np.isnan(compute_iou(count(ignored, truth))).all()
 
 
-def test_more_classes_than_a_byte_holds() -> None:
+def test_confusion_counts_more_than_256_classes() -> None:
     rng = np.random.default_rng(2)
     truth = rng.choice([0, 299, 65_535], (40, 50)).astype(np.uint16)
     mask = rng.integers(0, 300, (40, 50))

@@ -1,4 +1,4 @@
-"""Every poison file gives the row that a user would find right, and no way of breaking a file gives anything else."""
+"""Damaged and unusual files: each gives its expected row, and random damage gives an image or an image fault."""
 
 import itertools
 import subprocess
@@ -16,7 +16,7 @@ from segray.data.images import decode_image, decode_image_with_note, decode_mask
 from segray.errors import FaultKind, ImageFault
 from tests.poison import Poison, build_poison, build_samples
 
-pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL.*")  # pytest undoes the filter of segray.data.images
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL.*")  # pytest resets the filter of segray.data.images
 
 POISON = build_poison()
 SAMPLES = build_samples()
@@ -25,7 +25,7 @@ KINDS = {FaultKind.UNREADABLE, FaultKind.TRUNCATED, FaultKind.UNSUPPORTED, Fault
 
 
 def mutate(content: bytes, rng: np.random.Generator) -> bytes:
-    """Return a file broken in one to four ways: flipped bits, noise, a cut, a gap, an insertion."""
+    """Damage a file in one to four ways: flipped bits, noise, truncation, a gap, an insertion."""
     for _ in range(rng.integers(1, 5)):
         at, length = int(rng.integers(0, len(content) + 1)), int(rng.integers(1, 20))
         noise = rng.bytes(length)
@@ -41,14 +41,14 @@ def mutate(content: bytes, rng: np.random.Generator) -> bytes:
 
 
 def attempt(decode: Callable[..., npt.NDArray[Any]], content: bytes) -> npt.NDArray[Any] | FaultKind:
-    """Return what decoding gives: an array, or the kind of its fault."""
+    """Decode a file; return the array, or the kind of the fault."""
     try:
         return decode(content, FEW_PX)
     except ImageFault as fault:
         return fault.kind
 
 
-def test_poison_files_have_names_that_are_listed_once() -> None:
+def test_names_are_unique_with_listed_extensions_and_files_are_reproducible() -> None:
     names = [poison.name for poison in POISON]
     assert len(set(names)) == len(names) >= 30
     assert {name.rsplit(".")[-1] for name in names} <= set(IMAGE_EXTENSIONS)
@@ -56,7 +56,7 @@ def test_poison_files_have_names_that_are_listed_once() -> None:
 
 
 @pytest.mark.parametrize("poison", POISON, ids=lambda poison: poison.name)
-def test_poison_gives_its_row(poison: Poison) -> None:
+def test_each_file_gives_its_expected_row(poison: Poison) -> None:
     if poison.kind is None:
         image, note = decode_image_with_note(poison.content)
         assert image.shape[:2] == poison.size
@@ -70,7 +70,7 @@ def test_poison_gives_its_row(poison: Poison) -> None:
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_broken_files_are_faults_or_images_and_nothing_else(name: str) -> None:
+def test_randomly_damaged_files_give_an_image_or_an_image_fault(name: str) -> None:
     rng = np.random.default_rng(list(name.encode()))
     num_faults = 0
     for _ in range(300):
@@ -84,26 +84,26 @@ def test_broken_files_are_faults_or_images_and_nothing_else(name: str) -> None:
             assert image.shape[2:] == (3,)
             assert 0 < image.size <= 3 * FEW_PX
         assert mask in KINDS | {FaultKind.MASK_MISMATCH} if isinstance(mask, FaultKind) else mask.ndim == 2
-    assert 10 < num_faults < 300  # both happened
+    assert 10 < num_faults < 300  # both outcomes occur
 
 
 @pytest.mark.parametrize("name", SAMPLES)
-def test_a_cut_file_is_truncated_or_whole(name: str) -> None:
-    """Wherever it is cut; whole where only what stands behind the pixels is missing."""
+def test_a_truncated_file_is_reported_as_truncated_or_decoded_completely(name: str) -> None:
+    """At every length; a file that only lacks data after its pixels is decoded completely."""
     content = SAMPLES[name]
     whole = decode_image(content)
     cut = [attempt(decode_image, content[:length]) for length in range(1, len(content))]
     for length, image in enumerate(cut, 1):
         if not isinstance(image, FaultKind):
             np.testing.assert_array_equal(image, whole)
-        elif length >= 12:  # enough to tell what it is
+        elif length >= 12:  # enough bytes to detect the format
             assert image == FaultKind.TRUNCATED, f"cut at {length}"
     assert any(isinstance(image, FaultKind) for image in cut[12:])
 
 
 @pytest.mark.parametrize("name", [name for name in SAMPLES if name.startswith("png")])
-def test_a_png_with_a_flipped_bit_is_a_fault_or_whole(name: str) -> None:
-    """It has a checksum of everything; no other format has."""
+def test_a_png_with_a_flipped_bit_is_a_fault_or_decoded_correctly(name: str) -> None:
+    """PNG has checksums of all its data; other formats do not."""
     content = SAMPLES[name]
     whole = decode_image(content)
     for at, bit in itertools.product(range(len(content)), (0x01, 0x80)):
@@ -113,8 +113,8 @@ def test_a_png_with_a_flipped_bit_is_a_fault_or_whole(name: str) -> None:
             np.testing.assert_array_equal(image, whole, err_msg=f"bit {bit} of byte {at}")
 
 
-def test_poison_is_decoded_in_silence_and_in_little_memory() -> None:
-    """In a process of its own: C libraries print by themselves, and pytest has its own filters of warnings."""
+def test_decoding_prints_nothing_and_takes_little_memory() -> None:
+    """Runs in a separate process, because C libraries print directly and pytest changes the warning filters."""
     script = """
 import contextlib, pathlib, re
 import numpy as np
@@ -140,4 +140,4 @@ print(read_peak() - before)
         [sys.executable, "-W", "always", "-c", script], cwd=root, capture_output=True, text=True, check=False
     )
     assert done.stderr == ""
-    assert int(done.stdout) < 400  # MiB: what an image of 100 million grey pixels and its copies take
+    assert int(done.stdout) < 400  # MiB: a greyscale image of 100 million pixels and its copies

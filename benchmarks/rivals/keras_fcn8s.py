@@ -1,8 +1,8 @@
-"""VGG16/FCN-8s with a frozen encoder as Keras' textbooks write it: Adam, fp32, `model.fit` over a `tf.data` pipeline.
+"""Train FCN-8s with a frozen VGG16 as in Keras textbooks: Adam, fp32, `model.fit` over a `tf.data` pipeline.
 
 python benchmarks/rivals/keras_fcn8s.py IMAGES MASKS --epochs 3 --batch-size 32
 
-Runs in an environment of its own with tensorflow-cpu and Pillow. Prints images per second of each epoch.
+Runs in a separate environment with tensorflow-cpu and Pillow. Prints images per second of each epoch.
 """
 
 import argparse
@@ -14,11 +14,11 @@ import keras
 import tensorflow as tf
 from keras import layers
 
-SIDE_PX, NUM_CLASSES = 224, 12  # CamVid's eleven, and void as one more: textbooks have no ignored pixels
+SIDE_PX, NUM_CLASSES = 224, 12  # CamVid's 11 classes and void: textbooks have no ignored pixels.
 
 
 def build_model() -> Any:
-    """Build the network of Long, Shelhamer and Darrell on Keras' VGG16."""
+    """Return the compiled FCN-8s of Long, Shelhamer and Darrell (2015) on Keras' VGG16."""
     encoder = keras.applications.VGG16(include_top=False, weights=None, input_shape=(SIDE_PX, SIDE_PX, 3))
     encoder.trainable = False
     pool3, pool4, pool5 = (encoder.get_layer(f"block{number}_pool").output for number in (3, 4, 5))
@@ -47,7 +47,7 @@ def read(image_path: Any, mask_path: Any) -> tuple[Any, Any]:
 
 
 def build_clock(num_images: int) -> Any:
-    """Build a callback that prints images per second of each epoch."""
+    """Return a callback that prints images per second of each epoch."""
     began: list[float] = []
 
     def end(epoch: int, logs: Any) -> None:
@@ -59,7 +59,7 @@ def build_clock(num_images: int) -> Any:
 
 
 def main() -> None:
-    """Train."""
+    """Train the network."""
     parser = argparse.ArgumentParser()
     parser.add_argument("images", type=Path)
     parser.add_argument("masks", type=Path)

@@ -1,4 +1,4 @@
-"""The network of all rivals: smp's U-Net with a bundle's weights; images to masks, and what is written of them."""
+"""The network that all compared implementations use, smp's U-Net with a bundle's weights, and the rows they write."""
 
 import io
 import json
@@ -17,11 +17,11 @@ BATCH_SIZE = 8
 
 
 class Model:
-    """A U-Net as smp builds it.
+    """A U-Net of smp, from images to masks.
 
     Args:
-        bundle: A bundle folder; of it only the weights and the numbers of ``bundle.json`` are read.
-        precision: ``fp32``, as one begins; ``bf16``, with autocast and channels-last, as one goes on.
+        bundle: A bundle folder, of which only the weights and the values of ``bundle.json`` are used.
+        precision: ``fp32``, or ``bf16`` for autocast and channels-last.
     """
 
     def __init__(self, bundle: str, precision: str) -> None:
@@ -41,11 +41,11 @@ class Model:
         self._std = torch.tensor(manifest["preprocessing"]["std"])[:, None, None]
 
     def read(self, path: str) -> tuple[torch.Tensor, tuple[int, int]]:
-        """Return an image (3, h, w) float32 at the model's size, and its own size."""
+        """Return a normalised image (3, h, w) float32 at the model's size, and its own size (H, W)."""
         return self.decode(Path(path).read_bytes())
 
     def decode(self, content: bytes) -> tuple[torch.Tensor, tuple[int, int]]:
-        """Do as ``read``, of the bytes of a file."""
+        """Return the same as ``read`` for the bytes of a file."""
         image = Image.open(io.BytesIO(content)).convert("RGB")
         pixels = np.array(image.resize(self.size[::-1], Image.Resampling.BILINEAR))
         tensor = torch.from_numpy(pixels).permute(2, 0, 1).float()
@@ -53,7 +53,7 @@ class Model:
 
     @torch.inference_mode()
     def predict(self, images: torch.Tensor, sizes: list[tuple[int, int]]) -> list[npt.NDArray[np.uint8]]:
-        """Return a mask (H, W) of each image's own size."""
+        """Return a mask (H, W) uint8 at each image's own size."""
         if self._is_bf16:
             images = images.contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16, enabled=self._is_bf16):
@@ -64,7 +64,7 @@ class Model:
         ]
 
     def describe(self, uri: str, mask: npt.NDArray[np.uint8]) -> dict[str, Any]:
-        """Return a row: all rivals write the same."""
+        """Return the row of an image; all compared implementations write the same columns."""
         return {
             "uri": uri,
             "height": mask.shape[0],

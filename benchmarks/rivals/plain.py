@@ -1,4 +1,4 @@
-"""Segment a folder with a script: DataLoader, smp, masks in Parquet.
+"""Segment a folder with a plain script: DataLoader, smp, masks in Parquet.
 
 python benchmarks/rivals/plain.py BUNDLE IMAGES OUTPUT --precision fp32|bf16
 """
@@ -25,7 +25,7 @@ Item = tuple[str, torch.Tensor, tuple[int, int]]
 
 
 class Images(Dataset[Item]):
-    """A folder's images at the model's size."""
+    """Images of a folder at the model's size, with their paths and own sizes."""
 
     def __init__(self, paths: list[Path], model: Model) -> None:
         self.paths = paths
@@ -39,7 +39,7 @@ class Images(Dataset[Item]):
 
 
 def main() -> None:
-    """Read, predict, write."""
+    """Read images, predict masks and write Parquet."""
     parser = argparse.ArgumentParser()
     parser.add_argument("bundle")
     parser.add_argument("images", type=Path)

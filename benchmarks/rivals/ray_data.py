@@ -2,7 +2,7 @@
 
 python benchmarks/rivals/ray_data.py BUNDLE IMAGES OUTPUT --precision fp32|bf16 --num-actors 1
 
-The machine's cores are shared out over the actors.
+The machine's cores are divided among the actors.
 """
 
 import argparse
@@ -37,7 +37,7 @@ class Predictor:
 
 
 def main() -> None:
-    """Read, predict, write."""
+    """Read images, predict masks and write Parquet."""
     parser = argparse.ArgumentParser()
     parser.add_argument("bundle")
     parser.add_argument("images")

@@ -17,20 +17,20 @@ _ROW = StructType(
     [
         StructField("height", IntegerType()),
         StructField("width", IntegerType()),
-        StructField("mask", ArrayType(ByteType())),  # predict_batch_udf knows no bytes
+        StructField("mask", ArrayType(ByteType())),  # predict_batch_udf does not support binary columns.
         StructField("pixel_count", ArrayType(LongType())),
     ]
 )
 
 
 def _describe(row: dict[str, Any]) -> dict[str, Any]:
-    """Return a row as predict_batch_udf takes it."""
+    """Return a row in the types that predict_batch_udf accepts."""
     arrays = {"mask": np.frombuffer(row["mask"], np.int8), "pixel_count": np.array(row["pixel_count"], np.int64)}
     return {"height": row["height"], "width": row["width"], **arrays}
 
 
 def make_predict(bundle: str, precision: str) -> Callable[[], Callable[[npt.NDArray[Any]], list[dict[str, Any]]]]:
-    """Return what Spark calls once in each of its Python workers."""
+    """Return the function that Spark calls once in each of its Python workers to load the model."""
 
     def make() -> Callable[[npt.NDArray[Any]], list[dict[str, Any]]]:
         import torch
@@ -49,7 +49,7 @@ def make_predict(bundle: str, precision: str) -> Callable[[], Callable[[npt.NDAr
 
 
 def main() -> None:
-    """Read, predict, write."""
+    """Read images, predict masks and write Parquet."""
     bundle, images, output, precision = sys.argv[1:]
     spark = (
         SparkSession.builder.master("local[2]")

@@ -1,5 +1,6 @@
 """Settings: frozen pydantic models, read from a YAML file and overridden with ``--set section.name=value``."""
 
+from segray.config.augmentation import AugmentationSettings
 from segray.config.data import (
     DEFAULT_MAX_IMAGE_PX,
     IMAGE_EXTENSIONS,
@@ -12,15 +13,10 @@ from segray.config.data import (
 from segray.config.export import ExportFormat
 from segray.config.files import SegmentFile, TrainConfig
 from segray.config.load import find_differences, load_config, require_absolute
+from segray.config.loss import LOSS_TERMS, LossSettings
+from segray.config.model import ModelConfig
 from segray.config.segmentation import SegmentSettings
-from segray.config.training import (
-    LOSS_TERMS,
-    AugmentationSettings,
-    LossSettings,
-    ModelConfig,
-    TrackingSettings,
-    TrainSettings,
-)
+from segray.config.training import TrackingSettings, TrainSettings
 from segray.config.tuning import SearchRange, TuneSettings
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""Settings of labelled images, and what the values in their masks mean."""
+"""Settings of labelled images, and the meaning of the values in their masks."""
 
 from typing import Annotated, Any, Literal, Self
 
@@ -6,22 +6,40 @@ from pydantic import Field, model_validator
 
 from segray.config.section import Section
 
-MAX_CLASSES = 65_535  # class indices and the ignore index share uint16
+MAX_CLASSES = 65_535  # Class indices and the ignore index are stored as uint16.
 DEFAULT_MAX_IMAGE_PX = 100_000_000
 IMAGE_EXTENSIONS = ("png", "jpg", "jpeg", "webp", "bmp", "gif", "tif", "tiff")
-MASK_EXTENSIONS = ("png", "bmp", "gif", "tif", "tiff")  # lossless ones: JPEG blurs class values
+MASK_EXTENSIONS = ("png", "bmp", "gif", "tif", "tiff")  # Lossless formats only: JPEG changes class values.
 
 RawValue = Annotated[int, Field(ge=0, le=65_535)]
 
 
 class SplitConfig(Section):
-    """Where one split comes from: a pair of folders, a manifest, or a fraction of the training images."""
+    """Source of one split: a folder of images and one of masks, a manifest, or a fraction of the training images.
 
-    images: str | None = Field(None, description="folder of images, paired with masks by path without extension")
-    masks: str | None = Field(None, description="folder of masks")
-    manifest: str | None = Field(None, description="Parquet or CSV with columns image_uri, mask_uri and split")
-    fraction: float | None = Field(None, gt=0, lt=1, description="share of the training images, drawn at random")
-    seed: int = Field(0, ge=0, description="seed of that draw")
+    Give exactly one of: ``images`` and ``masks``; ``manifest``; ``fraction`` (for ``val`` only).
+    """
+
+    images: str | None = Field(
+        None,
+        description="URI of a folder of images, searched with its subfolders. An image and its mask have the same "
+        "path below their folders, without the extension.",
+    )
+    masks: str | None = Field(
+        None, description="URI of the folder of masks: one-channel PNG, BMP, GIF or TIFF files of class values."
+    )
+    manifest: str | None = Field(
+        None,
+        description="URI of a Parquet or CSV file with columns ``image_uri``, ``mask_uri`` and ``split``; the rows of "
+        "this split (train or val) are used.",
+    )
+    fraction: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Share of the training images, 0 to 1, drawn at random and used for validation only.",
+    )
+    seed: int = Field(0, ge=0, description="Seed of the random draw of ``fraction``.")
 
     @model_validator(mode="after")
     def _check_one_form(self) -> Self:
@@ -33,26 +51,48 @@ class SplitConfig(Section):
 
 
 class OxfordPetRoot(Section):
-    """Root of a data set laid out like Oxford-IIIT Pet."""
+    """Location of a data set with the folder layout of Oxford-IIIT Pet."""
 
-    root: str
+    root: str = Field(description="URI of the folder that holds ``images/`` and ``annotations/``.")
 
 
 class OxfordPetLayout(Section):
-    """``images/*.jpg``, ``annotations/trimaps/*.png``, ``annotations/trainval.txt`` and ``test.txt`` under one root."""
+    """Folder layout of the Oxford-IIIT Pet data set.
 
-    oxford_iiit_pet: OxfordPetRoot
+    Under one root: ``images/*.jpg``, ``annotations/trimaps/*.png``, ``annotations/trainval.txt`` (the training split)
+    and ``annotations/test.txt`` (the validation split).
+    """
+
+    oxford_iiit_pet: OxfordPetRoot = Field(description="Location of the data set.")
 
 
 class DataConfig(Section):
-    """Labelled images, and what the values in their masks mean."""
+    """Labelled images, and the meaning of the values in their masks."""
 
-    layout: Literal["folders"] | OxfordPetLayout = "folders"
-    train: SplitConfig | None = None
-    val: SplitConfig | None = None
-    class_names: tuple[str, ...] = ()
-    class_values: tuple[RawValue, ...] = Field((), description="raw mask value of each class; default 0..n-1")
-    ignore_values: tuple[RawValue, ...] = Field((), description="raw mask values not scored and not learned from")
+    layout: Literal["folders"] | OxfordPetLayout = Field(
+        "folders",
+        description="``folders``: ``train`` and ``val`` say where the images are. ``{oxford_iiit_pet: {root: URI}}``: "
+        "a data set with the layout of Oxford-IIIT Pet, which defines its own splits and classes.",
+    )
+    train: SplitConfig | None = Field(
+        None, description="Training split. Required, unless layout is ``oxford_iiit_pet``, which defines it."
+    )
+    val: SplitConfig | None = Field(
+        None,
+        description="Validation split. Required, unless layout is ``oxford_iiit_pet``; there, ``{fraction: 0.1}`` "
+        "replaces its test split.",
+    )
+    class_names: tuple[str, ...] = Field(
+        (), description=f"Names of the classes, in order: 2 to {MAX_CLASSES}, all different."
+    )
+    class_values: tuple[RawValue, ...] = Field(
+        (),
+        description="Value of each class in the mask files, 0 to 65535, in the order of ``class_names``. Default: 0, "
+        "1, 2 and so on.",
+    )
+    ignore_values: tuple[RawValue, ...] = Field(
+        (), description="Values in the mask files, 0 to 65535, whose pixels are neither trained on nor scored."
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -88,5 +128,7 @@ class DataConfig(Section):
             if self.val is None:
                 raise ValueError("val: expected {images: URI, masks: URI}, {manifest: URI} or {fraction: 0.1, seed: 0}")
         elif self.train is not None or (self.val is not None and self.val.fraction is None):
-            raise ValueError("layout: oxford_iiit_pet brings its own train and val; give val: {fraction: …} or neither")
+            raise ValueError(
+                "layout: oxford_iiit_pet defines train and val; remove them, or set only val: {fraction: 0.1}"
+            )
         return self

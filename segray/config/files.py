@@ -1,24 +1,20 @@
-"""Whole configuration files."""
+"""The structure of whole configuration files."""
 
 from typing import Any, Self
 
 from pydantic import Field, model_validator
 
+from segray.config.augmentation import AugmentationSettings
 from segray.config.data import DataConfig, OxfordPetLayout
-from segray.config.section import Section
+from segray.config.loss import LossSettings
+from segray.config.model import ModelConfig
+from segray.config.section import ImageSide, Section
 from segray.config.segmentation import SegmentSettings
-from segray.config.training import (
-    AugmentationSettings,
-    ImageSide,
-    LossSettings,
-    ModelConfig,
-    TrackingSettings,
-    TrainSettings,
-)
+from segray.config.training import TrackingSettings, TrainSettings
 from segray.config.tuning import TuneSettings
 
-# of train: what changes how fast or how safely weights come out, and not which
-_NOT_OF_WEIGHTS = {
+# Settings of train that change the speed or the fault tolerance of a run, but not its weights.
+_NOT_WEIGHT_SETTINGS = {
     "num_decode_threads",
     "cache_bytes",
     "cache_disk_bytes",
@@ -31,39 +27,54 @@ _NOT_OF_WEIGHTS = {
 
 
 class SegmentFile(Section):
-    """What ``segray segment`` reads: its ``segment`` section. A training configuration serves as it is."""
+    """Configuration file of ``segray segment``, which uses only its section ``segment``.
 
-    data: DataConfig | None = None
-    model: ModelConfig = ModelConfig()
-    image_size: tuple[ImageSide, ImageSide] | None = Field(None, description="height, width fed to the model")
-    loss: LossSettings = LossSettings()
-    augmentation: AugmentationSettings = AugmentationSettings()
-    train: TrainSettings = TrainSettings()
-    tracking: TrackingSettings = TrackingSettings()
-    tune: TuneSettings = TuneSettings()
-    segment: SegmentSettings = SegmentSettings()
-    output: str | None = None
+    The other sections are accepted, so that the configuration file of a training run can be reused.
+    """
+
+    data: DataConfig | None = Field(None, description="Labelled images and classes.")
+    model: ModelConfig = Field(ModelConfig(), description="Network architecture.")
+    image_size: tuple[ImageSide, ImageSide] | None = Field(
+        None,
+        description="``[height, width]`` in pixels, 16 to 16384, that images are resized to before they enter the "
+        "network. Required for training.",
+    )
+    loss: LossSettings = Field(LossSettings(), description="Training loss.")
+    augmentation: AugmentationSettings = Field(
+        AugmentationSettings(), description="Random changes of training samples: a preset name, or a section."
+    )
+    train: TrainSettings = Field(TrainSettings(), description="Optimisation and execution of training.")
+    tracking: TrackingSettings = Field(TrackingSettings(), description="Where metrics are logged.")
+    tune: TuneSettings = Field(TuneSettings(), description="Hyperparameter search.")
+    segment: SegmentSettings = Field(SegmentSettings(), description="Segmentation of images with a bundle.")
+    output: str | None = Field(None, description="URI of the output folder of training. Required for training.")
 
 
 class TrainConfig(SegmentFile):
-    """What ``segray train``, ``check`` and ``tune`` read."""
+    """Configuration file of ``segray train``, ``segray check`` and ``segray tune``."""
 
-    data: DataConfig
-    image_size: tuple[ImageSide, ImageSide] = Field(description="height, width fed to the model")
-    output: str
+    data: DataConfig = Field(description="Labelled images and classes.")
+    image_size: tuple[ImageSide, ImageSide] = Field(
+        description="``[height, width]`` in pixels, 16 to 16384, that whole images are resized to before they enter "
+        "the network. The bundle keeps this size."
+    )
+    output: str = Field(
+        description="URI of the output folder for checkpoints, metrics and the bundle. It belongs to one run; to "
+        "resume, rerun with the same output."
+    )
 
     @model_validator(mode="after")
     def _check_class_weights(self) -> Self:
         weights, names = self.loss.class_weights, self.data.class_names
         if isinstance(weights, tuple) and len(weights) != len(names):
             raise ValueError(
-                f"loss.class_weights: expected one for each of the {len(names)} class_names, got {len(weights)}"
+                f"loss.class_weights: expected one weight for each of the {len(names)} class_names, got {len(weights)}"
             )
         return self
 
     @property
     def uris(self) -> dict[str, str]:
-        """All URIs by the name of their setting."""
+        """All URIs of the configuration, by the dotted name of their setting."""
         found = {"output": self.output}
         for name, split in (("train", self.data.train), ("val", self.data.val)):
             for part in ("images", "masks", "manifest"):
@@ -74,8 +85,8 @@ class TrainConfig(SegmentFile):
         return found
 
     @property
-    def of_weights(self) -> dict[str, Any]:
-        """The settings that decide which weights come out; a run in the same output must have the same."""
+    def weight_settings(self) -> dict[str, Any]:
+        """The settings that determine the trained weights; a rerun into the same output must have the same."""
         sections = {"data", "model", "image_size", "loss", "augmentation"}
-        train = self.train.model_dump(mode="json", exclude=_NOT_OF_WEIGHTS)
+        train = self.train.model_dump(mode="json", exclude=_NOT_WEIGHT_SETTINGS)
         return {**self.model_dump(mode="json", include=sections), "train": train}

@@ -1,4 +1,4 @@
-"""Settings of a run over a bucket."""
+"""Settings of segmentation."""
 
 from typing import Any, Literal
 
@@ -9,30 +9,72 @@ from segray.config.section import Section
 
 
 class SegmentSettings(Section):
-    """How a bucket is segmented."""
+    """How ``segray segment`` applies a bundle to images.
 
-    fragment_size: int = Field(64, ge=1, description="most images in one output file")
-    fragment_bytes: int = Field(64 * 2**20, ge=1, description="most bytes of encoded images in one output file")
-    batch_size: int = Field(8, ge=1, description="images per forward pass")
-    precision: Literal["bf16", "fp32"] = "bf16"
-    compile: bool = Field(False, description="torch.compile: a slower start, and a C++ compiler on every node")
-    num_fetch_threads: int = Field(16, ge=1, description="images of a fragment that are fetched at a time")
+    A fragment is a group of images that is processed, retried and written together: one Parquet file of the output.
+    Settings that change the rows belong to the run: a rerun into the same output must have the same.
+    """
+
+    fragment_size: int = Field(64, ge=1, description="Maximum number of images per fragment.")
+    fragment_bytes: int = Field(
+        64 * 2**20,
+        ge=1,
+        description="Maximum bytes of encoded images per fragment. A larger image is a fragment of its own.",
+    )
+    batch_size: int = Field(8, ge=1, description="Images per forward pass. Lower it if a GPU runs out of memory.")
+    precision: Literal["bf16", "fp32"] = Field(
+        "bf16", description="Number format of the network's arithmetic: ``bf16`` (mixed precision) or ``fp32``."
+    )
+    compile: bool = Field(
+        False, description="Use ``torch.compile``. It starts more slowly and needs a C++ compiler on every node."
+    )
+    num_fetch_threads: int = Field(16, ge=1, description="Images of a fragment that are downloaded at the same time.")
     num_predictors: int | None = Field(
-        None, ge=1, description="processes that hold the model; null: one for each GPU, or nearly one for each CPU"
+        None,
+        ge=1,
+        description="Processes that hold the model. ``null``: as many as the GPUs allow; without GPUs, at most 7/8 of "
+        "the CPUs, with 2 GiB of memory and 4 fragments each.",
     )
-    num_gpus_per_predictor: float = Field(0, ge=0)
-    mask_encoding: Literal["raw", "png"] = "raw"
+    num_gpus_per_predictor: float = Field(
+        0, ge=0, description="GPUs per predictor; a fraction such as 0.5 shares a GPU. 0: predict on CPUs."
+    )
+    mask_encoding: Literal["raw", "png"] = Field(
+        "raw",
+        description="How masks are stored: ``raw`` (uint8 or uint16 pixels, row by row) or ``png`` (with the class "
+        "palette).",
+    )
     reduce_jpeg: bool = Field(
-        False, description="decode a JPEG that is much larger than the model's input at a fraction of its size"
+        False,
+        description="Decode JPEG files that are much larger than the model's input at 1/2, 1/4 or 1/8 of their size. "
+        "Faster, but pixels differ slightly.",
     )
-    max_image_px: int = Field(DEFAULT_MAX_IMAGE_PX, ge=1, description="larger images become error rows: too_large")
-    extensions: tuple[str, ...] = Field(IMAGE_EXTENSIONS, min_length=1, description="of images, in any case")
-    recursive: bool = Field(True, description="also what is in folders below")
-    split: str | None = Field(None, description="of a manifest, only the rows of this split")
-    relist: bool = Field(True, description="compare a run's plan with a new listing before going on with it")
-    max_error_fraction: float = Field(0.01, ge=0, le=1, description="from this share of error rows on, exit code 3")
-    num_report_images: int = Field(6, ge=0, le=100, description="pictures in the report; each is read once more")
-    retry_errors: bool = Field(False, description="make the fragments again that hold error rows")
+    max_image_px: int = Field(
+        DEFAULT_MAX_IMAGE_PX,
+        ge=1,
+        description="Maximum height times width of an image, in pixels. Larger images become error rows "
+        "(``too_large``).",
+    )
+    extensions: tuple[str, ...] = Field(
+        IMAGE_EXTENSIONS, min_length=1, description="File name extensions of images, in upper or lower case."
+    )
+    recursive: bool = Field(True, description="Include images in subfolders.")
+    split: str | None = Field(
+        None, description="Use only the rows of a manifest whose column ``split`` has this value. ``null``: all rows."
+    )
+    relist: bool = Field(
+        True,
+        description="On a rerun, list the images again and compare them with the plan. ``false``: use the plan as it "
+        "is.",
+    )
+    max_error_fraction: float = Field(
+        0.01, ge=0, le=1, description="Share of error rows, 0 to 1, from which the exit code is 3."
+    )
+    num_report_images: int = Field(
+        6, ge=0, le=100, description="Pictures in ``report.html``; each image is read once more for it."
+    )
+    retry_errors: bool = Field(
+        False, description="On a rerun, process the fragments that hold error rows again, after the images were fixed."
+    )
 
     @field_validator("extensions")
     @classmethod
@@ -44,14 +86,15 @@ class SegmentSettings(Section):
 
     @property
     def device(self) -> str:
-        """What computes: a run that begins on one goes on with it, as their last bits differ."""
+        """Kind of device that predicts, ``gpu`` or ``cpu``. It is the same for a whole run, as the last bits differ."""
         return "gpu" if self.num_gpus_per_predictor else "cpu"
 
     @property
-    def of_rows(self) -> dict[str, Any]:
-        """The settings that change what is written, not only how fast; they belong to a run's fingerprint.
+    def row_settings(self) -> dict[str, Any]:
+        """The settings that change the written rows; they are part of the run's fingerprint.
 
-        Which images there are is the listing's part of it.
+        The others change the speed, the exit code or the report. Those that select images are covered by the sha256 of
+        the plan.
         """
         speed = {"num_fetch_threads", "num_predictors", "num_gpus_per_predictor"}
         listing = {"extensions", "recursive", "split", "relist"}

@@ -1,173 +1,137 @@
-"""Settings of the network, of what it learns from, and of how."""
+"""Settings of optimisation, of the training workers, and of metric tracking."""
 
-from typing import Annotated, Any, Literal, Self
+from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
 from segray.config.section import Section
 
-LOSS_TERMS = ("ce", "dice", "focal", "lovasz", "jaccard", "tversky", "ohem")
-
-ImageSide = Annotated[int, Field(ge=16, le=16_384)]
-Fraction = Annotated[float, Field(ge=0, le=1)]
-Range = tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]]
-
-
-class ModelConfig(Section):
-    """Network: architecture and encoder by their segmentation-models-pytorch names, or one of segray's own.
-
-    Those are fcn8s, fcn16s, fcn32s and segnet, on a VGG encoder, and classic_unet, which has none to choose.
-    """
-
-    arch: str = "unet"
-    encoder_name: str = "resnet18"
-    encoder_weights: str | None = None
-    freeze_encoder: bool = False
-    widths: tuple[Annotated[int, Field(ge=1)], ...] = Field(
-        (64, 128, 256, 512, 1024), min_length=2, max_length=6, description="channels of classic_unet's levels"
-    )
-
-
-class LossSettings(Section):
-    """A weighted sum of losses, as in ``loss: {ce: 1.0, dice: 1.0}``."""
-
-    ce: float = Field(0.0, ge=0, description="weight of cross-entropy; 1 if no loss is named")
-    dice: float = Field(0.0, ge=0)
-    focal: float = Field(0.0, ge=0)
-    lovasz: float = Field(0.0, ge=0)
-    jaccard: float = Field(0.0, ge=0)
-    tversky: float = Field(0.0, ge=0)
-    ohem: float = Field(0.0, ge=0, description="weight of cross-entropy over hard pixels alone")
-    class_weights: Literal["auto"] | tuple[Annotated[float, Field(ge=0)], ...] | None = Field(
-        None, description="of ce, focal and ohem, in the order of class_names; auto: median frequency"
-    )
-    label_smoothing: float = Field(0.0, ge=0, lt=1, description="of ce")
-    focal_gamma: float = Field(2.0, ge=1)
-    tversky_alpha: Fraction = Field(0.3, description="weight of false positives")
-    tversky_beta: Fraction = Field(0.7, description="weight of false negatives")
-    ohem_threshold: float = Field(0.7, gt=0, lt=1, description="hard is a pixel whose class has less probability")
-    ohem_min_kept: float = Field(0.0625, gt=0, le=1, description="share of an image's pixels that is kept at least")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _default_to_cross_entropy(cls, values: Any) -> Any:
-        if isinstance(values, dict) and not any(name in values for name in LOSS_TERMS):
-            return {**values, "ce": 1.0}
-        return values
-
-    @model_validator(mode="after")
-    def _check_terms(self) -> Self:
-        if not self.terms:
-            raise ValueError(f"expected a weight above 0 for one of {', '.join(LOSS_TERMS)}")
-        if self.tversky and not self.tversky_alpha + self.tversky_beta:
-            raise ValueError("tversky_alpha, tversky_beta: expected one above 0 at least, got 0 and 0")
-        if isinstance(self.class_weights, tuple) and not any(self.class_weights):
-            raise ValueError(f"class_weights: expected one above 0 at least, got {list(self.class_weights)}")
-        return self
-
-    @property
-    def terms(self) -> dict[str, float]:
-        """The losses that take part, with their weights."""
-        return {name: weight for name in LOSS_TERMS if (weight := getattr(self, name)) > 0}
-
-
-_PRESETS: dict[str, dict[str, Any]] = {
-    "none": {},
-    "light": {"horizontal_flip": 0.5, "scale": (0.75, 1.5), "colour_jitter": 0.1},
-    "strong": {
-        "horizontal_flip": 0.5,
-        "scale": (0.5, 2.0),
-        "aspect": (0.8, 1.25),
-        "rotation_deg": 10.0,
-        "colour_jitter": 0.4,
-        "blur": 0.2,
-        "cutout": 0.3,
-    },
-}
-
-
-class AugmentationSettings(Section):
-    """Random changes of training samples: a preset (``augmentation: light``), and what differs from it."""
-
-    preset: Literal["none", "light", "strong"] = "light"
-    crop_size: tuple[ImageSide, ImageSide] | None = Field(
-        None, description="height, width of training samples, cut from the image at image_size; null: image_size"
-    )
-    horizontal_flip: Fraction = Field(0.0, description="probability")
-    vertical_flip: Fraction = Field(0.0, description="probability")
-    scale: Range = Field((1.0, 1.0), description="enlargement; above 1 a part is cut out, below 1 the rest is ignored")
-    aspect: Range = Field((1.0, 1.0), description="stretching of width against height")
-    rotation_deg: float = Field(0.0, ge=0, le=180, description="most degrees, to either side")
-    colour_jitter: Fraction = Field(0.0, description="most relative change of brightness, contrast and saturation")
-    blur: Fraction = Field(0.0, description="probability of a Gaussian blur")
-    cutout: Fraction = Field(0.0, description="probability of a blanked rectangle")
-
-    @model_validator(mode="before")
-    @classmethod
-    def _start_from_preset(cls, values: Any) -> Any:
-        if isinstance(values, str):
-            values = {"preset": values}
-        if isinstance(values, dict):
-            return {**_PRESETS.get(str(values.get("preset", "light")), {}), **values}
-        return values
-
-    @model_validator(mode="after")
-    def _check_ranges(self) -> Self:
-        for name in ("scale", "aspect"):
-            low, high = getattr(self, name)
-            if low > high:
-                raise ValueError(f"{name}: expected [lowest, highest], got [{low}, {high}]")
-        return self
-
-    @property
-    def changes(self) -> dict[str, Any]:
-        """The changes that are made, without those that are off."""
-        off = AugmentationSettings(preset="none")
-        return {name: value for name, value in self if name != "preset" and value != getattr(off, name)}
-
 
 class TrainSettings(Section):
-    """How the model is trained."""
+    """Optimisation and execution of training.
 
-    num_epochs: int = Field(15, ge=1)
-    global_batch_size: int = Field(16, ge=1, description="images per step over all workers")
-    num_accumulation_steps: int = Field(1, ge=1, description="parts that a worker's share of a step is computed in")
-    seed: int = Field(0, ge=0)
+    Settings that affect the weights belong to the run: a rerun into the same output must have the same. Those that only
+    affect speed and fault tolerance (caches, decoding threads, failures, checkpoints) may differ.
+    """
 
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    learning_rate: float = Field(1e-3, gt=0, description="highest of the schedule")
-    encoder_lr_factor: float = Field(1.0, ge=0, description="learning rate of the encoder, relative")
-    momentum: float = Field(0.9, ge=0, lt=1, description="of sgd (Nesterov)")
-    weight_decay: float = Field(1e-2, ge=0, description="not of biases and normalisations")
-    schedule: Literal["one_cycle", "poly", "cosine", "constant"] = "one_cycle"
-    warm_up_fraction: float | None = Field(None, ge=0, lt=1, description="of all steps; null: 0.2 of one_cycle, else 0")
-    poly_power: float = Field(0.9, gt=0)
-    max_gradient_norm: float | None = Field(None, gt=0, description="longer gradients are shortened to this")
-    ema_decay: float | None = Field(None, gt=0, lt=1, description="score and keep a moving average of the weights")
-    early_stopping_epochs: int | None = Field(None, ge=1, description="stop after as many without a better score")
+    num_epochs: int = Field(15, ge=1, description="Passes over the training images.")
+    global_batch_size: int = Field(
+        16,
+        ge=1,
+        description="Images per optimizer step, over all workers. Must be a multiple of ``num_train_workers`` times "
+        "``num_accumulation_steps``.",
+    )
+    num_accumulation_steps: int = Field(
+        1,
+        ge=1,
+        description="Forward and backward passes per optimizer step. More passes need less memory.",
+    )
+    seed: int = Field(0, ge=0, description="Seed of initial weights, sample order and augmentation.")
 
-    precision: Literal["bf16", "fp16", "fp32"] = "bf16"
-    channels_last: bool = True
-    compile: bool = Field(False, description="torch.compile: slow to start, then faster on GPUs")
-    gradient_checkpointing: bool = Field(False, description="compute the encoder twice to need less memory")
-    sync_batchnorm: bool = Field(False, description="statistics of the global batch instead of a worker's share")
-    sharding: Literal["none", "fsdp"] = Field("none", description="fsdp: weights and optimizer split over workers")
-    deterministic: bool = Field(False, description="on GPUs too, the same bits each time; slower")
+    optimizer: Literal["adamw", "sgd"] = Field(
+        "adamw", description="Optimizer: ``adamw``, or ``sgd`` with Nesterov momentum."
+    )
+    learning_rate: float = Field(1e-3, gt=0, description="Highest learning rate of the schedule.")
+    encoder_lr_factor: float = Field(
+        1.0, ge=0, description="Learning rate of the encoder, as a multiple of ``learning_rate``."
+    )
+    momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of ``sgd``.")
+    weight_decay: float = Field(
+        1e-2, ge=0, description="Weight decay; not applied to biases and normalisation parameters."
+    )
+    schedule: Literal["one_cycle", "poly", "cosine", "constant"] = Field(
+        "one_cycle", description="Learning-rate schedule over all steps."
+    )
+    warm_up_fraction: float | None = Field(
+        None,
+        ge=0,
+        lt=1,
+        description="Share of all steps in which the learning rate rises. ``null``: 0.2 for ``one_cycle``, else 0.",
+    )
+    poly_power: float = Field(
+        0.9, gt=0, description="Exponent of the schedule ``poly``: ``(1 - step / steps) ** poly_power``."
+    )
+    max_gradient_norm: float | None = Field(
+        None, gt=0, description="Clip the norm of the gradient to this value. ``null``: no clipping."
+    )
+    ema_decay: float | None = Field(
+        None,
+        gt=0,
+        lt=1,
+        description="Decay per step, such as 0.999, of an exponential moving average of the weights, which is then "
+        "evaluated and written to the bundle. ``null``: the weights themselves.",
+    )
+    early_stopping_epochs: int | None = Field(
+        None,
+        ge=1,
+        description="Stop after this many epochs without a better validation mean IoU. ``null``: run all epochs.",
+    )
 
-    num_train_workers: int = Field(1, ge=1)
-    min_train_workers: int | None = Field(None, ge=1, description="go on with as few when nodes are lost")
-    use_gpu: bool = False
-    max_failures: int = Field(3, ge=0, description="how often lost workers are replaced before the run gives up")
-    stall_timeout_s: float = Field(600, gt=0, description="a worker that does not move for so long ends the run")
-    checkpoint_every_steps: int | None = Field(None, ge=1, description="besides the end of each epoch")
-    num_best_checkpoints: int = Field(1, ge=1, description="kept besides the newest")
+    precision: Literal["bf16", "fp16", "fp32"] = Field(
+        "bf16",
+        description="Number format of the network's arithmetic. ``bf16`` and ``fp16`` are mixed precision. ``bf16`` "
+        "falls back to ``fp32`` if a worker's processor does not support it.",
+    )
+    channels_last: bool = Field(
+        True, description="Store weights and activations with channels last, which is faster. Not used with ``fsdp``."
+    )
+    compile: bool = Field(False, description="Use ``torch.compile``: a slower start, then faster steps on GPUs.")
+    gradient_checkpointing: bool = Field(
+        False,
+        description="Recompute the activations of the encoder's blocks in the backward pass, to need less memory.",
+    )
+    sync_batchnorm: bool = Field(
+        False, description="Compute BatchNorm statistics over the global batch instead of each worker's share."
+    )
+    sharding: Literal["none", "fsdp"] = Field(
+        "none",
+        description="``fsdp``: split weights and optimizer state over the workers (FSDP2). ``none``: each has a full "
+        "copy.",
+    )
+    deterministic: bool = Field(
+        False, description="Use deterministic algorithms on GPUs, so that a rerun gives the same bits; slower."
+    )
 
-    eval_every_epochs: int = Field(1, ge=1, description="and after the last")
-    eval_batch_size: int = Field(8, ge=1, description="images per evaluation batch and worker")
-    num_decode_threads: int = Field(2, ge=1, description="threads that read, decode and augment, in each worker")
-    cache_bytes: int = Field(2**30, ge=0, description="memory of each worker for decoded samples")
+    num_train_workers: int = Field(1, ge=1, description="Number of training workers (ranks).")
+    min_train_workers: int | None = Field(
+        None,
+        ge=1,
+        description="Continue with as few workers as this if nodes are lost or unavailable. ``null``: all are "
+        "required.",
+    )
+    use_gpu: bool = Field(
+        False, description="Give each worker one GPU. ``false``: train on CPUs, one Ray CPU per worker."
+    )
+    max_failures: int = Field(
+        3, ge=0, description="How often failed workers are replaced before the run ends with an error."
+    )
+    stall_timeout_s: float = Field(
+        600,
+        gt=0,
+        description="Seconds without progress of any worker after which the run ends and names the stalled ranks.",
+    )
+    checkpoint_every_steps: int | None = Field(
+        None,
+        ge=1,
+        description="Steps between checkpoints within an epoch. ``null``: only one at the end of each epoch.",
+    )
+    num_best_checkpoints: int = Field(
+        1, ge=1, description="Checkpoints with the highest scores to keep, besides the newest two."
+    )
+
+    eval_every_epochs: int = Field(
+        1, ge=1, description="Epochs between evaluations on the validation split; the last epoch is always evaluated."
+    )
+    eval_batch_size: int = Field(8, ge=1, description="Images per evaluation batch and worker.")
+    num_decode_threads: int = Field(2, ge=1, description="Threads per worker that read, decode and augment images.")
+    cache_bytes: int = Field(
+        2**30, ge=0, description="Memory per worker, in bytes, that keeps decoded images for later epochs."
+    )
     cache_disk_bytes: int = Field(
-        0, ge=0, description="disk of each worker, in TMPDIR, for decoded samples beyond these"
+        0,
+        ge=0,
+        description="Disk space per worker, in bytes, in the folder ``TMPDIR``, for decoded images that do not fit "
+        "into ``cache_bytes``.",
     )
 
     @model_validator(mode="after")
@@ -175,18 +139,25 @@ class TrainSettings(Section):
         parts = self.num_train_workers * self.num_accumulation_steps
         if self.global_batch_size % parts:
             raise ValueError(
-                f"global_batch_size: {self.global_batch_size} cannot be shared evenly by num_train_workers: "
-                f"{self.num_train_workers} times num_accumulation_steps: {self.num_accumulation_steps}; "
-                f"choose a multiple of {parts}"
+                f"global_batch_size: expected a multiple of {parts}, which is num_train_workers "
+                f"({self.num_train_workers}) times num_accumulation_steps ({self.num_accumulation_steps}), "
+                f"got {self.global_batch_size}"
             )
         if (self.min_train_workers or 1) > self.num_train_workers:
-            raise ValueError(f"min_train_workers: expected at most num_train_workers: {self.num_train_workers}")
+            raise ValueError(
+                f"min_train_workers: expected at most num_train_workers ({self.num_train_workers}), "
+                f"got {self.min_train_workers}"
+            )
         return self
 
 
 class TrackingSettings(Section):
-    """Where metrics go besides metrics.csv."""
+    """Where metrics are logged, in addition to ``metrics.csv`` in the output."""
 
-    tensorboard: bool = Field(False, description="event files in the folder tensorboard of the output")
-    mlflow_uri: str | None = Field(None, description="tracking server, or file: URI of a folder")
-    mlflow_experiment: str = "segray"
+    tensorboard: bool = Field(
+        False, description="Write TensorBoard event files to the folder ``tensorboard`` of the output."
+    )
+    mlflow_uri: str | None = Field(
+        None, description="URI of an MLflow tracking server, or a ``file:`` URI of a folder. ``null``: no MLflow."
+    )
+    mlflow_experiment: str = Field("segray", description="Name of the MLflow experiment; created if it does not exist.")

@@ -1,4 +1,4 @@
-"""Settings of a search over other settings."""
+"""Settings of a hyperparameter search."""
 
 from typing import Annotated, Any, Self
 
@@ -8,12 +8,20 @@ from segray.config.section import Section
 
 
 class SearchRange(Section):
-    """What one setting is drawn from: one of the four."""
+    """Values that one setting is drawn from. Give exactly one of the four forms."""
 
-    choice: tuple[Any, ...] | None = Field(None, min_length=1)
-    uniform: tuple[float, float] | None = None
-    log_uniform: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = None
-    int_uniform: tuple[int, int] | None = Field(None, description="both ends included")
+    choice: tuple[Any, ...] | None = Field(
+        None, min_length=1, description="List of values, each drawn with equal probability."
+    )
+    uniform: tuple[float, float] | None = Field(
+        None, description="``[low, high]`` of a uniform distribution of real numbers."
+    )
+    log_uniform: tuple[Annotated[float, Field(gt=0)], Annotated[float, Field(gt=0)]] | None = Field(
+        None, description="``[low, high]``, both above 0, of a distribution whose logarithm is uniform."
+    )
+    int_uniform: tuple[int, int] | None = Field(
+        None, description="``[low, high]`` of a uniform distribution of integers; both ends are included."
+    )
 
     @model_validator(mode="after")
     def _check_one_form(self) -> Self:
@@ -24,7 +32,7 @@ class SearchRange(Section):
             )
         for name, ends in given.items():
             if name != "choice" and ends[0] >= ends[1]:
-                raise ValueError(f"{name}: expected [low, high], got {list(ends)}")
+                raise ValueError(f"{name}: expected [low, high] with low < high, got {list(ends)}")
         return self
 
     @property
@@ -34,11 +42,24 @@ class SearchRange(Section):
 
 
 class TuneSettings(Section):
-    """A search with ``segray tune``: random draws, of which ASHA stops the worse ones early."""
+    """Hyperparameter search with ``segray tune``: random search in which ASHA stops weak trials early.
 
-    space: dict[str, SearchRange] = Field({}, description="by dotted name: train.learning_rate: {log_uniform: [a, b]}")
-    num_trials: int = Field(10, ge=1)
-    max_concurrent_trials: int = Field(1, ge=1)
-    grace_epochs: int = Field(1, ge=1, description="that every trial may run")
-    reduction_factor: int = Field(3, ge=2, description="one of so many goes on at each rung")
-    seed: int = Field(0, ge=0)
+    Each trial is a training run in its own folder under the output. The values of a trial depend only on the seed and
+    the number of the trial.
+    """
+
+    space: dict[str, SearchRange] = Field(
+        {},
+        description="Settings to search, by dotted name, as in ``train.learning_rate: {log_uniform: [1.0e-4, "
+        "1.0e-2]}``. Sections ``model``, ``loss``, ``augmentation`` and ``train``, and ``image_size``, can be "
+        "searched; ``train.num_epochs`` cannot.",
+    )
+    num_trials: int = Field(10, ge=1, description="Number of trials.")
+    max_concurrent_trials: int = Field(
+        1, ge=1, description="Trials that run at the same time; each needs ``train.num_train_workers`` workers."
+    )
+    grace_epochs: int = Field(1, ge=1, description="Epochs that each trial runs before ASHA may stop it.")
+    reduction_factor: int = Field(
+        3, ge=2, description="At each rung, ASHA lets about one in this many trials continue."
+    )
+    seed: int = Field(0, ge=0, description="Seed of the drawn values.")

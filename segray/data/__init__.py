@@ -1,1 +1,1 @@
-"""Images, masks, classes and the samples made of them."""
+"""Images, masks, classes, and labelled samples."""

@@ -1,8 +1,8 @@
-"""Random changes of training samples, image and mask together.
+"""Random augmentation of training samples, image and mask together.
 
-Every change is drawn from the generator that is given, never from one that all threads of a process share, and made of
-Pillow's images, not of tensors, for torch's sums depend on its number of threads: a sample of a step comes out the same
-on any worker, in any thread, and again after a restart.
+All random numbers come from the generator that the caller passes, never from one shared by the threads of a process.
+The changes are computed by Pillow on images, not by torch on tensors, because torch's sums depend on its number of
+threads. So a sample is identical on any worker, in any thread, and after a restart.
 """
 
 from collections.abc import Callable
@@ -18,10 +18,10 @@ from torchvision.transforms.v2 import functional as transforms
 from segray.config import AugmentationSettings
 from segray.data.images import resize_image, resize_mask
 
-FILL_RGB = (124, 116, 104)  # the mean of ImageNet: about 0 once normalised
+FILL_RGB = (124, 116, 104)  # The mean of ImageNet, which is about 0 after normalisation.
 _COLOUR_CHANGES = (transforms.adjust_brightness, transforms.adjust_contrast, transforms.adjust_saturation)
 _BLUR_SIGMA_PX = (0.3, 1.5)
-_CUTOUT_SIDE = (0.1, 0.4)  # of the sample's sides
+_CUTOUT_SIDE = (0.1, 0.4)  # Share of the sample's height and of its width.
 
 _Image = npt.NDArray[np.uint8]
 _Truth = npt.NDArray[np.integer]
@@ -30,12 +30,13 @@ _PixelT = TypeVar("_PixelT", bound=np.integer)
 
 @dataclass(frozen=True)
 class Augmentation:
-    """What is drawn for a training sample.
+    """Random augmentation of training samples.
 
     Attributes:
-        settings: The changes, and how strong they are.
-        image_size: Height and width that whole images are fed to the model at; what a scale of 1 means.
-        ignore_index: Truth of pixels that the image does not reach to, or that were blanked.
+        settings: Which changes are made, and their strength.
+        image_size: Height and width in pixels that whole images are resized to before they enter the model. A scale of
+            1 refers to this size.
+        ignore_index: Class index of pixels outside the image and of blanked pixels.
     """
 
     settings: AugmentationSettings
@@ -43,15 +44,15 @@ class Augmentation:
     ignore_index: int
 
     def apply(self, image: _Image, truth: _Truth, generator: np.random.Generator) -> tuple[_Image, _Truth]:
-        """Return a random sample of an image.
+        """Return a randomly augmented sample of an image.
 
         Args:
             image: (H, W, 3) uint8.
-            truth: (H, W) class indices. They are moved by nearest neighbour alone, so that no value is ever mixed.
-            generator: What all draws are made from.
+            truth: (H, W) class indices. They are resampled by nearest neighbour only, so values are never mixed.
+            generator: Source of all random numbers.
 
         Returns:
-            Image and truth of ``settings.crop_size`` (or ``image_size``), of the dtypes given.
+            Image and truth with height and width ``settings.crop_size`` (or ``image_size``), with unchanged dtypes.
         """
         image, truth = self._cut_window(image, truth, generator)
         if self.settings.rotation_deg:
@@ -67,12 +68,12 @@ class Augmentation:
         return np.ascontiguousarray(image), np.ascontiguousarray(truth)
 
     def _cut_window(self, image: _Image, truth: _Truth, generator: np.random.Generator) -> tuple[_Image, _Truth]:
-        """Cut a window of random scale, shape and place, which may reach past the image, and resize it."""
+        """Cut out a window of random scale, aspect ratio and position, and resize it; it may extend past the image."""
         size = self.settings.crop_size or self.image_size
         scale, aspect = (_draw_log_uniform(generator, ends) for ends in (self.settings.scale, self.settings.aspect))
         spans = []
         for side, full, of_window, stretch in zip(image.shape, self.image_size, size, (-0.5, 0.5), strict=False):
-            # pixels of the image that a window of this size shows
+            # Number of image pixels that the window covers along this axis.
             length = max(1, round(side * of_window / full / (scale * aspect**stretch)))
             start = int(generator.integers(min(0, side - length), max(0, side - length), endpoint=True))
             spans.append((start, length))
@@ -95,12 +96,12 @@ class Augmentation:
         if strength:
             for number in generator.permutation(len(_COLOUR_CHANGES)):
                 picture = _COLOUR_CHANGES[number](picture, float(generator.uniform(1 - strength, 1 + strength)))
-        if generator.random() < self.settings.blur:  # Pillow's own: torchvision makes a tensor of it
+        if generator.random() < self.settings.blur:  # By Pillow: torchvision would blur a tensor.
             picture = picture.filter(ImageFilter.GaussianBlur(float(generator.uniform(*_BLUR_SIGMA_PX))))
         return np.asarray(picture)
 
     def _blank(self, image: _Image, truth: _Truth, generator: np.random.Generator) -> tuple[_Image, _Truth]:
-        """Blank a rectangle; what cannot be seen is not learned from."""
+        """Blank a random rectangle of the image, and ignore its pixels in the truth."""
         lengths = [max(1, round(side * generator.uniform(*_CUTOUT_SIDE))) for side in truth.shape]
         starts = [
             int(generator.integers(0, side - length, endpoint=True))
@@ -114,7 +115,7 @@ class Augmentation:
 
 
 def _draw_log_uniform(generator: np.random.Generator, ends: tuple[float, float]) -> float:
-    """Draw a factor: doubling is as likely as halving."""
+    """Draw a factor between two ends, uniform in its logarithm: doubling is as likely as halving."""
     return float(np.exp(generator.uniform(*np.log(ends))))
 
 
@@ -125,7 +126,7 @@ def _cut(
     resize: Callable[[npt.NDArray[_PixelT], tuple[int, int]], npt.NDArray[_PixelT]],
     fill: int | tuple[int, ...],
 ) -> npt.NDArray[_PixelT]:
-    """Resize a window, given as (start, length) in rows and columns, to ``size``; ``fill`` is past the edges."""
+    """Cut out a window, (start, length) in rows and in columns, and resize it; outside the image it is ``fill``."""
     inside, places = [], []
     for side, (start, length), target in zip(pixels.shape, spans, size, strict=False):
         first, last = max(0, start), min(side, start + length)

@@ -1,4 +1,4 @@
-"""Encoded files opened safely, whatever they claim to be: by how they begin, and each error as an ``ImageFault``."""
+"""Open encoded image files safely: the format is detected from the first bytes, and each error is an ``ImageFault``."""
 
 import contextlib
 import ctypes
@@ -22,24 +22,24 @@ from PIL.WebPImagePlugin import WebPImageFile
 from segray.errors import FaultKind, ImageFault, flatten_message
 
 _SWAPPING_ORIENTATIONS = (5, 6, 7, 8)
-_TIFF_PIECES = ((273, 279), (324, 325))  # tags of offsets and lengths: of strips, of tiles
+_TIFF_PIECES = ((273, 279), (324, 325))  # Tags of the offsets and lengths of strips, and of tiles.
 
-# Pillow's own bomb guard is a fixed number that warns first; `_load` refuses by the caller's limit, before any pixel.
+# Pillow's limit against decompression bombs is fixed. `_load` applies the caller's limit, before it decodes a pixel.
 Image.MAX_IMAGE_PIXELS = None
 
-# What Pillow says beside its exceptions says nothing that an error row does not, but would fill the logs of a run over
-# many broken files. Done once for the process: warnings.catch_warnings is not safe in the threads that decode here.
+# The warnings and log lines of Pillow repeat what the error row says, and would fill the logs of a run over many broken
+# files. They are disabled once per process, because warnings.catch_warnings is not safe in the threads that decode.
 warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
-with contextlib.suppress(AttributeError, OSError):  # a Pillow with libtiff linked in statically keeps on printing
+with contextlib.suppress(AttributeError, OSError):  # A Pillow that links libtiff statically still prints.
     ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
 
 
 class _FirstFrameGif(GifImageFile):
-    """A GIF whose first frame alone is wanted, so what shall become of a frame once it was shown is ignored.
+    """A GIF of which only the first frame is read, so the disposal method of its frames is ignored.
 
-    Pillow prepares that when it opens the file: by filling an area as large as the frame says it is, up to 4 GB,
-    before ``_load`` can look at the size.
+    When it opens a file, Pillow prepares the disposal by filling an area of the frame's declared size, up to 4 GB,
+    before ``_load`` can check that size.
     """
 
     @property
@@ -51,9 +51,9 @@ class _FirstFrameGif(GifImageFile):
         pass
 
 
-# How files begin, and what reads them; None: known, so that the error can name it. The readers are called directly,
-# not by Image.open, because that one takes the first error of a reader for "cannot identify image file", and gives a
-# JPEG with several pictures (MPO) to a reader that fails where only the index of the other pictures is broken.
+# Name, first bytes and reader of each format; without a reader, the format is only named in the error message. The
+# readers are not called through Image.open, which turns the first error of a reader into "cannot identify image file",
+# and opens a JPEG with several pictures (MPO) with a reader that fails if the index of the other pictures is broken.
 _KNOWN: tuple[tuple[str, re.Pattern[bytes], Callable[[io.BytesIO], ImageFile] | None], ...] = tuple(
     (name, re.compile(start, re.DOTALL), reader)
     for name, start, reader in (
@@ -78,23 +78,23 @@ _KNOWN: tuple[tuple[str, re.Pattern[bytes], Callable[[io.BytesIO], ImageFile] | 
     )
 )
 
-_CUT = "the file is cut off"
+_TRUNCATED = "the file is truncated"
 
-# What Pillow's errors say, and what they mean to somebody who looks at the file. The first one that matches counts.
+# Patterns of Pillow's error messages, with the kind and the explanation that the user gets. The first match is used.
 _MEANINGS = (
     (
         r"too large for Png|Too much memory",
         FaultKind.TOO_LARGE,
-        "its text or colour profile unpacks to a size that bombs have; save the image without it",
+        "its text or colour profile expands to a suspicious size; save the image without it",
     ),
     (
         r"cannot handle|unknown pixel mode|samples per pixel|not yet supported|BMP (compression|pixel depth|bitfields)",
         FaultKind.UNSUPPORTED,
-        "channels, bits or compression that are not read; convert the image to 8-bit RGB",
+        "its channels, bit depth or compression are not supported; convert the image to 8-bit RGB",
     ),
-    (r"(?i)truncated", FaultKind.TRUNCATED, _CUT),
-    (r"not identified by this driver", FaultKind.UNREADABLE, "no pixels, or of a kind that the format does not have"),
-    (r"decoder error", FaultKind.UNREADABLE, "damaged, or compressed in a way that Pillow was built without"),
+    (r"(?i)truncated", FaultKind.TRUNCATED, _TRUNCATED),
+    (r"not identified by this driver", FaultKind.UNREADABLE, "it has no pixels, or its pixel format is not valid"),
+    (r"decoder error", FaultKind.UNREADABLE, "damaged, or its compression is not supported by this build of Pillow"),
 )
 
 
@@ -102,73 +102,73 @@ _MEANINGS = (
 def open_image(
     content: bytes, formats: tuple[str, ...], max_px: int, at_least_px: int | None = None
 ) -> Iterator[ImageFile]:
-    """Give the first frame of an image file, its pixels loaded and turned as EXIF says.
+    """Open the first frame of an image file, with its pixels loaded and its EXIF orientation applied.
 
-    A context and not a plain call, so that what its use trips over, such as a conversion that Pillow does not have, is
-    told as a fault of the file too: use the image inside.
+    Use the image inside the ``with`` block: errors that only occur on use, such as a conversion that Pillow does not
+    support, are then reported as faults of the file too.
 
     Args:
         content: The whole file.
-        formats: What is read, by the names of this module: ``PNG``, ``JPEG``, ``WebP``, ``BMP``, ``GIF``, ``TIFF``.
-        max_px: Most pixels that are decoded.
-        at_least_px: A JPEG may come at a half, a quarter or an eighth of its size, no side shorter than this, if
-            that divides its sides; None: as it is.
+        formats: Names of the formats to accept: ``PNG``, ``JPEG``, ``WebP``, ``BMP``, ``GIF``, ``TIFF``.
+        max_px: Maximum height times width to decode.
+        at_least_px: Minimum side in pixels of a JPEG that is decoded at 1/2, 1/4 or 1/8 of its size, where that divides
+            both sides exactly. None decodes it at its full size.
 
     Raises:
-        ImageFault: ``unreadable``, ``truncated``, ``unsupported`` or ``too_large``; also of any error inside the
-            context, but an ``ImageFault`` raised there is left as it is.
-        MemoryError: The image is within the limit, but the machine is not up to it.
+        ImageFault: ``unreadable``, ``truncated``, ``unsupported`` or ``too_large``. Any exception inside the block is
+            converted too; an ``ImageFault`` raised there is left unchanged.
+        MemoryError: The image is within the limit, but the machine lacks the memory to decode it.
     """
     listed = ", ".join(formats)
     if not content:
         raise ImageFault(FaultKind.UNREADABLE, "empty file")
     name, reader = next(((name, reader) for name, start, reader in _KNOWN if start.match(content)), ("", None))
     if not name:
-        raise ImageFault(FaultKind.UNREADABLE, f"not an image in {listed}")
+        raise ImageFault(FaultKind.UNREADABLE, f"not an image file; expected one of {listed}")
     if reader is None or name not in formats:
         raise ImageFault(FaultKind.UNSUPPORTED, f"{name} file; convert it to one of {listed}")
     try:
         yield _load(content, reader, max_px, at_least_px)
     except (ImageFault, MemoryError):
         raise
-    except Exception as error:  # a broken file raises whatever the format's parser trips over
+    except Exception as error:  # The parser of a format can raise anything on a broken file.
         kind, meaning = _explain(name, content, error)
-        told = "" if kind == FaultKind.TRUNCATED else f" ({flatten_message(error)})"  # the end of a file says nothing
-        raise ImageFault(kind, f"{name}: {meaning}{told}") from error
+        detail = "" if kind == FaultKind.TRUNCATED else f" ({flatten_message(error)})"
+        raise ImageFault(kind, f"{name}: {meaning}{detail}") from error
 
 
-def is_shown_turned(content: bytes) -> bool:
-    """Say whether the EXIF orientation of an image file swaps its height and width.
+def swaps_sides(content: bytes) -> bool:
+    """Return whether the EXIF orientation of an image file swaps its height and width.
 
     Args:
-        content: A file that ``open_image`` opens.
+        content: A whole file that ``open_image`` can open.
     """
     reader = next(reader for _, start, reader in _KNOWN if reader and start.match(content))
     try:
         return reader(io.BytesIO(content)).getexif().get(ExifTags.Base.Orientation, 1) in _SWAPPING_ORIENTATIONS
     except MemoryError:
         raise
-    except Exception:  # EXIF that cannot be read turns nothing
+    except Exception:  # EXIF data that cannot be read is ignored.
         return False
 
 
 def _explain(name: str, content: bytes, error: Exception) -> tuple[FaultKind, str]:
     compression = error.__cause__.args[0] if isinstance(error.__cause__, KeyError) else None
-    told = ((kind, meaning) for pattern, kind, meaning in _MEANINGS if re.search(pattern, str(error)))
-    kind, meaning = next(told, (FaultKind.UNREADABLE, "damaged"))
-    if _is_cut(name, content):  # half a directory looks like an unsupported one
-        return FaultKind.TRUNCATED, _CUT
+    matches = ((kind, meaning) for pattern, kind, meaning in _MEANINGS if re.search(pattern, str(error)))
+    kind, meaning = next(matches, (FaultKind.UNREADABLE, "damaged"))
+    if _is_truncated(name, content):  # Checked first: an incomplete TIFF directory looks like an unsupported one.
+        return FaultKind.TRUNCATED, _TRUNCATED
     if name == "TIFF" and isinstance(compression, int) and compression != ExifTags.Base.ColorMap:
-        return FaultKind.UNSUPPORTED, "a compression that is not read; save the image with LZW or Deflate"
+        return FaultKind.UNSUPPORTED, "its compression is not supported; save the image with LZW or Deflate"
     return kind, meaning
 
 
-def _is_cut(name: str, content: bytes) -> bool:
-    """Return whether a file that cannot be decoded lacks its end, which Pillow's errors seldom tell from damage."""
+def _is_truncated(name: str, content: bytes) -> bool:
+    """Return whether a file that cannot be decoded lacks its end; Pillow's errors rarely tell that from damage."""
     match name:
         case "PNG":
             return b"IEND" not in content
-        case "JPEG":  # no end of image behind the last start of a scan
+        case "JPEG":  # There is no end-of-image marker after the last start-of-scan marker.
             return content.rfind(b"\xff\xd9") <= content.rfind(b"\xff\xda")
         case "GIF":
             return not content.rstrip(b"\0").endswith(b"\0;")
@@ -185,7 +185,7 @@ def _is_cut(name: str, content: bytes) -> bool:
         end = max((at + size for piece in pieces for at, size in piece), default=0)
     except Exception as broken:
         return isinstance(broken, struct.error)
-    # `next` still is this directory where it could not be read to its end, at which the place of the next one stands
+    # The offset of the next directory follows this one. If `next` is still the offset of this one, its end is missing.
     return directory.next == first_at or end > len(content)
 
 
@@ -205,31 +205,32 @@ def _load(content: bytes, reader: Callable[[io.BytesIO], ImageFile], max_px: int
         ImageOps.exif_transpose(image, in_place=True)
     except MemoryError:
         raise
-    except Exception:  # EXIF that cannot be read, or written again once the image is turned: viewers do not mind either
+    except Exception:  # EXIF data that cannot be read, or rewritten after the rotation, is ignored, as viewers do.
         pass
     return image
 
 
 def _reduce(image: ImageFile, at_least_px: int) -> None:
-    """Let a JPEG be decoded at a fraction of its size; of other formats ``draft`` takes no notice."""
+    """Set a JPEG to be decoded at a fraction of its size; ``draft`` has no effect on other formats."""
     for scale in (8, 4, 2):
-        is_whole = not (image.width % scale or image.height % scale)  # else a pixel's part would shift all others
-        if is_whole and min(image.size) // scale >= at_least_px:
+        # If a side is not divisible, the partial last pixel shifts all others.
+        divides = not (image.width % scale or image.height % scale)
+        if divides and min(image.size) // scale >= at_least_px:
             image.draft(None, (image.width // scale, image.height // scale))
             return
 
 
 def get_scale(image: ImageFile) -> int:
-    """Return how many times the sides of an image are those of what ``open_image`` gave of it; they divide exactly."""
+    """Return the factor, 1, 2, 4 or 8, by which ``open_image`` divided the sides of an image; it divides exactly."""
     return image.decoderconfig[0] if isinstance(image, JpegImageFile) and image.decoderconfig else 1
 
 
 def _check_png(content: bytes, image: PngImageFile) -> None:
-    """Refuse pixels that Pillow gives out silently: of a wrong checksum, or black where the data end too early."""
+    """Raise on errors that Pillow ignores: a wrong checksum, or data that end early and leave black rows."""
     inflate, num_bytes, at = zlib.decompressobj(), 0, 8
     *_, depth, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", content, 16)
     last_row = image.crop((0, image.height - 1, image.width, image.height)).tobytes()
-    is_suspect = not interlaced and not any(last_row)  # decoded a second time only then
+    is_suspect = not interlaced and not any(last_row)  # Only such an image is decompressed a second time.
     while at + 12 <= len(content):
         length, name = struct.unpack_from(">I4s", content, at)
         data = memoryview(content)[at + 4 : at + 8 + length]
@@ -240,8 +241,8 @@ def _check_png(content: bytes, image: PngImageFile) -> None:
             raise ImageFault(FaultKind.UNREADABLE, "PNG: damaged (wrong checksum of the pixel data)")
         rest: bytes | memoryview = data[4:]
         while is_suspect and rest:
-            num_bytes += len(inflate.decompress(rest, 1 << 20))  # in pieces: it may be a bomb
+            num_bytes += len(inflate.decompress(rest, 1 << 20))  # In pieces, as it may be a bomb.
             rest = inflate.unconsumed_tail
     row_bits = image.width * depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
     if is_suspect and num_bytes < image.height * (1 + (row_bits + 7) // 8):
-        raise ImageFault(FaultKind.TRUNCATED, f"PNG: {_CUT} (too few rows)")
+        raise ImageFault(FaultKind.TRUNCATED, f"PNG: {_TRUNCATED} (too few rows)")

@@ -1,4 +1,4 @@
-"""Encoded images and masks to arrays, and back. What cannot be decoded is an ``ImageFault`` with its kind."""
+"""Decode, encode and resize images and masks. A file that cannot be decoded raises an ``ImageFault``."""
 
 import io
 
@@ -17,21 +17,25 @@ _IMAGE_FORMATS = ("PNG", "JPEG", "WebP", "BMP", "GIF", "TIFF")
 _MASK_FORMATS = ("PNG", "BMP", "GIF", "TIFF")
 _JPEG_START = b"\xff\xd8\xff"
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
-_MAX_COUNTED_PAGES = 1000  # of a TIFF; a crafted one can have so many that counting takes minutes
+_MAX_COUNTED_PAGES = 1000  # Of a TIFF. Counting the pages of a crafted file can take minutes.
 
 
 def decode_image(content: bytes, max_px: int = DEFAULT_MAX_IMAGE_PX) -> npt.NDArray[np.uint8]:
-    """Decode an image file as a viewer shows it: EXIF orientation applied, first frame, alpha dropped.
+    """Decode an image file as a viewer shows it: the first frame, with EXIF orientation applied, without alpha.
 
-    Formats: PNG, JPEG, WebP, BMP, GIF, TIFF, whatever the file is called. Of 16 bits per channel the upper 8 are kept
-    for colour, and greyscale is scaled. CMYK and Lab are converted; colour profiles are not looked at.
+    PNG, JPEG, WebP, BMP, GIF and TIFF are read, whatever the name of the file. 16-bit colour keeps the upper 8 bits of
+    each channel; 16-bit greyscale is scaled to 8 bits. CMYK and Lab are converted to RGB. Colour profiles are ignored.
+
+    Args:
+        content: The whole file.
+        max_px: Maximum height times width, in pixels.
 
     Returns:
         (H, W, 3) uint8 RGB.
 
     Raises:
         ImageFault: ``unreadable``, ``truncated``, ``unsupported`` or ``too_large``.
-        MemoryError: The image is within the limit, but the machine is not up to it.
+        MemoryError: The image is within the limit, but the machine lacks the memory to decode it.
     """
     return decode_image_with_note(content, max_px)[0]
 
@@ -39,7 +43,7 @@ def decode_image(content: bytes, max_px: int = DEFAULT_MAX_IMAGE_PX) -> npt.NDAr
 def decode_image_with_note(
     content: bytes, max_px: int = DEFAULT_MAX_IMAGE_PX
 ) -> tuple[npt.NDArray[np.uint8], str | None]:
-    """Decode as ``decode_image``, and say what of the file is not in the array: ``first of 12 frames``, or None."""
+    """Decode as ``decode_image``, with a note on omitted content, such as ``first of 12 frames``, or None."""
     with open_image(content, _IMAGE_FORMATS, max_px) as image:
         return _to_rgb(image), _describe_frames(image)
 
@@ -47,13 +51,14 @@ def decode_image_with_note(
 def decode_image_reduced(
     content: bytes, max_px: int, size: tuple[int, int]
 ) -> tuple[npt.NDArray[np.uint8], tuple[int, int], str | None]:
-    """Decode as ``decode_image_with_note``, but a JPEG that is much larger than ``size`` at a fraction of its own size.
+    """Decode as ``decode_image_with_note``, but decode a JPEG that is much larger than ``size`` at a reduced size.
 
-    The fraction is a half, a quarter or an eighth that divides the sides, of which none is then shorter than twice the
-    longer one of ``size`` (height, width). Resized to that, it is on average within a grey level of the whole one.
+    The reduced size is 1/2, 1/4 or 1/8 of the full size. It must divide both sides exactly, and leave none shorter than
+    twice the longer side of ``size`` (height, width). After resizing to ``size``, the result differs from that of the
+    full image by less than one grey level on average.
 
     Returns:
-        The pixels, height and width of the whole image, and the note.
+        The pixels, (height, width) of the full image, and the note.
     """
     with open_image(content, _IMAGE_FORMATS, max_px, at_least_px=2 * max(size)) as image:
         scale, pixels = get_scale(image), _to_rgb(image)
@@ -61,17 +66,21 @@ def decode_image_reduced(
 
 
 def decode_mask(content: bytes, max_px: int = DEFAULT_MAX_IMAGE_PX) -> npt.NDArray[np.integer]:
-    """Decode a mask file to its raw values, EXIF orientation applied; palette images give palette indices.
+    """Decode a mask file to its raw values, with EXIF orientation applied; palette images give palette indices.
+
+    PNG, BMP, GIF and TIFF are read, whatever the name of the file.
 
     Returns:
         (H, W) integers, 0..65535.
 
     Raises:
-        ImageFault: As ``decode_image``, and ``mask_mismatch`` where the file has colour channels.
+        ImageFault: As ``decode_image``, and ``mask_mismatch`` if the file has several channels.
     """
-    if content.startswith(_JPEG_START):  # to convert it would not bring the values back
+    if content.startswith(_JPEG_START):  # Converting the file to PNG would not restore the values.
         raise ImageFault(
-            FaultKind.UNSUPPORTED, "JPEG file, which blurs class values", "make the mask again from its source, as PNG"
+            FaultKind.UNSUPPORTED,
+            "JPEG file, whose compression changes class values",
+            "create the mask again from its source, as PNG",
         )
     with open_image(content, _MASK_FORMATS, max_px) as image:
         if image.mode not in ("1", "L", "P", "I", *_SIXTEEN_BIT_MODES):
@@ -87,13 +96,13 @@ def decode_mask(content: bytes, max_px: int = DEFAULT_MAX_IMAGE_PX) -> npt.NDArr
 
 
 def _get_colour_remedy(image: Image.Image) -> str:
-    """Return how the class values get out of a mask with several channels."""
+    """Return a sentence that says how to convert a mask with several channels."""
     if image.mode == "F":
-        return "save the mask as greyscale PNG of 8 or 16 bits"
+        return "save the mask as 8-bit or 16-bit greyscale PNG"
     channels = [np.asarray(image.getchannel(band)) for band in image.getbands() if band not in ("A", "a", "X")]
     if all(np.array_equal(channel, channels[0]) for channel in channels):
-        return "its channels are equal: save the first one alone as greyscale PNG"
-    return "write the class value of each colour to a greyscale or palette PNG"
+        return "its channels are equal: save only the first one, as greyscale PNG"
+    return "replace each colour by its class value, and save the mask as greyscale or palette PNG"
 
 
 def _to_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
@@ -102,7 +111,7 @@ def _to_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
         raise ImageFault(FaultKind.UNSUPPORTED, f"{pixels} pixels; convert the image to 8 or 16 bits")
     if image.mode in _SIXTEEN_BIT_MODES:
         image = Image.fromarray((np.asarray(image) // 257).astype(np.uint8))
-    elif image.mode == "La":  # greyscale times its alpha, which Pillow only converts to its own kind
+    elif image.mode == "La":  # Greyscale with premultiplied alpha, which Pillow converts only to LA.
         image = image.convert("LA")
     return np.asarray(image.convert("RGB"))
 
@@ -112,7 +121,7 @@ def _describe_frames(image: ImageFile) -> str | None:
         num_frames = _count_pages(image) if isinstance(image, TiffImageFile) else getattr(image, "n_frames", 1)
     except MemoryError:
         raise
-    except Exception:  # a later frame is broken, or not there: the first one is what was asked for
+    except Exception:  # A later frame is broken or missing; only the first one is used.
         return "first of several frames"
     if num_frames > _MAX_COUNTED_PAGES and isinstance(image, TiffImageFile):
         return f"first of more than {_MAX_COUNTED_PAGES} frames"
@@ -120,7 +129,7 @@ def _describe_frames(image: ImageFile) -> str | None:
 
 
 def _count_pages(image: TiffImageFile) -> int:
-    """Return the number of pages of a TIFF, up to a limit; Pillow's own count has none, and is quadratic."""
+    """Return the number of pages of a TIFF, up to a limit; Pillow's own count has no limit and takes quadratic time."""
     for page in range(1, _MAX_COUNTED_PAGES + 1):
         try:
             image.seek(page)
@@ -130,7 +139,7 @@ def _count_pages(image: TiffImageFile) -> int:
 
 
 def encode_mask_png(mask: npt.NDArray[np.integer], num_classes: int) -> bytes:
-    """Encode a class-index map (H, W) as PNG: with the class palette up to 256 classes, else 16-bit greyscale."""
+    """Encode a class-index map (H, W) as PNG: with the class palette if it is uint8, else as 16-bit greyscale."""
     image = Image.fromarray(mask)
     if mask.dtype == np.uint8:
         image.putpalette(build_palette(num_classes).tobytes())
@@ -138,14 +147,14 @@ def encode_mask_png(mask: npt.NDArray[np.integer], num_classes: int) -> bytes:
 
 
 def encode_png(image: Image.Image) -> bytes:
-    """Return a picture as a PNG file."""
+    """Return the content of a PNG file with an image."""
     buffer = io.BytesIO()
     image.save(buffer, "PNG")
     return buffer.getvalue()
 
 
 def resize_image(image_hwc: npt.NDArray[np.uint8], size: tuple[int, int]) -> npt.NDArray[np.uint8]:
-    """Resize (H, W, 3) uint8 to ``size`` (height, width), bilinear with antialiasing."""
+    """Resize an image, (H, W, 3) uint8, to ``size`` (height, width), bilinear with antialiasing."""
     height, width = size
     if image_hwc.shape[:2] == size:
         return image_hwc
@@ -153,10 +162,10 @@ def resize_image(image_hwc: npt.NDArray[np.uint8], size: tuple[int, int]) -> npt
 
 
 def resize_mask(mask_hw: npt.NDArray[np.integer], size: tuple[int, int]) -> npt.NDArray[np.integer]:
-    """Resize a class-index map to ``size`` (height, width), nearest neighbour: no value is ever mixed."""
+    """Resize a class-index map (H, W) to ``size`` (height, width) by nearest neighbour, so values are not mixed."""
     if mask_hw.shape == size:
         return mask_hw
-    # centre of each target pixel, as bilinear resizing of the image takes it
+    # Sample at the centre of each target pixel, as the bilinear resizing of the image does.
     rows = ((np.arange(size[0]) + 0.5) * mask_hw.shape[0] / size[0]).astype(np.int64)
     columns = ((np.arange(size[1]) + 0.5) * mask_hw.shape[1] / size[1]).astype(np.int64)
     resized: npt.NDArray[np.integer] = mask_hw[rows[:, None], columns[None, :]]

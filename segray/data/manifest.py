@@ -1,4 +1,4 @@
-"""Which image goes with which mask: paired folders, a Parquet or CSV manifest, or the Oxford-IIIT Pet layout."""
+"""Pair images with masks: from two folders, a Parquet or CSV manifest, or the Oxford-IIIT Pet layout."""
 
 import hashlib
 import io
@@ -18,37 +18,42 @@ from segray.storage import StoredFile, join_uri, list_files, normalize_uri, read
 
 
 class Sample(NamedTuple):
-    """A labelled image."""
+    """A labelled image: the URIs of an image and of its mask."""
 
     image_uri: str
     mask_uri: str
 
 
 class Splits(NamedTuple):
-    """The labelled images of a run, each split in a fixed order (by image URI)."""
+    """The labelled images of a run; each split is sorted by image URI."""
 
     train: list[Sample]
     val: list[Sample]
 
     def compute_sha256(self) -> str:
-        """Return the sha256 of the listing: which images, with which masks, in which split."""
+        """Return the sha256 of all image and mask URIs and their split."""
         return hashlib.sha256(json.dumps(self).encode()).hexdigest()
 
 
 class Unpaired(NamedTuple):
-    """An image without a mask, or a mask without an image."""
+    """An image without a mask, or a mask without an image.
+
+    Attributes:
+        uri: The file that exists.
+        missing: ``mask`` or ``image``.
+    """
 
     uri: str
     missing: str
 
     @property
     def kind(self) -> str:
-        """What is wrong, in the fewest words."""
+        """What is wrong, as a short phrase."""
         return f"no {self.missing} of this name"
 
     @property
     def remedy(self) -> str:
-        """What to do."""
+        """What to do about it."""
         return "add it, remove this file, or use a manifest"
 
     def __str__(self) -> str:
@@ -56,14 +61,14 @@ class Unpaired(NamedTuple):
 
 
 def load_splits(data: DataConfig, unpaired: list[Unpaired] | None = None) -> Splits:
-    """List the training and the validation samples that a configuration names.
+    """List the training and validation samples of a configuration.
 
     Args:
-        data: Where they are.
-        unpaired: Takes the files without a partner; if None, such a file is an error.
+        data: Location of the labelled images.
+        unpaired: List that images without a mask and masks without an image are appended to. If None, they raise.
 
     Raises:
-        DataError: A folder or split is empty, or a file has no partner.
+        DataError: A folder or split is empty, or an image has no mask or a mask no image.
         StorageError: A folder or manifest cannot be read.
     """
     found: list[Unpaired] = []
@@ -78,7 +83,7 @@ def load_splits(data: DataConfig, unpaired: list[Unpaired] | None = None) -> Spl
     if unpaired is not None:
         unpaired += found
     elif found:
-        raise DataError(f"{len(found)} files without a partner (segray check lists all): {found[0]}")
+        raise DataError(f"{len(found)} files have no matching mask or image (segray check lists all): {found[0]}")
     if val is None:
         assert data.val is not None
         train, val = _draw_fraction(train, data.val)
@@ -94,15 +99,15 @@ def _load_split(split: SplitConfig, name: str, unpaired: list[Unpaired]) -> list
 
 
 def get_pairing_key(uri: str, root: str) -> str:
-    """Return the path below ``root`` without its extension, by which an image finds its mask."""
+    """Return the path below ``root`` without its extension; an image and its mask have the same key."""
     return posixpath.splitext(uri[len(root) :].lstrip("/"))[0]
 
 
 def index_masks(masks_root: str) -> dict[str, StoredFile]:
-    """Return the masks under a folder by pairing key.
+    """Return the masks under a folder, by pairing key.
 
     Raises:
-        DataError: Two masks of the same name but for the extension.
+        DataError: The paths of two masks differ only by their extension.
     """
     return _index_by_key(list_files(masks_root, MASK_EXTENSIONS), masks_root)
 
@@ -113,7 +118,7 @@ def _index_by_key(files: Iterable[StoredFile], root: str) -> dict[str, StoredFil
         other = by_key.setdefault(get_pairing_key(file.uri, root), file)
         if other is not file:
             first, second = sorted((other.uri, file.uri))
-            raise DataError(f"{first} and {second} have one name; keep one, or use a manifest")
+            raise DataError(f"{first} and {second} have the same name; keep one, or use a manifest")
     return by_key
 
 
@@ -124,12 +129,12 @@ def _pair_folders(images_root: str, masks_root: str, unpaired: list[Unpaired]) -
     if not common:
         num_jpegs = sum(1 for _ in list_files(masks_root, ("jpg", "jpeg")))
         raise DataError(
-            f"no pairs: {len(images)} images under {images_root}, {len(masks)} masks under {masks_root}, and no path "
-            "without extension in common; "
+            f"no image has a mask: {len(images)} images under {images_root} and {len(masks)} masks under {masks_root} "
+            "have no path without extension in common; "
             + (
-                f"{num_jpegs} JPEG files are there, which blur class values: make the masks again as PNG"
+                f"found {num_jpegs} JPEG files, whose compression changes class values: create the masks again as PNG"
                 if num_jpegs and not masks
-                else "name each mask as its image, or use a manifest"
+                else "name each mask like its image, or use a manifest"
             )
         )
     unpaired += [Unpaired(images[key].uri, "mask") for key in sorted(images.keys() - common)]
@@ -138,11 +143,11 @@ def _pair_folders(images_root: str, masks_root: str, unpaired: list[Unpaired]) -
 
 
 def read_manifest(uri: str) -> pa.Table:
-    """Read a Parquet or CSV table; of a CSV the columns that name things are strings, whatever they look like.
+    """Read a Parquet or CSV table; in a CSV, the columns of URIs, splits and entity tags are always read as strings.
 
     Raises:
-        DataError: It is neither.
-        StorageError: It cannot be read.
+        DataError: The file is not Parquet or CSV.
+        StorageError: The file cannot be read.
     """
     content = io.BytesIO(read_bytes(uri))
     try:
@@ -161,22 +166,22 @@ def _load_manifest(uri: str, split: str) -> list[Sample]:
         raise DataError(f"{uri}: expected columns image_uri, mask_uri and split; missing: {', '.join(sorted(missing))}")
     rows = table.select(["image_uri", "mask_uri", "split"]).to_pylist()
     if any(not row["image_uri"] or not row["mask_uri"] for row in rows):
-        raise DataError(f"{uri}: a row without image_uri or mask_uri; fill it in or remove the row")
+        raise DataError(f"{uri}: a row has no image_uri or mask_uri; fill it in or remove the row")
     samples = [Sample(normalize_uri(r["image_uri"]), normalize_uri(r["mask_uri"])) for r in rows if r["split"] == split]
     if not samples:
         found = ", ".join(sorted({str(row["split"]) for row in rows})) or "nothing"
-        raise DataError(f"{uri}: no rows with split {split!r}; the column holds: {found}")
+        raise DataError(f"{uri}: no rows with split {split!r}; the column split holds: {found}")
     if len({sample.image_uri for sample in samples}) < len(samples):
-        raise DataError(f"{uri}: split {split!r} names an image twice; keep one row for each image")
+        raise DataError(f"{uri}: split {split!r} lists an image twice; keep one row for each image")
     return sorted(samples)
 
 
 def _load_oxford_split(root: str, name: str) -> list[Sample]:
     list_uri = join_uri(root, "annotations", f"{name}.txt")
-    # lines are "Abyssinian_100 1 1 1": name, class, species, breed
+    # A line is "Abyssinian_100 1 1 1": name, class, species, breed.
     names = [line.split()[0] for line in read_bytes(list_uri).decode("utf-8").splitlines() if line.strip()]
     if not names:
-        raise DataError(f"{list_uri}: expected one image name a line, got an empty file")
+        raise DataError(f"{list_uri}: expected one image name per line, got an empty file")
     return sorted(
         Sample(join_uri(root, "images", f"{name}.jpg"), join_uri(root, "annotations", "trimaps", f"{name}.png"))
         for name in names
@@ -187,7 +192,9 @@ def _draw_fraction(samples: list[Sample], split: SplitConfig) -> tuple[list[Samp
     assert split.fraction is not None
     num_val = max(1, round(len(samples) * split.fraction))
     if num_val >= len(samples):
-        raise DataError(f"val.fraction {split.fraction} of {len(samples)} images leaves none to train on; add images")
+        raise DataError(
+            f"data.val.fraction: {split.fraction} of {len(samples)} images leaves none to train on; add images"
+        )
     order = np.random.default_rng(split.seed).permutation(len(samples))
     val = {int(index) for index in order[:num_val]}
     return (

@@ -1,4 +1,4 @@
-"""One image, and its ground truth, from where they are stored to arrays. What cannot be used is an ``ImageFault``."""
+"""Read one image, or its mask, by URI as an array. A file that cannot be used raises an ``ImageFault``."""
 
 import os
 
@@ -13,41 +13,43 @@ from segray.storage import is_local, read_bytes
 
 
 def read_image(uri: str, max_px: int = DEFAULT_MAX_IMAGE_PX, etag: str | None = None) -> npt.NDArray[np.uint8]:
-    """Read an image, (H, W, 3) uint8 RGB; see ``read_image_with_note``."""
+    """Read an image as (H, W, 3) uint8 RGB; see ``read_image_with_note``."""
     image, _ = read_image_with_note(uri, max_px, etag)
     return image
 
 
 def read_image_with_note(uri: str, max_px: int, etag: str | None = None) -> tuple[npt.NDArray[np.uint8], str | None]:
-    """Read an image, (H, W, 3) uint8 RGB, and what a reader of its mask should know ("first of 12 frames").
+    """Read an image as (H, W, 3) uint8 RGB, with a note on omitted content, such as ``first of 12 frames``, or None.
 
     Args:
-        uri: The image.
-        max_px: Height times width that it may have.
-        etag: The entity tag that it was listed with; None takes any content.
+        uri: URI of the image.
+        max_px: Maximum height times width, in pixels.
+        etag: Entity tag that the image was listed with. None accepts any content.
 
     Raises:
         ImageFault: ``missing``, ``changed``, ``unreadable``, ``truncated``, ``unsupported`` or ``too_large``.
-        StorageError: The store refused or failed.
+        StorageError: The store denied access, or failed.
     """
     return decode_image_with_note(fetch_image(uri, etag), max_px)
 
 
 def fetch_image(uri: str, etag: str | None = None) -> bytes:
-    """Read the file of an image; ``etag`` is the entity tag that it was listed with, None takes any content.
+    """Read the encoded file of an image; ``etag`` is the entity tag it was listed with, None accepts any content.
 
     Raises:
         ImageFault: ``missing``, ``changed`` or ``unsupported``.
-        StorageError: The store refused or failed.
+        StorageError: The store denied access, or failed.
     """
     try:
         return read_bytes(uri, etag)
     except MissingFileError as error:
-        if etag is not None:  # a listing has seen it
+        if etag is not None:  # The file existed when it was listed.
             _require_folder(uri)
-        raise ImageFault(FaultKind.MISSING, "no such file: removed since it was listed, or listed wrongly") from error
+        raise ImageFault(
+            FaultKind.MISSING, "no such file: it was removed after it was listed, or the list is wrong"
+        ) from error
     except ChangedFileError as error:
-        raise ImageFault(FaultKind.CHANGED, f"not the file any more that was listed: {error}") from error
+        raise ImageFault(FaultKind.CHANGED, f"the file was replaced after it was listed: {error}") from error
     except UnusableFileError as error:
         raise ImageFault(FaultKind.UNSUPPORTED, str(error)) from error
 
@@ -59,12 +61,19 @@ def read_truth(
     max_px: int = DEFAULT_MAX_IMAGE_PX,
     etag: str | None = None,
 ) -> npt.NDArray[np.integer]:
-    """Read the mask of an image of ``size`` (height, width; None if not known) as a class-index map (H, W).
+    """Read the mask of an image as a class-index map (H, W).
+
+    Args:
+        uri: URI of the mask.
+        size: (height, width) of the image, which the mask must have; None if it is unknown.
+        classes: Classes and their raw values.
+        max_px: Maximum height times width, in pixels.
+        etag: Entity tag that the mask was listed with. None accepts any content.
 
     Raises:
-        ImageFault: ``mask_missing``, ``changed``, or ``mask_mismatch``: of another size, with undeclared values,
-            unreadable.
-        StorageError: The store refused or failed.
+        ImageFault: ``mask_missing``, ``changed``, or ``mask_mismatch`` if the mask has another size or undeclared
+            values, or cannot be decoded.
+        StorageError: The store denied access, or failed.
     """
     return decode_truth(fetch_mask(uri, etag), size, classes, max_px)
 
@@ -72,7 +81,7 @@ def read_truth(
 def decode_truth(
     content: bytes, size: tuple[int, ...] | None, classes: ClassMap, max_px: int = DEFAULT_MAX_IMAGE_PX
 ) -> npt.NDArray[np.integer]:
-    """Decode the file of a mask as ``read_truth`` does.
+    """Decode the encoded file of a mask; see ``read_truth``.
 
     Raises:
         ImageFault: ``mask_mismatch``.
@@ -84,30 +93,32 @@ def decode_truth(
 
 
 def read_mask(uri: str, max_px: int = DEFAULT_MAX_IMAGE_PX, etag: str | None = None) -> npt.NDArray[np.integer]:
-    """Read the raw values of a mask, (H, W) integers, 0..65535.
+    """Read the raw values of a mask as (H, W) integers, 0..65535.
 
     Raises:
-        ImageFault: ``mask_missing``, ``changed``, or ``mask_mismatch``: unreadable, or in colour.
-        StorageError: The store refused or failed.
+        ImageFault: ``mask_missing``, ``changed``, or ``mask_mismatch`` if it cannot be decoded or has several channels.
+        StorageError: The store denied access, or failed.
     """
     return _decode_raw(fetch_mask(uri, etag), max_px)
 
 
 def fetch_mask(uri: str, etag: str | None = None) -> bytes:
-    """Read the file of a mask.
+    """Read the encoded file of a mask; ``etag`` is the entity tag it was listed with, None accepts any content.
 
     Raises:
         ImageFault: ``mask_missing``, ``changed`` or ``mask_mismatch``.
-        StorageError: The store refused or failed.
+        StorageError: The store denied access, or failed.
     """
     try:
         return read_bytes(uri, etag)
     except MissingFileError as error:
-        if etag is not None:  # a listing has seen it
+        if etag is not None:  # The file existed when it was listed.
             _require_folder(uri)
-        raise ImageFault(FaultKind.MASK_MISSING, f"no mask at {uri}", "add it, or take its image out") from error
+        raise ImageFault(
+            FaultKind.MASK_MISSING, f"no mask at {uri}", "add it, or remove its image from the data set"
+        ) from error
     except ChangedFileError as error:
-        raise ImageFault(FaultKind.CHANGED, f"not the mask any more that was listed: {error}") from error
+        raise ImageFault(FaultKind.CHANGED, f"the mask was replaced after it was listed: {error}") from error
     except UnusableFileError as error:
         raise ImageFault(FaultKind.MASK_MISMATCH, str(error)) from error
 
@@ -120,7 +131,7 @@ def _decode_raw(content: bytes, max_px: int) -> npt.NDArray[np.integer]:
 
 
 def describe_size_fault(mask_size: tuple[int, ...], size: tuple[int, ...]) -> ImageFault:
-    """Return what to say of a mask that is not of its image's size; both are (height, width)."""
+    """Return the fault of a mask whose size differs from that of its image; both sizes are (height, width)."""
     return ImageFault(
         FaultKind.MASK_MISMATCH,
         f"mask of {mask_size[1]}x{mask_size[0]} pixels for an image of {size[1]}x{size[0]}",
@@ -129,9 +140,9 @@ def describe_size_fault(mask_size: tuple[int, ...], size: tuple[int, ...]) -> Im
 
 
 def _require_folder(uri: str) -> None:
-    """Tell a disk that is not mounted here, or not any more, from a file that was removed since it was listed."""
+    """Raise if the folder of a missing file does not exist either, as on a node where its disk is not mounted."""
     if is_local(uri) and not os.path.isdir(os.path.dirname(uri)):
         raise StorageError(
-            f"cannot read {uri}: this node sees no folder {os.path.dirname(uri)}; mount it on every node. If the "
-            "folder was removed, make an empty one of this name: its images become error rows"
+            f"cannot read {uri}: the folder {os.path.dirname(uri)} does not exist on this node; mount it on every "
+            "node. If it was removed on purpose, create an empty folder of this name, and its images become error rows"
         )

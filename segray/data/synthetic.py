@@ -1,4 +1,4 @@
-"""A made-up labelled image set in the Oxford-IIIT Pet layout: drawn shapes on noisy backgrounds."""
+"""Synthetic labelled images in the Oxford-IIIT Pet layout: drawn shapes on noisy backgrounds."""
 
 import io
 import math
@@ -10,7 +10,7 @@ from segray.data.images import encode_png
 from segray.storage import join_uri, write_bytes
 
 SHAPES = ("disc", "square", "triangle", "star")
-_FOREGROUND, _BACKGROUND, _BORDER = 1, 2, 3  # the trimap values of Oxford-IIIT Pet
+_FOREGROUND, _BACKGROUND, _BORDER = 1, 2, 3  # Trimap values of Oxford-IIIT Pet.
 _BORDER_PX = 5
 
 
@@ -18,11 +18,11 @@ def draw_shape(seed: int, size: int = 128) -> tuple[Image.Image, Image.Image]:
     """Draw an image of one shape and its trimap.
 
     Args:
-        seed: Decides everything; the shape is ``SHAPES[seed % 4]``.
+        seed: Determines the whole image; the shape is ``SHAPES[seed % 4]``.
         size: Height and width in pixels.
 
     Returns:
-        RGB image, and greyscale trimap with values 1 (shape), 2 (background) and 3 (border of the shape).
+        RGB image, and greyscale trimap with values 1 (shape), 2 (background) and 3 (border), both ``size`` x ``size``.
     """
     rng = np.random.default_rng(seed)
     outline = _draw_outline(SHAPES[seed % len(SHAPES)], size, rng)
@@ -64,8 +64,14 @@ def _colour(hue: float, value: int) -> np.ndarray[tuple[int], np.dtype[np.float6
 def save_shapes(root_uri: str, num_train: int, num_test: int, size: int = 128) -> None:
     """Write a data set: ``images/*.jpg``, ``annotations/trimaps/*.png``, ``annotations/trainval.txt`` and ``test.txt``.
 
+    Args:
+        root_uri: Folder to write to.
+        num_train: Number of images in ``trainval.txt``.
+        num_test: Number of images in ``test.txt``.
+        size: Height and width of the images, in pixels.
+
     Raises:
-        StorageError: The store refused or failed.
+        StorageError: The store denied access, or failed.
     """
     names = [f"{SHAPES[index % len(SHAPES)]}_{index}" for index in range(num_train + num_test)]
     for index, name in enumerate(names):
@@ -75,6 +81,6 @@ def save_shapes(root_uri: str, num_train: int, num_test: int, size: int = 128) -
         write_bytes(join_uri(root_uri, "images", f"{name}.jpg"), buffer.getvalue())
         write_bytes(join_uri(root_uri, "annotations", "trimaps", f"{name}.png"), encode_png(trimap))
     for split, chosen in (("trainval", names[:num_train]), ("test", names[num_train:])):
-        # name, class, species, breed: the columns of Oxford-IIIT Pet's lists
+        # The columns of the lists of Oxford-IIIT Pet: name, class, species, breed.
         lines = [f"{name} {SHAPES.index(name.split('_')[0]) + 1} 1 1\n" for name in chosen]
         write_bytes(join_uri(root_uri, "annotations", f"{split}.txt"), "".join(lines).encode())

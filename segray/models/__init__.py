@@ -1,1 +1,1 @@
-"""Networks: architectures by name, and what is made of their logits."""
+"""Network architectures, losses, prediction from logits, model bundles and their export."""

@@ -1,11 +1,11 @@
-"""One way to every network: ``build_model`` gives a module from (N, 3, H, W) to logits (N, C, H, W) at any size."""
+"""Build networks by name: each maps images (N, 3, H, W) of any size to logits (N, C, H, W).
+
+segmentation-models-pytorch (smp) and timm take seconds to import, so they are imported only where a network needs them.
+"""
 
 import difflib
 
-import segmentation_models_pytorch as smp
-import timm
 import torch
-from segmentation_models_pytorch.encoders import encoders
 from torch import nn
 from torch.nn import functional
 
@@ -15,21 +15,35 @@ from segray.models.classic_unet import ClassicUNet
 from segray.models.fcn import FCN, FCN_STRIDES
 from segray.models.segnet import SegNet
 
-# Every network here halves its input five times at most; other sizes are padded to a multiple and cropped back.
+# Every network halves its input at most five times. Other sizes are padded to a multiple of this and cropped back.
 STRIDE = 32
-SMP_ARCHITECTURES = tuple(smp.MODEL_ARCHITECTURES_MAPPING)
+# These are the keys of smp.MODEL_ARCHITECTURES_MAPPING (a test compares them), listed so that smp is not imported here.
+SMP_ARCHITECTURES = (
+    "unet",
+    "unetplusplus",
+    "manet",
+    "linknet",
+    "fpn",
+    "pspnet",
+    "deeplabv3",
+    "deeplabv3plus",
+    "pan",
+    "upernet",
+    "segformer",
+    "dpt",
+)
 _CLASSIC_UNET, _SEGNET = "classic_unet", "segnet"
 ARCHITECTURES = (_CLASSIC_UNET, *FCN_STRIDES, _SEGNET, *SMP_ARCHITECTURES)
 _VGG_ENCODERS = tuple(f"vgg{depth}{norm}" for depth in (11, 13, 16, 19) for norm in ("", "_bn"))
-_OPTIONS = {"dpt": {"dynamic_img_size": True}}  # else a vision transformer takes one size only
-PROBE_SIZE = 128  # the smallest that every architecture takes (PAN pools its stride-16 features three times)
+_OPTIONS = {"dpt": {"dynamic_img_size": True}}  # Without this option a vision transformer accepts only one size.
+PROBE_SIZE = 128  # The smallest size that every architecture accepts (PAN pools its stride-16 features three times).
 
 
 class SegmentationModel(nn.Module):
-    """A network for any image size.
+    """A network that accepts any image size, by padding to a multiple of ``STRIDE`` and cropping the logits.
 
     Attributes:
-        network: The wrapped module; its ``encoder`` is what ``freeze_encoder`` freezes.
+        network: The wrapped module; ``freeze_encoder`` freezes its ``encoder``.
     """
 
     def __init__(self, network: nn.Module, freeze_encoder: bool = False) -> None:
@@ -41,7 +55,7 @@ class SegmentationModel(nn.Module):
 
     @property
     def encoder(self) -> nn.Module:
-        """The part that may be pretrained."""
+        """The part of the network that can be pretrained."""
         return self.network.get_submodule("encoder")
 
     def forward(self, image_nchw: torch.Tensor) -> torch.Tensor:
@@ -54,7 +68,7 @@ class SegmentationModel(nn.Module):
         return logits_nchw[..., :height, :width]
 
     def train(self, mode: bool = True) -> "SegmentationModel":
-        """Set training mode; a frozen encoder stays in evaluation mode, so that BatchNorm keeps its statistics."""
+        """Set training mode; a frozen encoder stays in evaluation mode, which keeps its BatchNorm statistics fixed."""
         super().train(mode)
         if self._encoder_is_frozen:
             self.encoder.eval()
@@ -62,12 +76,12 @@ class SegmentationModel(nn.Module):
 
 
 def freeze_unused_parameters(model: SegmentationModel) -> None:
-    """Freeze parameters that no logit depends on, such as encoder stages past the depth that a decoder asks for.
+    """Freeze parameters that no logit depends on, such as encoder stages deeper than the decoder uses.
 
-    DistributedDataParallel would wait for their gradients, and weight decay would shrink them for nothing.
+    DistributedDataParallel would wait for their gradients, and weight decay would shrink them to no purpose.
     """
     was_training = model.training
-    model.eval()  # so that BatchNorm statistics stay as they are
+    model.eval()  # In evaluation mode the probe does not change BatchNorm statistics.
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     logits_nchw = model(torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE))
     gradients = torch.autograd.grad(logits_nchw.sum(), parameters, allow_unused=True)
@@ -77,31 +91,41 @@ def freeze_unused_parameters(model: SegmentationModel) -> None:
 
 
 def check_model(config: ModelConfig, num_classes: int) -> SegmentationModel:
-    """Refuse what ``build_model`` would, weights that cannot be reached excepted; return a network without weights.
+    """Build the network on the meta device, without weights, to check the settings before anything is loaded.
+
+    Only pretrained weights that cannot be downloaded remain undetected.
 
     Raises:
-        ConfigError: Names the setting, and what can be had.
+        ConfigError: Names the setting and the accepted values.
     """
-    _check_names(config)
+    _check_names(config)  # This imports smp if needed: inside the context below its constants would be meta tensors.
     with torch.device("meta"):
         return build_model(config.model_copy(update={"encoder_weights": None}), num_classes)
 
 
 def _check_names(config: ModelConfig) -> None:
-    arch, encoder = config.arch.lower(), config.encoder_name
+    arch = config.arch.lower()
     if arch not in ARCHITECTURES:
         raise ConfigError(f"model.arch: unknown architecture {config.arch!r}; choose from {', '.join(ARCHITECTURES)}")
-    if arch in (*FCN_STRIDES, _SEGNET) and encoder not in _VGG_ENCODERS:
+    if arch in (*FCN_STRIDES, _SEGNET) and config.encoder_name not in _VGG_ENCODERS:
         raise ConfigError(
-            f"model.encoder_name: {arch} needs a VGG encoder, got {encoder!r}; choose from {', '.join(_VGG_ENCODERS)}"
+            f"model.encoder_name: {arch} needs a VGG encoder, got {config.encoder_name!r}; "
+            f"choose from {', '.join(_VGG_ENCODERS)}"
         )
-    if arch == _CLASSIC_UNET:
-        if config.encoder_weights is not None or config.freeze_encoder:
-            raise ConfigError(
-                f"model: {arch} learns its own encoder; set encoder_weights: null and freeze_encoder: false, "
-                "or arch: unet for an encoder by name"
-            )
-        return
+    if arch != _CLASSIC_UNET:
+        _check_encoder(config)
+    elif config.encoder_weights is not None or config.freeze_encoder:
+        raise ConfigError(
+            f"model: {arch} trains its own encoder; set encoder_weights: null and freeze_encoder: false, "
+            "or arch: unet for a named encoder"
+        )
+
+
+def _check_encoder(config: ModelConfig) -> None:
+    import timm
+    from segmentation_models_pytorch.encoders import encoders
+
+    encoder = config.encoder_name
     if encoder.startswith("tu-"):
         if not timm.is_model(encoder.removeprefix("tu-")):
             raise ConfigError(f"model.encoder_name: timm has no model {encoder.removeprefix('tu-')!r}")
@@ -119,34 +143,20 @@ def _check_names(config: ModelConfig) -> None:
 
 
 def build_model(config: ModelConfig, num_classes: int) -> SegmentationModel:
-    """Build a network with random weights, or with a pretrained encoder where ``encoder_weights`` says so.
+    """Build a network with random weights, or with a pretrained encoder if ``encoder_weights`` is set.
 
     Args:
         config: Architecture and encoder.
-        num_classes: Channels of the logits.
+        num_classes: Number of channels of the logits.
 
     Raises:
-        ConfigError: An unknown name, a combination that the architecture cannot take, or weights that are not there.
+        ConfigError: A name is unknown, the architecture does not support the encoder, or the weights cannot be loaded.
     """
     _check_names(config)
     arch = config.arch.lower()
     try:
-        if arch == _CLASSIC_UNET:
-            network: nn.Module = ClassicUNet(config.widths, num_classes)
-        elif arch == _SEGNET:
-            network = SegNet(config.encoder_name, config.encoder_weights, num_classes)
-        elif arch in FCN_STRIDES:
-            network = FCN(arch, config.encoder_name, config.encoder_weights, num_classes)
-        else:
-            network = smp.create_model(
-                arch,
-                encoder_name=config.encoder_name,
-                encoder_weights=config.encoder_weights,
-                in_channels=3,
-                classes=num_classes,
-                **_OPTIONS.get(arch, {}),
-            )
-    except OSError as error:  # the hub cannot be reached
+        network = _build_network(arch, config, num_classes)
+    except OSError as error:  # The model hub cannot be reached.
         raise ConfigError(
             f"model.encoder_weights: cannot load {config.encoder_weights!r} for {config.encoder_name}: "
             f"{flatten_message(error)[:300]}; give this machine access to the model hub, or set null"
@@ -157,3 +167,23 @@ def build_model(config: ModelConfig, num_classes: int) -> SegmentationModel:
             f"{flatten_message(error)[:300]}"
         ) from error
     return SegmentationModel(network, config.freeze_encoder)
+
+
+def _build_network(arch: str, config: ModelConfig, num_classes: int) -> nn.Module:
+    if arch == _CLASSIC_UNET:
+        return ClassicUNet(config.widths, num_classes)
+    if arch == _SEGNET:
+        return SegNet(config.encoder_name, config.encoder_weights, num_classes)
+    if arch in FCN_STRIDES:
+        return FCN(arch, config.encoder_name, config.encoder_weights, num_classes)
+    import segmentation_models_pytorch as smp
+
+    network: nn.Module = smp.create_model(
+        arch,
+        encoder_name=config.encoder_name,
+        encoder_weights=config.encoder_weights,
+        in_channels=3,
+        classes=num_classes,
+        **_OPTIONS.get(arch, {}),
+    )
+    return network

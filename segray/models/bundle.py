@@ -1,15 +1,16 @@
-"""Model bundle: the folder that training leaves and segmentation takes, and the only thing they share.
+"""Save and load model bundles: a bundle is the folder that training writes and segmentation reads.
 
     model.safetensors   weights
-    bundle.json         everything needed to use them, and their sha256; written last, so a bundle with it is complete
+    bundle.json         everything needed to use the weights, and their sha256; written last, so it marks completeness
     model_card.md, metrics.csv, *.png   data, settings, scores and limits, for people
 
-Nothing on the load path unpickles.
+Loading a bundle never unpickles anything.
 """
 
 import hashlib
 import json
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +24,7 @@ from segray.errors import BundleError, MissingFileError
 from segray.schema import get_library_versions
 from segray.storage import exists, join_uri, read_bytes, write_bytes
 
-if TYPE_CHECKING:  # 8 s of imports, which those who only read a bundle's description need not wait for
+if TYPE_CHECKING:  # These imports take seconds, and reading bundle.json alone does not need them.
     import torch
 
     from segray.models.build import SegmentationModel
@@ -52,13 +53,40 @@ class BundleManifest(BaseModel):
 
     @property
     def classes(self) -> ClassMap:
-        """The classes that the model tells apart."""
+        """The classes that the model predicts."""
         return ClassMap(self.class_names, self.class_values, self.ignore_values)
 
 
 @dataclass(frozen=True)
+class BundleDescription:
+    """What a bundle says about its model; ``save_bundle`` adds versions and the sha256 of the weights.
+
+    Attributes:
+        model: Architecture and encoder.
+        classes: Classes, in the order of the logits' channels.
+        image_size: Height and width of the model input, in pixels.
+        preprocessing: Normalisation applied before the model.
+        metrics: Validation scores of these weights.
+        config: The resolved configuration of the training run.
+    """
+
+    model: ModelConfig
+    classes: ClassMap
+    image_size: tuple[int, int]
+    preprocessing: Preprocessing
+    metrics: dict[str, Any] = field(default_factory=dict)
+    config: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Bundle:
-    """A loaded bundle: the model in evaluation mode on the CPU, in float32."""
+    """A loaded bundle.
+
+    Attributes:
+        manifest: Content of ``bundle.json``.
+        model: In evaluation mode, on the CPU, in float32.
+        sha256: Of ``bundle.json``; it also identifies the weights, since the manifest holds their sha256.
+    """
 
     manifest: BundleManifest
     model: "SegmentationModel"
@@ -66,7 +94,7 @@ class Bundle:
 
 
 def pack_tensors(tensors: "dict[str, torch.Tensor]") -> bytes:
-    """Return tensors as the content of a safetensors file: on the CPU, contiguous, none sharing memory."""
+    """Return the content of a safetensors file with these tensors, after separating any that share memory."""
     from safetensors.torch import save as save_safetensors
 
     packed: dict[str, torch.Tensor] = {}
@@ -80,80 +108,72 @@ def pack_tensors(tensors: "dict[str, torch.Tensor]") -> bytes:
 
 
 def has_bundle(uri: str) -> bool:
-    """Say whether a complete bundle is at a URI."""
+    """Return whether there is a complete bundle at a URI."""
     return exists(join_uri(uri, _MANIFEST))
 
 
 def save_bundle(
     uri: str,
-    *,
     weights: "dict[str, torch.Tensor]",
-    model: ModelConfig,
-    classes: ClassMap,
-    image_size: tuple[int, int],
-    preprocessing: Preprocessing,
-    metrics: dict[str, Any],
-    config: dict[str, Any],
-    files: dict[str, bytes],
+    description: BundleDescription,
+    files: Mapping[str, bytes] | None = None,
 ) -> None:
     """Write a bundle folder.
 
     Args:
         uri: The folder.
         weights: State dict of a ``SegmentationModel``.
-        model: Architecture and encoder.
-        classes: Classes, in the order of the logits' channels.
-        image_size: Height and width fed to the model.
-        preprocessing: Normalisation before the model.
-        metrics: Validation scores of these weights.
-        config: The resolved configuration of the run.
-        files: Further files by name: pictures, metrics.
+        description: The model's settings, classes, preprocessing and scores.
+        files: Further files by name, such as pictures and metrics.
 
     Raises:
-        StorageError: The store refused or failed.
+        StorageError: The store refused the write or failed.
     """
     content = pack_tensors(weights)
+    classes = description.classes
     manifest = BundleManifest(
         format_version=FORMAT_VERSION,
-        model=model,
+        model=description.model,
         class_names=classes.names,
         class_values=classes.values,
         ignore_values=classes.ignore_values,
         ignore_index=classes.ignore_index,
-        image_size=image_size,
-        preprocessing=preprocessing,
-        metrics=metrics,
-        config=config,
+        image_size=description.image_size,
+        preprocessing=description.preprocessing,
+        metrics=description.metrics,
+        config=description.config,
         versions=get_library_versions(),
         weights_sha256=hashlib.sha256(content).hexdigest(),
     )
-    for name, file in files.items():
+    for name, file in (files or {}).items():
         write_bytes(join_uri(uri, name), file)
     write_bytes(join_uri(uri, _WEIGHTS), content)
     write_bytes(join_uri(uri, _MANIFEST), json.dumps(manifest.model_dump(mode="json"), indent=2).encode())
 
 
 def load_manifest(uri: str) -> tuple[BundleManifest, str]:
-    """Read ``bundle.json`` alone; return it and its sha256, which stands for the weights too.
+    """Read ``bundle.json`` alone; return it and its sha256, which also identifies the weights.
 
     Raises:
-        BundleError: There is no bundle, or it is damaged or of another version.
-        StorageError: The store refused or failed.
+        BundleError: There is no bundle, it is damaged, or it has another format version.
+        StorageError: The store refused the read or failed.
     """
     manifest_uri = join_uri(uri, _MANIFEST)
     try:
         content = read_bytes(manifest_uri)
     except MissingFileError:
-        raise BundleError(f"no bundle at {uri}: no {_MANIFEST}; give the folder that segray train made") from None
+        raise BundleError(
+            f"no bundle at {uri}: {_MANIFEST} not found; pass the bundle folder that segray train wrote"
+        ) from None
     try:
         values = json.loads(content)
         found = values.get("format_version")
     except (ValueError, AttributeError) as error:
-        raise BundleError(f"{manifest_uri}: damaged, not JSON ({error}); copy the bundle again") from error
+        raise BundleError(f"{manifest_uri}: damaged: not valid JSON ({error}); copy the bundle again") from error
     if found != FORMAT_VERSION:
         raise BundleError(
-            f"{manifest_uri}: bundle format {found}, this segray reads {FORMAT_VERSION}; "
-            f"use the segray that made it ({(values.get('versions') or {}).get('segray', 'unknown')}), or train again"
+            f"{manifest_uri}: bundle format {found}, but this segray reads format {FORMAT_VERSION}; use the segray "
+            f"version that wrote it ({(values.get('versions') or {}).get('segray', 'unknown')}), or train again"
         )
     try:
         return BundleManifest.model_validate(values), hashlib.sha256(content).hexdigest()
@@ -164,21 +184,21 @@ def load_manifest(uri: str) -> tuple[BundleManifest, str]:
 
 
 def read_weights(uri: str, manifest: BundleManifest) -> bytes:
-    """Return the content of a bundle's weights file, checked.
+    """Return the content of a bundle's weights file after comparing its sha256 with the manifest's.
 
     Raises:
-        BundleError: The file is missing, or is not the one that the bundle was written with.
-        StorageError: The store refused or failed.
+        BundleError: The file is missing, or differs from the one the bundle was written with.
+        StorageError: The store refused the read or failed.
     """
     weights_uri = join_uri(uri, _WEIGHTS)
     try:
         content = read_bytes(weights_uri)
     except MissingFileError:
-        raise BundleError(f"{uri}: incomplete, {_WEIGHTS} is missing; copy the bundle again") from None
+        raise BundleError(f"{uri}: incomplete: {_WEIGHTS} is missing; copy the bundle again") from None
     found = hashlib.sha256(content).hexdigest()
     if found != manifest.weights_sha256:
         raise BundleError(
-            f"{weights_uri}: damaged, sha256 {found[:12]}… instead of {manifest.weights_sha256[:12]}…; "
+            f"{weights_uri}: damaged: sha256 is {found[:12]}…, expected {manifest.weights_sha256[:12]}…; "
             "copy the bundle again"
         )
     return content
@@ -188,8 +208,8 @@ def load_bundle(uri: str) -> Bundle:
     """Read a bundle and build its model.
 
     Raises:
-        BundleError: There is no bundle, or its weights are not the ones it was written with.
-        StorageError: The store refused or failed.
+        BundleError: There is no bundle, or its weights differ from those it was written with.
+        StorageError: The store refused the read or failed.
     """
     from safetensors.torch import load as load_safetensors
 
@@ -197,15 +217,14 @@ def load_bundle(uri: str) -> Bundle:
 
     manifest, sha256 = load_manifest(uri)
     content = read_weights(uri, manifest)
-    # the weights come from the file: nothing is fetched for the encoder
+    # The weights come from the bundle, so no pretrained encoder is downloaded.
     model = build_model(manifest.model.model_copy(update={"encoder_weights": None}), len(manifest.class_names))
     try:
         model.load_state_dict(load_safetensors(content))
     except (RuntimeError, SafetensorError) as error:
         raise BundleError(
             f"{join_uri(uri, _WEIGHTS)}: the weights do not fit {manifest.model.arch} on {manifest.model.encoder_name} "
-            "as built by "
-            f"segmentation-models-pytorch {version('segmentation-models-pytorch')}; the bundle was made with "
-            f"{manifest.versions.get('segmentation-models-pytorch')}: install that version"
+            f"as built by segmentation-models-pytorch {version('segmentation-models-pytorch')}; the bundle was made "
+            f"with {manifest.versions.get('segmentation-models-pytorch')}; install that version"
         ) from error
     return Bundle(manifest, model.eval(), sha256)

@@ -1,16 +1,16 @@
-"""A bundle as one file that needs no segray: ONNX, or a program of ``torch.export``.
+"""Export a bundle to one file that runs without segray: ONNX, or a ``torch.export`` program.
 
 The file maps ``image``, (N, H, W, 3) uint8 RGB at the bundle's image size and for any N, to ``logits``, (N, C, H, W)
-float32. The normalisation is inside. Resizing is not: an image is resized to the bundle's size as
-``segray.data.images.resize_image`` does it, and its mask is the argmax of the logits resized (bilinear) to the
-image's own size, never an enlarged small mask. The README has it in a few lines.
+float32. It includes the normalisation but not the resizing: the caller resizes an image to the bundle's size as
+``segray.data.images.resize_image`` does, and takes as mask the argmax of the logits resized (bilinear) to the image's
+own size, not an enlarged small mask. The README shows the code.
 
-``model.onnx`` is for ONNX Runtime and whatever else reads ONNX; ``model.pt2`` for ``torch.export.load(…).module()``.
-Every architecture of ``segray.models.build`` goes into both. Before anything is written the file's content is run on
-the CPU and held against the bundle in float32 (``TOLERANCE``).
+``model.onnx`` is for ONNX Runtime and other ONNX software, ``model.pt2`` for ``torch.export.load(…).module()``. Every
+architecture of ``segray.models.build`` can be exported to both. Before the file is written, its content is run on the
+CPU and compared with the original model in float32 (``TOLERANCE``).
 
-Only SegNet in ONNX is not held to that at every pixel: where two of the four values under a pooling window are equal
-but for the last bit, another runtime's rounding chooses the other, and the decoder puts it one pixel aside.
+The exception is SegNet in ONNX, which may differ at a few pixels: if two of the four values in a pooling window differ
+only in the last bit, the rounding of another runtime selects the other one, and the decoder places it one pixel away.
 """
 
 import io
@@ -35,27 +35,28 @@ from segray.models.build import SegmentationModel
 from segray.models.bundle import Bundle, load_bundle
 from segray.storage import join_uri, write_bytes
 
-Program = Callable[[torch.Tensor], torch.Tensor]  # images (N, H, W, 3) uint8 to logits (N, C, H, W)
+Program = Callable[[torch.Tensor], torch.Tensor]  # It maps images (N, H, W, 3) uint8 to logits (N, C, H, W).
 
-# An exported logit may be off by this much of the batch's largest one. So masks are equal wherever the two highest
-# logits are further apart than twice that. Rounding alone came to less than a hundredth of it.
+# An exported logit may differ by this share of the batch's largest logit. Masks are then equal wherever the two highest
+# logits differ by more than twice that. Rounding errors were measured at less than a hundredth of it.
 TOLERANCE = 1e-3
-_MAX_SHARE_OFF = {"segnet": 0.05}  # of the pixels; none for any other architecture. Seen: 0.3%, half-white images 1.5%
+# Share of pixels that may exceed the tolerance; 0 for other architectures. Measured: 0.3%, half-white images 1.5%.
+_MAX_SHARE_OFF = {"segnet": 0.05}
 _BATCH_SIZES = [1, 3]
-_EXAMPLE_BATCH_SIZE = 2  # a batch of one would be taken for a constant
+_EXAMPLE_BATCH_SIZE = 2  # The exporters would treat a batch size of 1 as a constant.
 _ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
-_MAX_ONNX_BYTES = 2**31 - 2**24  # what one protobuf message holds, less some room for the graph
+_MAX_ONNX_BYTES = 2**31 - 2**24  # The limit of one protobuf message, minus some space for the graph.
 _MAX_REASON_LENGTH = 300
 
 
 class Agreement(NamedTuple):
-    """An exported program's logits beside the bundle's, at the model's size.
+    """How closely an exported program's logits match the original model's, at the model's size.
 
     Attributes:
-        num_pixels: Pixels that were looked at.
-        num_off: Of these, where a logit is off by more than ``TOLERANCE`` of the largest one, or is not a number.
-        num_other_class: Of these, where the mask is another one.
-        max_difference: Largest difference of two logits.
+        num_pixels: Pixels that were compared.
+        num_off: Pixels where a logit differs by more than ``TOLERANCE`` times the largest logit, or is NaN.
+        num_other_class: Pixels where the masks differ.
+        max_difference: Largest absolute difference of two logits.
     """
 
     num_pixels: int
@@ -66,7 +67,14 @@ class Agreement(NamedTuple):
 
 @dataclass(frozen=True)
 class ExportedFile:
-    """What ``export_bundle`` has written."""
+    """The file that ``export_bundle`` wrote.
+
+    Attributes:
+        uri: The file.
+        size_bytes: Its size.
+        description: Its format and version in a few words.
+        agreement: Comparison with the original model.
+    """
 
     uri: str
     size_bytes: int
@@ -77,15 +85,15 @@ class ExportedFile:
         found = self.agreement
         masks = f"masks differ at {found.num_other_class}" if found.num_other_class else "masks equal"
         return (
-            f"{self.uri} ({self.size_bytes / 1e6:.1f} MB, {self.description}), checked against the bundle at "
-            f"{found.num_pixels} pixels: {masks}, logits differ by at most {found.max_difference:.1e}"
+            f"{self.uri} ({self.size_bytes / 1e6:.1f} MB, {self.description}), compared with the original model "
+            f"at {found.num_pixels} pixels: {masks}, logits differ by at most {found.max_difference:.1e}"
         )
 
 
 class DeployableModel(nn.Module):
-    """Pixels to logits in one module, in evaluation mode and without gradients.
+    """A model with its normalisation in one module, in evaluation mode and without gradients.
 
-    Mean and standard deviation are buffers, so that they move with the weights to whatever device these go to.
+    Mean and standard deviation are buffers, so that they move to a device together with the weights.
     """
 
     mean: torch.Tensor
@@ -105,46 +113,46 @@ class DeployableModel(nn.Module):
 
 
 def export_bundle(bundle_uri: str, export_format: ExportFormat, output_uri: str | None = None) -> ExportedFile:
-    """Write a bundle's model, normalisation included, as one file; an older file is replaced.
+    """Write a bundle's model, including its normalisation, as one file; an existing file is replaced.
 
     Args:
         bundle_uri: The bundle.
-        export_format: Kind of file.
-        output_uri: The file; None is ``model.onnx`` or ``model.pt2`` in the bundle.
+        export_format: File format.
+        output_uri: The file; None writes ``model.onnx`` or ``model.pt2`` into the bundle.
 
     Raises:
         ConfigError: A package that the format needs is missing.
-        BundleError: There is no bundle, its architecture cannot be exported, or what was exported is not equal to it;
-            nothing is written.
-        StorageError: The store refused or failed.
+        BundleError: There is no bundle, its architecture cannot be exported, or the exported program does not match the
+            original model; nothing is written.
+        StorageError: The store refused the write or failed.
     """
     if export_format is ExportFormat.ONNX:
         _require_onnx_packages()
     bundle = load_bundle(bundle_uri)
-    network = f"{bundle.manifest.model.arch} on {bundle.manifest.model.encoder_name}"
+    subject = f"{bundle_uri}: {bundle.manifest.model.arch} on {bundle.manifest.model.encoder_name}"
+    alternative = _suggest_other(export_format)
     try:
         with _silenced():
             content, description = _convert(bundle, export_format)
     except BundleError as error:
         raise BundleError(f"{bundle_uri}: {error}") from error
-    except Exception as error:  # exporters raise whatever their many parts raise
+    except Exception as error:  # Exporters raise many kinds of error.
         raise BundleError(
-            f"{bundle_uri}: {network} cannot be exported to {export_format}: {_find_reason(error)}; "
-            f"{_suggest_other(export_format)}"
+            f"{subject} cannot be exported to {export_format}: {_find_reason(error)}; {alternative}"
         ) from error
     try:
         with _silenced():
             agreement = _compare(bundle, _open_program(content, export_format))
     except Exception as error:
         raise BundleError(
-            f"{bundle_uri}: {network} was exported to {export_format}, but cannot be run: {_find_reason(error)}; "
-            f"nothing is written; {_suggest_other(export_format)}"
+            f"{subject} was exported to {export_format}, but the result cannot be run: {_find_reason(error)}; "
+            f"nothing was written; {alternative}"
         ) from error
     if agreement.num_off > _MAX_SHARE_OFF.get(bundle.manifest.model.arch.lower(), 0) * agreement.num_pixels:
         raise BundleError(
-            f"{bundle_uri}: {network} exported to {export_format} is not equal to the bundle: logits are off at "
+            f"{subject} exported to {export_format} does not match the original model: logits differ too much at "
             f"{agreement.num_off} of {agreement.num_pixels} pixels, by at most {agreement.max_difference:.1e}, and "
-            f"masks differ at {agreement.num_other_class}; nothing is written; {_suggest_other(export_format)}"
+            f"masks differ at {agreement.num_other_class}; nothing was written; {alternative}"
         )
     uri = output_uri or join_uri(bundle_uri, export_format.file_name)
     write_bytes(uri, content)
@@ -164,7 +172,7 @@ def _require_onnx_packages() -> None:
 
 @contextmanager
 def _silenced() -> Iterator[None]:
-    """Keep prints, warnings and logs of the exporters from the terminal: what matters of them is in their errors."""
+    """Keep the prints, warnings and logs of the exporters off the terminal; their errors hold what matters."""
     sink, disabled = io.StringIO(), logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -176,7 +184,7 @@ def _silenced() -> Iterator[None]:
 
 
 def _find_reason(error: BaseException) -> str:
-    """Return the text of the first error of a chain: what exporters wrap around it is advice on how to report bugs."""
+    """Return the text of an error's root cause; exporters wrap it in advice on how to report bugs."""
     while error.__cause__ is not None:
         error = error.__cause__
     return flatten_message(error)[:_MAX_REASON_LENGTH]
@@ -188,7 +196,7 @@ def _suggest_other(export_format: ExportFormat) -> str:
 
 
 def _convert(bundle: Bundle, export_format: ExportFormat) -> tuple[bytes, str]:
-    """Return the file's content, and what it is in a few words."""
+    """Return the file's content, and its format in a few words."""
     model = DeployableModel(bundle.model, bundle.manifest.preprocessing)
     example_nhwc = torch.zeros(_EXAMPLE_BATCH_SIZE, *bundle.manifest.image_size, 3, dtype=torch.uint8)
     shapes = ({0: torch.export.Dim("batch", min=1)},)
@@ -209,28 +217,28 @@ def _convert_to_onnx(
         input_names=["image"],
         output_names=["logits"],
         dynamic_shapes=shapes,
-        dynamo=True,  # the exporter that is kept up
+        dynamo=True,  # The other exporter is no longer maintained.
         verbose=False,
     )
-    assert program is not None  # it is for the other exporter alone
+    assert program is not None  # Only the other exporter returns None.
     weights = [value.const_value for value in program.model.graph.initializers.values()]
     size_bytes = sum(tensor.nbytes for tensor in weights if tensor is not None)
     if size_bytes > _MAX_ONNX_BYTES:
         raise BundleError(
-            f"{size_bytes / 1e9:.1f} GB of weights are more than the 2 GB that one ONNX file holds; "
+            f"{size_bytes / 1e9:.1f} GB of weights exceed the 2 GB that one ONNX file can hold; "
             f"{_suggest_other(ExportFormat.ONNX)}"
         )
     return program.model_proto.SerializeToString(), f"ONNX opset {program.model.opset_imports['']}"
 
 
 def _open_program(content: bytes, export_format: ExportFormat) -> Program:
-    """Return what a file's content computes on the CPU, as a user of it would have it."""
+    """Load an exported file's content on the CPU, as its user would."""
     if export_format is ExportFormat.TORCH_EXPORT:
         return torch.export.load(io.BytesIO(content)).module()
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3  # errors alone: its warnings are written past Python
+    options.log_severity_level = 3  # Errors only: its warnings bypass Python and reach the terminal.
     options.intra_op_num_threads = torch.get_num_threads()
     session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
 
@@ -242,7 +250,7 @@ def _open_program(content: bytes, export_format: ExportFormat) -> Program:
 
 
 def _compare(bundle: Bundle, program: Program) -> Agreement:
-    """Run drawn images through a program and through the bundle, in batches of one and of several."""
+    """Compare a program with the original model on drawn images, in a batch of one and a batch of several."""
     image_nhwc = torch.from_numpy(_draw_images(sum(_BATCH_SIZES), bundle.manifest.image_size))
     batches = torch.split(image_nhwc, _BATCH_SIZES)
     with torch.inference_mode():
@@ -257,14 +265,14 @@ def _draw_images(num_images: int, size: tuple[int, int]) -> "np.ndarray[tuple[in
 
 
 def compute_agreement(logits_nchw: torch.Tensor, expected_nchw: torch.Tensor) -> Agreement:
-    """Hold logits (N, C, H, W) against those that were expected.
+    """Compare logits (N, C, H, W) with the expected ones.
 
     Raises:
-        ValueError: They differ in shape.
+        ValueError: Their shapes differ.
     """
     if logits_nchw.shape != expected_nchw.shape:
-        raise ValueError(f"logits of shape {tuple(logits_nchw.shape)} instead of {tuple(expected_nchw.shape)}")
+        raise ValueError(f"logits have shape {tuple(logits_nchw.shape)}, expected {tuple(expected_nchw.shape)}")
     difference = (logits_nchw - expected_nchw).abs().amax(1)
-    is_off = ~(difference <= TOLERANCE * expected_nchw.abs().max())  # so that NaN is off
+    is_off = ~(difference <= TOLERANCE * expected_nchw.abs().max())  # Written so that NaN counts as off.
     is_other_class = logits_nchw.argmax(1) != expected_nchw.argmax(1)
     return Agreement(difference.numel(), int(is_off.sum()), int(is_other_class.sum()), difference.max().item())

@@ -2,11 +2,10 @@
 
 Source: Long, Shelhamer and Darrell, "Fully Convolutional Networks for Semantic Segmentation", CVPR 2015.
 
-The skips are VGG's *pooled* features: pool3 (256 channels, stride 8), pool4 (512, stride 16), pool5 (512, stride 32).
-segmentation-models-pytorch's VGG encoder gives features from before each pool, so its layers are run here.
+The skips use VGG's *pooled* features: pool3 (256 channels, stride 8), pool4 (512, stride 16), pool5 (512, stride 32).
+The VGG encoder of segmentation-models-pytorch returns the features before each pool, so its layers are run here.
 """
 
-import segmentation_models_pytorch as smp
 import torch
 from torch import nn
 
@@ -16,13 +15,15 @@ _CLASSIFIER_CHANNELS = 4096
 
 
 class FCN(nn.Module):
-    """A fully convolutional network with skips down to the stride that its name says."""
+    """A fully convolutional network with skips down to the stride in its name: 32, 16 or 8."""
 
     def __init__(self, arch: str, encoder_name: str, encoder_weights: str | None, num_classes: int) -> None:
+        from segmentation_models_pytorch.encoders import get_encoder  # It takes seconds to import.
+
         super().__init__()
         self.stride = FCN_STRIDES[arch]
-        self.encoder = smp.encoders.get_encoder(encoder_name, weights=encoder_weights)
-        self.classifier = nn.Sequential(  # VGG's fully connected layers as convolutions: fc6, fc7, score
+        self.encoder = get_encoder(encoder_name, weights=encoder_weights)
+        self.classifier = nn.Sequential(  # These are VGG's fully connected layers as convolutions: fc6, fc7, score.
             nn.Conv2d(_POOL5_CHANNELS, _CLASSIFIER_CHANNELS, 7, padding=3),
             nn.ReLU(inplace=True),
             nn.Dropout2d(),
@@ -40,7 +41,7 @@ class FCN(nn.Module):
         self.upscore = build_bilinear_upsampling(num_classes, self.stride)
 
     def compute_taps(self, image_nchw: torch.Tensor) -> list[torch.Tensor]:
-        """Return the features after each of VGG's five pools, strides 2 to 32."""
+        """Return the features after each of VGG's five pools, at strides 2 to 32."""
         taps, features = [], image_nchw
         for layer in self.encoder.features:
             features = layer(features)
@@ -49,7 +50,7 @@ class FCN(nn.Module):
         return taps
 
     def forward(self, image_nchw: torch.Tensor) -> torch.Tensor:
-        """Map images (N, 3, H, W), sides multiples of 32, to logits (N, C, H, W)."""
+        """Map images (N, 3, H, W), whose sides are multiples of 32, to logits (N, C, H, W)."""
         _, _, pool3, pool4, pool5 = self.compute_taps(image_nchw)
         score = self.classifier(pool5)
         if self.stride <= 16:
@@ -61,7 +62,7 @@ class FCN(nn.Module):
 
 
 def build_bilinear_upsampling(num_channels: int, factor: int) -> nn.ConvTranspose2d:
-    """Build a learnable upsampling that starts as bilinear interpolation of each channel (the paper's section 3.3)."""
+    """Build a learnable upsampling layer, initialised to bilinear interpolation (section 3.3 of the paper)."""
     size = 2 * factor
     layer = nn.ConvTranspose2d(num_channels, num_channels, size, stride=factor, padding=factor // 2, bias=False)
     ramp = 1 - (torch.arange(size) - (size - 1) / 2).abs() / factor

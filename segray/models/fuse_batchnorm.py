@@ -1,18 +1,18 @@
-"""Networks for prediction alone: normalisations folded into the convolutions before them."""
+"""Fold BatchNorm layers into the preceding convolutions, for models that only predict."""
 
 import torch
 from torch.fx.experimental.optimization import fuse
 
 from segray.models.build import SegmentationModel
 
-_TOLERANCE = 1e-3  # of the largest logit: far more than rounding gives, far less than any mistake
+_TOLERANCE = 1e-3  # As a share of the largest logit: far above rounding errors, far below any real difference.
 
 
 def fold_norms(model: SegmentationModel, image_size: tuple[int, int]) -> SegmentationModel:
-    """Fold BatchNorm into convolutions, in place, for a model that only predicts: a twelfth less work on a CPU.
+    """Fold BatchNorm into convolutions in place, for models that only predict; saves a twelfth of the work on a CPU.
 
-    ``BN(conv(x))`` of fixed statistics is a convolution with other weights; torch finds the pairs in a trace. A network
-    that cannot be traced, or that comes out differently on an image of ``image_size``, stays as it is.
+    With fixed statistics, ``BN(conv(x))`` is a convolution with other weights; torch finds the pairs in a trace. The
+    network is left unchanged if it cannot be traced, or if its logits differ on an image of ``image_size``.
     """
     own, device = model.network, next(model.parameters()).device
     probe = torch.randn(1, 3, *image_size, generator=torch.Generator().manual_seed(0)).to(device)
@@ -21,7 +21,7 @@ def fold_norms(model: SegmentationModel, image_size: tuple[int, int]) -> Segment
         try:
             model.network = fuse(own)
             is_same = bool((model(probe) - expected).abs().max() <= _TOLERANCE * expected.abs().max())
-        except Exception:  # tracing trips over whatever a network does that is not done with tensors
+        except Exception:  # Tracing fails with many kinds of error if a network does more than tensor operations.
             is_same = False
     if not is_same:
         model.network = own

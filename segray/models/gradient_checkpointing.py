@@ -1,4 +1,4 @@
-"""Gradient checkpointing: an encoder's blocks are computed again in the backward pass instead of being remembered."""
+"""Gradient checkpointing: activations of the encoder's blocks are recomputed in the backward pass, not stored."""
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -14,23 +14,23 @@ from segray.models.build import SegmentationModel
 
 
 def recompute_encoder(model: SegmentationModel) -> None:
-    """Let each block of the encoder be computed twice and remembered not at all.
+    """Make each block of the encoder recompute its activations in the backward pass, in place, to save memory.
 
     Raises:
-        ConfigError: The encoder is no sequence of blocks.
+        ConfigError: The encoder does not consist of blocks.
     """
     blocks = list(find_blocks(model.encoder))
     if not blocks:
         raise ConfigError(
-            "train.gradient_checkpointing: this encoder has no blocks to compute again; set false, or choose an "
+            "train.gradient_checkpointing: this encoder has no blocks to recompute; set false, or choose an "
             "encoder with blocks, such as resnet18"
         )
     for block in blocks:
-        block.forward = partial(_compute_again, block.forward, block)
+        block.forward = partial(_recompute, block.forward, block)
 
 
 def find_blocks(module: nn.Module) -> Iterator[nn.Module]:
-    """Yield the outermost modules that stand in a sequence and consist of several others, such as residual blocks."""
+    """Yield the outermost modules that are in a sequence and contain several modules, such as residual blocks."""
     for child in module.children():
         if isinstance(module, nn.Sequential | nn.ModuleList) and len(list(child.children())) > 1:
             yield child
@@ -38,8 +38,8 @@ def find_blocks(module: nn.Module) -> Iterator[nn.Module]:
             yield from find_blocks(child)
 
 
-def _compute_again(forward: Callable[..., Any], block: nn.Module, *inputs: Any, **options: Any) -> Any:
-    if torch.compiler.is_compiling():  # which takes no contexts, and computes without changing statistics
+def _recompute(forward: Callable[..., Any], block: nn.Module, *inputs: Any, **options: Any) -> Any:
+    if torch.compiler.is_compiling():  # The compiler accepts no context_fn, and does not update statistics twice.
         return checkpoint(forward, *inputs, use_reentrant=False, **options)
 
     def build_contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
@@ -50,9 +50,10 @@ def _compute_again(forward: Callable[..., Any], block: nn.Module, *inputs: Any, 
 
 @contextmanager
 def _keep_statistics(block: nn.Module) -> Iterator[None]:
-    """Put BatchNorm's statistics back, which have counted the batch already.
+    """Restore BatchNorm statistics afterwards, since the first forward pass has already updated them for this batch.
 
-    They cannot just be left alone: a norm that does not track remembers other tensors, and checkpoint wants the same.
+    Turning tracking off instead does not work: BatchNorm would then save other tensors for the backward pass, and
+    ``checkpoint`` requires the same ones.
     """
     buffers = list(block.buffers())
     before = [buffer.clone() for buffer in buffers]

@@ -1,12 +1,12 @@
-"""Losses. Each is a sum over what it scores, beside the count that the sum is divided by.
+"""Loss functions, each computed as a sum and the count that divides it.
 
-A count is made of the truth alone. So it can be added up over ranks, and over the parts of an accumulated batch, before
-anything is differentiated, and a pixel, or an image, weighs the same wherever it was dealt to: one worker, four workers
-and an accumulated batch have one loss.
+A count depends on the ground truth alone. So it can be summed over ranks, and over the parts of an accumulated batch,
+before the backward pass. Each pixel or image then has the same weight wherever it is processed: the loss is the same
+for one worker, four workers and an accumulated batch.
 
-Cross-entropy and focal loss are means over the scored pixels of the global batch, weighed by their classes. The others
-look at whole images: they are computed of each image, and averaged over the images of the global batch. Ignored pixels
-count nowhere, and a batch that is all ignored adds 0.
+Cross-entropy and focal loss are means over the scored pixels of the global batch, weighted by class. The other losses
+are computed for each image and averaged over the images of the global batch. Ignored pixels do not count, and a batch
+in which every pixel is ignored adds 0.
 
 Sources: Lin et al., "Focal Loss for Dense Object Detection", 2017; Milletari et al., "V-Net", 2016 (Dice); Salehi et
 al., "Tversky loss function for image segmentation", 2017; Rahman and Wang, "Optimizing Intersection-Over-Union", 2016
@@ -20,7 +20,6 @@ from functools import partial
 
 import numpy as np
 import numpy.typing as npt
-import segmentation_models_pytorch as smp
 import torch
 from torch.nn import functional
 
@@ -30,12 +29,12 @@ _PIXEL_TERMS = ("ce", "focal")
 
 
 class SegmentationLoss:
-    """A weighted sum of losses.
+    """A weighted sum of loss terms.
 
     Args:
-        settings: Which losses there are, and their own settings.
-        ignore_index: Class index that is not learned from.
-        class_weights: (C,) weights of the classes in ``ce``, ``focal`` and ``ohem``; None weighs them alike.
+        settings: The loss terms with their weights, and the settings of each.
+        ignore_index: Class index of the pixels that do not count.
+        class_weights: (C,) weights of the classes in ``ce``, ``focal`` and ``ohem``; None weights all classes equally.
     """
 
     def __init__(
@@ -58,7 +57,7 @@ class SegmentationLoss:
         self.term_weights = torch.tensor(list(settings.terms.values()), dtype=torch.float64)
 
     def count(self, truth_nhw: torch.Tensor) -> torch.Tensor:
-        """Return what the sum of each term is to be divided by, (T,) float64.
+        """Return the count that divides the sum of each term, (T,) float64.
 
         Args:
             truth_nhw: (N, H, W) int64 class indices, ``ignore_index`` where not scored.
@@ -69,29 +68,29 @@ class SegmentationLoss:
         return torch.stack([num_px if name in _PIXEL_TERMS else num_images for name in self._sums])
 
     def sum(self, logits_nchw: torch.Tensor, truth_nhw: torch.Tensor) -> torch.Tensor:
-        """Return the sum of each term, (T,) float32, which carries the gradient.
+        """Return the sum of each term, (T,) float32, differentiable in the logits.
 
         Args:
-            logits_nchw: (N, C, H, W), any float dtype; computed in float32.
+            logits_nchw: (N, C, H, W), any float dtype; the loss is computed in float32.
             truth_nhw: (N, H, W) int64 class indices, ``ignore_index`` where not scored.
         """
         logits_nchw = logits_nchw.float()
         return torch.stack([compute(logits_nchw, truth_nhw) for compute in self._sums.values()])
 
     def combine(self, sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
-        """Return the loss, a scalar: the weighted sum of ``sums / counts``. A term that scored nothing adds 0."""
+        """Return the scalar loss, the weighted sum of ``sums / counts``; a term whose count is 0 adds 0."""
         weights = self.term_weights.to(sums.device) / counts.clamp(min=torch.finfo(torch.float32).tiny)
         return (sums * weights.where(counts > 0, 0).to(sums.dtype)).sum()
 
     def _weigh(self, values_nhw: torch.Tensor, truth_nhw: torch.Tensor) -> torch.Tensor:
-        """Multiply pixels (N, H, W), 0 where they are ignored, by the weights of their classes."""
+        """Multiply pixel values (N, H, W), which are 0 where ignored, by the weights of their classes."""
         if self._class_weights is None:
             return values_nhw
         some_class = truth_nhw.where(truth_nhw != self._ignore_index, 0)
         return values_nhw * self._class_weights.to(truth_nhw.device)[some_class]
 
     def _compute_entropies(self, logits_nchw: torch.Tensor, truth_nhw: torch.Tensor) -> torch.Tensor:
-        """Return the cross-entropy of each pixel (N, H, W), 0 where it is ignored."""
+        """Return the cross-entropy of each pixel, (N, H, W), 0 where it is ignored."""
         return functional.cross_entropy(logits_nchw, truth_nhw, ignore_index=self._ignore_index, reduction="none")
 
     def _sum_cross_entropy(self, logits_nchw: torch.Tensor, truth_nhw: torch.Tensor) -> torch.Tensor:
@@ -106,15 +105,18 @@ class SegmentationLoss:
         )
 
     def _sum_focal(self, logits_nchw: torch.Tensor, truth_nhw: torch.Tensor) -> torch.Tensor:
-        """Sum the softmax form. smp's is of one class against the rest each, and NaN where all pixels are ignored."""
+        """Sum the focal loss of the softmax.
+
+        The one of segmentation-models-pytorch scores each class against the rest, and is NaN if all pixels are ignored.
+        """
         entropies = self._compute_entropies(logits_nchw, truth_nhw)
         return self._weigh((1 - torch.exp(-entropies)) ** self._settings.focal_gamma * entropies, truth_nhw).sum()
 
     def _sum_hard_examples(self, logits_nchw: torch.Tensor, truth_nhw: torch.Tensor) -> torch.Tensor:
-        """Sum over images the mean cross-entropy of their hard pixels.
+        """Sum over images the mean cross-entropy of each image's hard pixels.
 
-        Hard is a pixel whose true class has less than ``ohem_threshold``, and in any case the hardest share
-        ``ohem_min_kept`` of an image's scored pixels.
+        A pixel is hard if the probability of its true class is below ``ohem_threshold``; in any case at least the share
+        ``ohem_min_kept`` of an image's scored pixels is kept, the hardest ones first.
         """
         entropies_nhw = self._compute_entropies(logits_nchw, truth_nhw)
         scored = (truth_nhw != self._ignore_index).flatten(1)
@@ -129,11 +131,11 @@ class SegmentationLoss:
     def _sum_tversky(
         self, logits_nchw: torch.Tensor, truth_nhw: torch.Tensor, alpha: float, beta: float
     ) -> torch.Tensor:
-        """Sum over images 1 minus the mean index of the classes in their truth.
+        """Sum over images 1 minus the mean Tversky index of the classes in each image's truth.
 
-        alpha weighs false positives, beta false negatives: (0.5, 0.5) is Dice, (1, 1) Jaccard. smp's own loss classes
-        pool the images of a batch, which makes the loss of an image depend on its neighbours, and average over classes
-        that are not there.
+        ``alpha`` weights false positives, ``beta`` false negatives: (0.5, 0.5) is Dice, (1, 1) is Jaccard. The loss
+        classes of segmentation-models-pytorch pool the images of a batch, so that an image's loss depends on the other
+        images, and average over absent classes too.
         """
         scored = (truth_nhw != self._ignore_index).flatten(1)[:, None]
         classes = torch.arange(logits_nchw.shape[1], device=truth_nhw.device)[:, None]
@@ -146,11 +148,13 @@ class SegmentationLoss:
         return (((1 - index) * present).sum(1) / present.sum(1).clamp(min=1)).sum()
 
     def _sum_lovasz(self, logits_nchw: torch.Tensor, truth_nhw: torch.Tensor) -> torch.Tensor:
-        """Sum over images the Lovász-Softmax loss of the classes in their truth."""
-        compute = smp.losses.LovaszLoss("multiclass", ignore_index=self._ignore_index)
+        """Sum over images the Lovász-Softmax loss of the classes in each image's truth."""
+        from segmentation_models_pytorch.losses import LovaszLoss  # It takes seconds to import.
+
+        compute = LovaszLoss("multiclass", ignore_index=self._ignore_index)
         total = logits_nchw.sum() * 0
         for logits_chw, truth_hw in zip(logits_nchw, truth_nhw, strict=True):
-            if (truth_hw != self._ignore_index).any():  # smp returns no number for an image that is all ignored
+            if (truth_hw != self._ignore_index).any():  # LovaszLoss returns NaN if all pixels of an image are ignored.
                 total = total + compute(logits_chw[None], truth_hw[None])
         return total
 
@@ -158,16 +162,16 @@ class SegmentationLoss:
 def compute_median_frequency_weights(
     pixel_count: npt.NDArray[np.int64], image_px: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float64]:
-    """Return class weights (C,): the median frequency over that of the class; 1 for a class that never appears.
+    """Return class weights, (C,): the median class frequency divided by the class's own; 1 for an absent class.
 
     Source: Eigen and Fergus, "Predicting Depth, Surface Normals and Semantic Labels", 2015.
 
     Args:
         pixel_count: (C,) labelled pixels of each class.
-        image_px: (C,) labelled pixels of all images that the class appears in.
+        image_px: (C,) labelled pixels of all images in which the class appears.
     """
     frequency = pixel_count / np.maximum(image_px, 1)
-    there = pixel_count > 0
+    present = pixel_count > 0
     weights = np.ones(len(pixel_count))
-    weights[there] = np.median(frequency[there]) / frequency[there]
+    weights[present] = np.median(frequency[present]) / frequency[present]
     return weights

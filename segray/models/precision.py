@@ -1,4 +1,4 @@
-"""Which arithmetic a model computes in."""
+"""Numeric precision of a model's computations."""
 
 from contextlib import AbstractContextManager
 
@@ -8,12 +8,12 @@ _DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device: torch.device, precision: str) -> AbstractContextManager[None]:
-    """Return the context in which a model on ``device`` computes in ``precision``: ``bf16``, ``fp16`` or ``fp32``."""
+    """Return a context in which models on ``device`` compute in ``precision``: ``bf16``, ``fp16`` or ``fp32``."""
     return torch.autocast(device.type, _DTYPES.get(precision), enabled=precision in _DTYPES)
 
 
 def has_bf16(device: torch.device) -> bool:
-    """Say whether a processor computes in bfloat16 by itself; one that does not emulates it, several times slower."""
+    """Return whether a device supports bfloat16 natively; emulation is several times slower."""
     if device.type == "cuda":
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return torch.backends.mkldnn.is_available() and bool(  # type: ignore[no-untyped-call]

@@ -1,31 +1,32 @@
-"""SegNet: a VGG encoder whose pooling indices tell a mirrored decoder where each maximum came from.
+"""SegNet: a VGG encoder whose pooling indices are used by a mirrored decoder to unpool.
 
 Source: Badrinarayanan, Kendall and Cipolla, "SegNet: A Deep Convolutional Encoder-Decoder Architecture for Image
-Segmentation", TPAMI 2017. With vgg16_bn as encoder it is the paper's network.
+Segmentation", TPAMI 2017. With the encoder vgg16_bn it is the network of the paper.
 
-segmentation-models-pytorch's VGG encoder keeps no pooling indices, so its layers are run here.
+The VGG encoder of segmentation-models-pytorch does not return pooling indices, so its layers are run here.
 """
 
-import segmentation_models_pytorch as smp
 import torch
 from torch import nn
 from torch.nn import functional
 
 
 class SegNet(nn.Module):
-    """An encoder and decoder of equal shape, joined by pooling indices alone."""
+    """An encoder and a mirrored decoder that receives only the last features and the pooling indices."""
 
     def __init__(self, encoder_name: str, encoder_weights: str | None, num_classes: int) -> None:
+        from segmentation_models_pytorch.encoders import get_encoder  # It takes seconds to import.
+
         super().__init__()
-        self.encoder = smp.encoders.get_encoder(encoder_name, weights=encoder_weights)
-        widths: list[list[int]] = [[]]  # of each stage's convolutions
+        self.encoder = get_encoder(encoder_name, weights=encoder_weights)
+        widths: list[list[int]] = [[]]  # The input channels of the convolutions of each stage.
         for layer in self.encoder.features:
             if isinstance(layer, nn.MaxPool2d):
                 widths.append([])
             elif isinstance(layer, nn.Conv2d):
                 widths[-1].append(layer.in_channels)
         stages = [list(reversed(stage)) for stage in reversed(widths) if stage]
-        stages[-1].pop()  # the image's channels: there the classifier is
+        stages[-1].pop()  # Drop the image's 3 channels: the classifier takes the place of that convolution.
         self.decoder = nn.ModuleList()
         num_channels = stages[0][0]
         for stage in stages:
@@ -41,7 +42,7 @@ class SegNet(nn.Module):
         self.head = nn.Conv2d(num_channels, num_classes, 3, padding=1)
 
     def forward(self, image_nchw: torch.Tensor) -> torch.Tensor:
-        """Map images (N, 3, H, W), sides multiples of 32, to logits (N, C, H, W)."""
+        """Map images (N, 3, H, W), whose sides are multiples of 32, to logits (N, C, H, W)."""
         features, indices = image_nchw, []
         for layer in self.encoder.features:
             if isinstance(layer, nn.MaxPool2d):

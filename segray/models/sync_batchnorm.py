@@ -1,4 +1,4 @@
-"""BatchNorm over the batch of all ranks."""
+"""BatchNorm over the global batch of all ranks, on CPUs and GPUs."""
 
 from typing import Any
 
@@ -10,7 +10,7 @@ from segray.errors import ConfigError
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """All-reduce that gradients go back through: what each rank adds is in the output of every rank."""
+    """All-reduce (sum) with a gradient: each rank's input is part of every rank's output, so gradients are summed."""
 
     @staticmethod
     def forward(ctx: Any, values: torch.Tensor) -> torch.Tensor:
@@ -26,19 +26,23 @@ class _SumOverRanks(torch.autograd.Function):
 
 
 class GlobalBatchNorm2d(nn.BatchNorm2d):
-    """What ``torch.nn.SyncBatchNorm`` is for GPUs.
+    """The counterpart for CPUs of ``torch.nn.SyncBatchNorm``, which supports only GPUs.
 
-    It is not derived from that, for DistributedDataParallel refuses any such module on CPUs.
+    It is not a subclass, because DistributedDataParallel rejects any ``SyncBatchNorm`` on CPUs.
     """
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Normalise (N, C, H, W); in training by mean and variance over all ranks' N, H and W."""
+        """Normalise (N, C, H, W); in training with the mean and variance over N, H and W of all ranks.
+
+        Raises:
+            ValueError: In training, there is only one value per channel over all ranks.
+        """
         if not self.training:
             return super().forward(input)
         values = input.double()
         num_values = values.new_tensor([values[:, 0].numel()])
         sums = torch.cat([values.sum((0, 2, 3)), values.square().sum((0, 2, 3)), num_values])
-        # one process computes as many do: another way of rounding would lead it elsewhere within a few steps
+        # A single process uses the same formula as many: different rounding would make runs diverge in a few steps.
         totals = _SumOverRanks.apply(sums) if distributed.is_initialized() else sums
         count = totals[-1].detach()
         if count <= 1:
@@ -46,13 +50,13 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
         mean, mean_square = (totals[:-1] / count).chunk(2)
         variance = mean_square - mean.square()
         if self.track_running_stats:
-            self._count_batch(mean.detach(), variance.detach() * count / (count - 1))
+            self._update_running_statistics(mean.detach(), variance.detach() * count / (count - 1))
         factor = self.weight.double() / (variance + self.eps).sqrt()
         shift = self.bias.double() - mean * factor
         normalised: torch.Tensor = values * factor[:, None, None] + shift[:, None, None]
         return normalised.to(input.dtype)
 
-    def _count_batch(self, mean: torch.Tensor, unbiased_variance: torch.Tensor) -> None:
+    def _update_running_statistics(self, mean: torch.Tensor, unbiased_variance: torch.Tensor) -> None:
         assert self.running_mean is not None
         assert self.running_var is not None
         assert self.momentum is not None
@@ -63,14 +67,14 @@ class GlobalBatchNorm2d(nn.BatchNorm2d):
 
 
 def synchronise_norms(model: nn.Module, device: torch.device) -> None:
-    """Replace each BatchNorm of a model by one over the batch of all ranks, in place; weights keep their names.
+    """Replace each BatchNorm of a model with one over the global batch, in place; parameters keep their names.
 
     Args:
-        model: Before it is wrapped.
-        device: What it will be trained on.
+        model: The model, before it is wrapped for data parallelism.
+        device: The device that it will be trained on.
 
     Raises:
-        ConfigError: The model has a kind of BatchNorm that cannot be replaced.
+        ConfigError: The model has a BatchNorm of a kind that cannot be replaced.
     """
     for module in list(model.modules()):
         for name, norm in module.named_children():
@@ -78,8 +82,8 @@ def synchronise_norms(model: nn.Module, device: torch.device) -> None:
                 continue
             if not _can_be_replaced(norm):
                 raise ConfigError(
-                    f"train.sync_batchnorm: this network normalises with {type(norm).__name__} of a kind that cannot "
-                    "be synchronised; set false, or choose another encoder"
+                    f"train.sync_batchnorm: this network uses a {type(norm).__name__} that cannot be synchronised; "
+                    "set false, or choose another encoder"
                 )
             kind = GlobalBatchNorm2d if device.type == "cpu" else nn.SyncBatchNorm
             other = kind(norm.num_features, norm.eps, norm.momentum, device=norm.weight.device)
@@ -91,5 +95,5 @@ def synchronise_norms(model: nn.Module, device: torch.device) -> None:
 
 
 def _can_be_replaced(norm: nn.Module) -> bool:
-    # a kind of its own may do more than normalise: timm's BatchNormAct2d has an activation in it
+    # A subclass may do more than normalise: timm's BatchNormAct2d includes an activation.
     return type(norm) is nn.BatchNorm2d and norm.affine and norm.track_running_stats and norm.momentum is not None

@@ -1,1 +1,1 @@
-"""Reads finished runs; needs no model, no Ray and no torch."""
+"""Reads the results of segmentation runs. Needs neither a model nor Ray nor torch."""

@@ -1,4 +1,4 @@
-"""``segray status``: how far a run is, from what lies in its folder. It asks no Ray, and disturbs nobody."""
+"""Progress of a segmentation run, read from its folder only: Ray is not needed, and the run is not affected."""
 
 import time
 from collections import Counter
@@ -10,7 +10,7 @@ from rich.table import Table
 from segray.errors import MissingFileError
 from segray.results.summary import count_rows
 from segray.runs.plan import FRAGMENT_NAME, count_images
-from segray.runs.run_file import get_plan, read_run
+from segray.runs.run_file import require_run
 from segray.storage import get_file_name, join_uri, list_files, normalize_uri
 
 _RATE_WINDOW_S = 600
@@ -18,13 +18,18 @@ _RATE_WINDOW_S = 600
 
 @dataclass(frozen=True)
 class RunStatus:
-    """How far a run is.
+    """Progress of a run.
 
     Attributes:
-        state: ``running`` (or stopped: nobody can tell from the folder) or ``complete``.
-        rows: Rows by error kind, and under ``ok`` the others.
-        images_per_s: Over the last ten minutes in which fragments were written; None of fewer than two fragments.
-        idle_s: Since the last fragment was written; None if there is none.
+        output_uri: The run folder.
+        state: ``complete`` or ``running``; a run that was stopped cannot be told apart from one that is running.
+        num_planned: Number of planned images.
+        num_done: Number of images that have a row.
+        num_fragments: Number of planned fragments.
+        num_fragments_done: Number of written fragments.
+        rows: Number of rows by error kind; rows without an error are counted under ``ok``.
+        images_per_s: Rate over the ten minutes before the last fragment was written; None below two fragments.
+        idle_s: Seconds since the last fragment was written; None if there is none.
     """
 
     output_uri: str
@@ -44,17 +49,16 @@ class RunStatus:
 
 
 def read_status(output_uri: str) -> RunStatus:
-    """Look at a run folder.
+    """Return the progress of the run in a folder.
 
     Raises:
         MissingFileError: There is no run.
-        StorageError: The store refused or failed.
+        RunMismatchError: ``run.json`` is not valid.
+        StorageError: The store refused the request or failed.
     """
     output = normalize_uri(output_uri)
-    run = read_run(output)
-    if run is None:
-        raise MissingFileError(f"no run at {output}: there is no run.json; give the --output of a segray segment")
-    plan = get_plan(run)
+    run = require_run(output)
+    plan = run.plan
     images = count_images(output, plan)
     written = {}
     try:
@@ -63,14 +67,14 @@ def read_status(output_uri: str) -> RunStatus:
             if match and int(match[1]) < plan.num_fragments:
                 written[int(match[1])] = file.modified_s
     except MissingFileError:
-        pass  # none yet
+        pass  # No fragment has been written yet.
     times = sorted((modified_s, fragment) for fragment, modified_s in written.items())
-    recent = [(at, fragment) for at, fragment in times if at >= times[-1][0] - _RATE_WINDOW_S]
+    recent = [(modified_s, fragment) for modified_s, fragment in times if modified_s >= times[-1][0] - _RATE_WINDOW_S]
     span_s = recent[-1][0] - recent[0][0] if recent else 0
     rate = sum(int(images[fragment]) for _, fragment in recent[1:]) / span_s if span_s > 0 else None
     return RunStatus(
         output_uri=output,
-        state=run["status"],
+        state=run.status,
         num_planned=plan.num_images,
         num_done=int(images[sorted(written)].sum()),
         num_fragments=plan.num_fragments,
@@ -82,7 +86,7 @@ def read_status(output_uri: str) -> RunStatus:
 
 
 def print_status(status: RunStatus, console: Console) -> None:
-    """Print a run's status, one line each."""
+    """Print the progress of a run, one value per line."""
     share = status.num_done / status.num_planned
     lines = {
         "run": f"{status.output_uri} ({'complete' if status.state == 'complete' else 'not complete'})",
@@ -97,7 +101,7 @@ def print_status(status: RunStatus, console: Console) -> None:
     if status.images_per_s is not None:
         lines["rate"] = f"{status.images_per_s:,.1f} images/s"
         if status.num_remaining:
-            lines["rate"] += f", {status.num_remaining / status.images_per_s / 60:,.1f} min to go at that rate"
+            lines["rate"] += f", {status.num_remaining / status.images_per_s / 60:,.1f} min remaining at this rate"
     table = Table.grid(padding=(0, 2))
     for name, value in lines.items():
         table.add_row(name, value)

@@ -1,4 +1,4 @@
-"""Rows to one summary row for each class. Counts are summed first, scores are computed from the sums."""
+"""Summarises a run: one row per class, with scores computed from summed pixel counts."""
 
 import io
 import math
@@ -24,12 +24,12 @@ from segray.metrics import (
     compute_recall,
     to_nullable,
 )
-from segray.runs.plan import get_fragment_uri
+from segray.runs.plan import Plan, get_fragment_uri
 from segray.schema import SUMMARY_SCHEMA
 from segray.storage import read_columns
 
 _NUM_READERS = 8
-_READ_AHEAD = 256  # fragments whose columns may wait in memory
+_READ_AHEAD = 256  # maximal number of fragments whose columns are in memory at a time
 _COUNTS = ("pixel_count", "tp_px", "fp_px", "fn_px")
 _SCORES = ("iou", "dice")
 _COLUMNS = ["error_kind", *_COUNTS, *_SCORES]
@@ -37,7 +37,18 @@ _COLUMNS = ["error_kind", *_COUNTS, *_SCORES]
 
 @dataclass
 class Tally:
-    """Sums over a run's rows. Counts are exact; scores are summed by fragment, and the fragments' sums by ``fsum``."""
+    """Sums over the rows of a run. Counts are exact; scores are summed per fragment, and these sums by ``math.fsum``.
+
+    Attributes:
+        num_classes: Number of classes C.
+        num_ok: Number of ``ok`` rows.
+        has_truth: Whether any row has scores.
+        errors: Number of error rows by kind.
+        image_count: (C,) int64: images in which the class was predicted.
+        sums: (C,) int64 pixel counts by column: ``pixel_count``, ``tp_px``, ``fp_px``, ``fn_px``.
+        score_sums: (C,) float64 sums of ``iou`` and ``dice``, one for each fragment.
+        score_counts: (C,) int64: images that have this score.
+    """
 
     num_classes: int
     num_ok: int = 0
@@ -51,7 +62,7 @@ class Tally:
         self.score_counts = {name: np.zeros(self.num_classes, np.int64) for name in _SCORES}
 
     def add(self, rows: pa.Table) -> None:
-        """Count the rows of one fragment."""
+        """Add the rows of one fragment."""
         kinds = rows["error_kind"]
         self.errors.update(kind for kind in kinds.to_pylist() if kind is not None)
         self.num_ok += kinds.null_count
@@ -65,19 +76,48 @@ class Tally:
             self.score_counts[name] += (~np.isnan(scores)).sum(axis=0)
 
     def compute_mean_scores(self, name: str) -> list[float | None]:
-        """Return the mean over images of ``iou`` or ``dice``, for each class; None where no image has one."""
+        """Return the mean of ``iou`` or ``dice`` over images for each class; None if no image has one."""
         sums = [math.fsum(parts) for parts in zip(*self.score_sums[name], strict=True)]
         return [total / int(n) if n else None for total, n in zip(sums, self.score_counts[name], strict=True)]
 
     def _stack(self, column: pa.ChunkedArray) -> np.ndarray[tuple[int, ...], np.dtype[Any]]:
-        """Return a list column without its null lists as (n, C); null entries are NaN."""
+        """Return the non-null lists of a list column as an array (n, C); null entries become NaN."""
         values = column.drop_null().combine_chunks().flatten().to_numpy(zero_copy_only=False)
         stacked: np.ndarray[tuple[int, ...], np.dtype[Any]] = values.reshape(-1, self.num_classes)
         return stacked
 
 
+@dataclass(frozen=True)
+class FinishedRun:
+    """A run whose rows are all written, with the sums over them.
+
+    Attributes:
+        output_uri: The run folder.
+        plan: The plan of the run.
+        classes: Classes of the model.
+        tally: Sums over the rows.
+        summary: One row per class, a table of ``SUMMARY_SCHEMA``.
+    """
+
+    output_uri: str
+    plan: Plan
+    classes: ClassMap
+    tally: Tally
+    summary: pa.Table
+
+
+def summarize_run(output_uri: str, plan: Plan, classes: ClassMap) -> FinishedRun:
+    """Read the rows of a run whose fragments are all written, and summarise them.
+
+    Raises:
+        StorageError: A fragment is missing or damaged, or the store refused the request or failed.
+    """
+    tally = tally_fragments(output_uri, range(plan.num_fragments), classes.num_classes)
+    return FinishedRun(output_uri, plan, classes, tally, build_summary(tally, classes))
+
+
 def tally_fragments(output_uri: str, fragments: Iterable[int], num_classes: int) -> Tally:
-    """Read what was written, masks excepted, and sum it up."""
+    """Read the given fragments, without their masks, and return the sums over their rows."""
     tally = Tally(num_classes)
     for rows in _read_fragments(output_uri, fragments, _COLUMNS):
         tally.add(rows)
@@ -85,7 +125,7 @@ def tally_fragments(output_uri: str, fragments: Iterable[int], num_classes: int)
 
 
 def find_error_rows(output_uri: str, fragments: Iterable[int]) -> dict[int, list[str]]:
-    """Return the URIs of the error rows of each of the fragments that has any."""
+    """Return the URIs of the error rows by fragment, for the fragments that have any."""
     ordered = sorted(fragments)
     found = {}
     for fragment, rows in zip(ordered, _read_fragments(output_uri, ordered, ["uri", "error_kind"]), strict=True):
@@ -96,7 +136,7 @@ def find_error_rows(output_uri: str, fragments: Iterable[int]) -> dict[int, list
 
 
 def count_rows(output_uri: str, fragments: Iterable[int]) -> Counter[str]:
-    """Return the number of rows of each error kind, and under ``ok`` that of the others."""
+    """Return the number of rows by error kind; rows without an error are counted under ``ok``."""
     counts: Counter[str] = Counter()
     for rows in _read_fragments(output_uri, fragments, ["error_kind"]):
         counts.update(kind or "ok" for kind in rows["error_kind"].to_pylist())
@@ -104,17 +144,19 @@ def count_rows(output_uri: str, fragments: Iterable[int]) -> Counter[str]:
 
 
 def _read_fragments(output_uri: str, fragments: Iterable[int], columns: list[str]) -> Iterator[pa.Table]:
+    """Yield the given columns of each fragment, in order; several fragments are read at a time."""
+
     def read(fragment: int) -> pa.Table:
         return read_columns(get_fragment_uri(output_uri, fragment), columns)
 
     numbers = iter(fragments)
     with ThreadPoolExecutor(_NUM_READERS) as pool:
-        while some := list(islice(numbers, _READ_AHEAD)):
-            yield from pool.map(read, some)
+        while group := list(islice(numbers, _READ_AHEAD)):
+            yield from pool.map(read, group)
 
 
 def build_summary(tally: Tally, classes: ClassMap) -> pa.Table:
-    """Return the summary of a run, a table of ``SUMMARY_SCHEMA``; scores are null without ground truth."""
+    """Return the summary of a run as a table of ``SUMMARY_SCHEMA``; scores are null without ground truth."""
     counts = PixelCounts(tally.sums["tp_px"], tally.sums["fp_px"], tally.sums["fn_px"])
     no_truth = [None] * classes.num_classes
     columns = {
@@ -142,12 +184,12 @@ def format_summary_parquet(summary: pa.Table) -> bytes:
 
 
 def read_rows(output_uri: str, fragment: int) -> pa.Table:
-    """Return all columns of one fragment's rows."""
+    """Return the rows of one fragment with all columns, as a table of ``IMAGES_SCHEMA``."""
     return read_columns(get_fragment_uri(output_uri, fragment))
 
 
 def format_cell(value: object) -> str:
-    """Return a value of the summary as people read it."""
+    """Return a value of the summary as text: four decimals for floats, a dash for null."""
     if isinstance(value, float):
         return f"{value:.4f}"
     return f"{value:,}" if isinstance(value, int) else "–" if value is None else str(value)

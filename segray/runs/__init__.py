@@ -1,1 +1,1 @@
-"""The run folder that segmentation writes and results reads."""
+"""The folder of a segmentation run: written by ``segmentation``, read by ``results``."""

@@ -1,8 +1,9 @@
-"""The frozen listing of a run: which images, in which order, in which fragment.
+"""The plan of a run: its frozen listing, which assigns each image to a fragment.
 
-A fragment is the unit of work, retry, resume and commit. The plan is written before any image is read; after that a
-fragment's number says everything about it. A plan passes through as a stream, however many images there are: it is
-spooled to the driver's disk, and only once it is whole, and belongs to the run, to the output.
+A fragment is the unit of work, retry, resume and commit. The plan is written before any image is read; from then on a
+fragment is identified by its number alone. Plans are processed as streams, so memory does not grow with the number of
+images: a plan is first spooled to the driver's disk, and copied to the output folder once it is complete and known to
+belong to the run.
 """
 
 import hashlib
@@ -26,17 +27,17 @@ from segray.storage import join_uri, list_names, read_columns, remove_file, writ
 
 _PLAN_NAME = re.compile(r"plan-[0-9a-f]{16}-\d{5,}\.parquet")
 FRAGMENT_NAME = re.compile(r"part-(\d{8,})\.parquet")
-_FRAGMENTS_PER_FILE = 1024  # 65,536 images of the default fragment size: a file that decodes in milliseconds
+_FRAGMENTS_PER_FILE = 1024  # 65,536 images at the default fragment size; a file of that size is read in milliseconds.
 
 
 class ListedImage(NamedTuple):
-    """An image that a run is about.
+    """An input image of a run.
 
     Attributes:
-        size_bytes: None where a list names it: listed images are not looked at before they are read.
-        etag: What its content has to be known by when it is read; None takes any content.
-        mask_uri: Its ground truth, if there is any.
-        mask_etag: As ``etag``.
+        size_bytes: Size of the encoded file. None if a text list names the image: it is not accessed before it is read.
+        etag: Entity tag that the file must have when it is read; None accepts any content.
+        mask_uri: Its ground truth, or None.
+        mask_etag: Entity tag of the mask, used as ``etag`` is.
     """
 
     uri: str
@@ -48,11 +49,12 @@ class ListedImage(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """What is known of a plan without reading it.
+    """Hashes and counts of a plan, without its images.
 
     Attributes:
-        sha256: Of its images, in order; neither how they are stored nor how they are cut.
-        cut_sha256: Of its images and their fragments; names its files, so that no plan is ever taken for another.
+        sha256: Hash of the images in order; independent of their fragments and of how the plan is stored.
+        cut_sha256: Hash of the images and their fragments. It is part of the plan's file names, so that two plans never
+            share a file.
     """
 
     sha256: str
@@ -62,14 +64,15 @@ class Plan:
 
     @property
     def num_files(self) -> int:
-        """Number of files that it is stored in."""
+        """Number of Parquet files that the plan is stored in."""
         return -(-self.num_fragments // _FRAGMENTS_PER_FILE)
 
 
 def cut_fragments(images: Iterable[ListedImage], settings: SegmentSettings) -> Iterator[tuple[ListedImage, int]]:
     """Yield each image with the number of its fragment.
 
-    ``fragment_size`` and ``fragment_bytes`` bound a fragment; an image larger than that is alone.
+    A fragment has at most ``fragment_size`` images and ``fragment_bytes`` bytes of encoded images; an image larger than
+    that has a fragment of its own.
     """
     fragment, num_images, num_bytes = 0, 0, 0
     for image in images:
@@ -81,7 +84,7 @@ def cut_fragments(images: Iterable[ListedImage], settings: SegmentSettings) -> I
 
 
 def spool_plan(planned: Iterable[tuple[ListedImage, int]], folder: Path) -> Plan:
-    """Write a plan to a folder of this machine, holding one file of it at a time."""
+    """Write a plan to a local folder and return its hashes and counts; one file of it is in memory at a time."""
     digest, cut_digest = hashlib.sha256(), hashlib.sha256()
     rows: list[tuple[Any, ...]] = []
     num_images, number, fragment = 0, 0, -1
@@ -108,9 +111,9 @@ def _write_plan_file(rows: list[tuple[Any, ...]], path: Path) -> None:
 
 
 def save_plan(output_uri: str, plan: Plan, folder: Path) -> None:
-    """Write a spooled plan to ``plan/*.parquet``; files that are there are not written again.
+    """Copy a spooled plan to ``plan/*.parquet``; existing files are not written again.
 
-    Their names say of which listing they are: another driver that plans another listing overwrites none of them.
+    File names contain ``cut_sha256``, so a concurrent driver that plans another listing overwrites none of them.
     """
     names = list_names(join_uri(output_uri, "plan"))
     for number in range(plan.num_files):
@@ -119,9 +122,9 @@ def save_plan(output_uri: str, plan: Plan, folder: Path) -> None:
 
 
 def remove_other_plans(output_uri: str, plan: Plan) -> None:
-    """Remove what a driver that was cut off, or refused, may have left of another listing or another cut."""
-    mine = {_get_file_name(plan.cut_sha256, number) for number in range(plan.num_files)}
-    for name in list_names(join_uri(output_uri, "plan")) - mine:
+    """Remove the files of other plans, which a driver that was interrupted or refused may have left."""
+    kept = {_get_file_name(plan.cut_sha256, number) for number in range(plan.num_files)}
+    for name in list_names(join_uri(output_uri, "plan")) - kept:
         if _PLAN_NAME.fullmatch(name):
             remove_file(join_uri(output_uri, "plan", name))
 
@@ -154,24 +157,24 @@ def count_images(output_uri: str, plan: Plan) -> npt.NDArray[np.int64]:
 
 
 def load_fragment(output_uri: str, cut_sha256: str, fragment: int) -> pa.Table:
-    """Return the planned images of one fragment, a table of ``PLAN_SCHEMA``."""
+    """Return the planned images of one fragment as a table of ``PLAN_SCHEMA``."""
     part = _load_plan_file(_get_plan_uri(output_uri, cut_sha256, fragment // _FRAGMENTS_PER_FILE))
     return part.filter(pc.equal(part["fragment"], fragment))
 
 
-@lru_cache(maxsize=2)  # a decode task's next fragment is nearly always in the same file
+@lru_cache(maxsize=2)  # The next fragment of a decode task is nearly always in the same file.
 def _load_plan_file(uri: str) -> pa.Table:
     return read_columns(uri)
 
 
 def list_finished_fragments(output_uri: str) -> set[int]:
-    """Return the numbers of the fragments whose file is there; a file that is there is complete."""
+    """Return the numbers of the fragments whose file exists; files are written atomically, so these are complete."""
     names = list_names(join_uri(output_uri, "images"))
     return {int(match[1]) for name in names if (match := FRAGMENT_NAME.fullmatch(name))}
 
 
 def get_fragment_uri(output_uri: str, fragment: int) -> str:
-    """Return where a fragment's rows are stored."""
+    """Return the URI of the file with a fragment's rows."""
     return join_uri(output_uri, "images", f"part-{fragment:08d}.parquet")
 
 

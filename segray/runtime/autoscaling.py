@@ -1,4 +1,4 @@
-"""What Ray's autoscaler says of the connected cluster: whether it may grow, and what it will never have room for."""
+"""Query Ray's autoscaler: whether the connected cluster may grow, and which requests it can never place."""
 
 import os
 import threading
@@ -10,28 +10,31 @@ from rich.console import Console
 
 from segray.runtime.capacity import HEAD_RESOURCE, Capacity, describe_work, read_capacity
 
-_POLL_INTERVAL_S = 10  # the autoscaler thinks every 5 s
-_IN_KUBERNETES = "KUBERNETES_SERVICE_HOST"  # in the environment of each of its pods
+_POLL_INTERVAL_S = 10  # The autoscaler runs every 5 s.
+_IN_KUBERNETES = "KUBERNETES_SERVICE_HOST"  # Set in every pod.
 
 
 def find_capacity() -> Capacity:
     """Return the capacity of the connected cluster, as far as this process can know it.
 
-    Of a cluster that it does not see from its head, and of one on Kubernetes, it does not know what may be added.
+    Which nodes may be added is unknown on Kubernetes, and to processes that do not run on the head.
     """
     import ray
 
     nodes = ray.nodes()
     here = ray.get_runtime_context().get_node_id()
     is_head = any(node["NodeID"] == here and HEAD_RESOURCE in node["Resources"] for node in nodes)
-    is_private = "RAY_ADDRESS" not in os.environ
+    is_private = not os.environ.get("RAY_ADDRESS")
     is_open = not is_private and (not is_head or _IN_KUBERNETES in os.environ or _has_autoscaler())
     return read_capacity(nodes, is_head=is_head and not is_private, is_open=is_open)
 
 
 @contextmanager
 def reported_shortage(console: Console) -> Iterator[None]:
-    """While the block runs, print what the autoscaler has found no node type for: Ray itself would wait for ever."""
+    """While the block runs, print the requests for which the autoscaler has no node type; Ray waits for them forever.
+
+    A request is printed once, when it has been infeasible at two polls in a row.
+    """
     stop = threading.Event()
     thread = threading.Thread(target=_report_until_stopped, args=(console, stop), daemon=True)
     if is_scaled := _has_autoscaler():
@@ -52,36 +55,37 @@ def _has_autoscaler() -> bool:
 
 def _report_until_stopped(console: Console, stop: threading.Event) -> None:
     last: set[str] = set()
-    told: set[str] = set()
+    reported: set[str] = set()
     while not stop.wait(_POLL_INTERVAL_S):
         missing: set[str] = set()
-        with suppress(Exception):  # whatever is wrong with a report must not end a run with which all is well
-            here = find_capacity()
-            missing = {describe_work(count, "process", each) for each, count in find_unplaceable(_read_state(), here)}
-        for work in sorted(missing & last - told):  # twice running: nodes may be on their way
-            console.print(f"the autoscaler has no nodes for {work}: {here.describe()}; waiting", highlight=False)
-        told |= missing & last
+        with suppress(Exception):  # A failed report must not end a run that is otherwise working.
+            capacity = find_capacity()
+            unplaceable = find_unplaceable(_read_state(), capacity)
+            missing = {describe_work(count, "process", each) for each, count in unplaceable}
+        for work in sorted(missing & last - reported):  # In two polls in a row: nodes may be starting.
+            console.print(f"the autoscaler has no nodes for {work}: {capacity.describe()}; waiting", highlight=False)
+        reported |= missing & last
         last = missing
 
 
-def find_unplaceable(state: Any, here: Capacity) -> Iterator[tuple[dict[str, float], int]]:
-    """Yield what the autoscaler cannot place and no living node will ever hold: resources of each, and how many.
+def find_unplaceable(state: Any, capacity: Capacity) -> Iterator[tuple[dict[str, float], int]]:
+    """Yield the requests that neither the autoscaler nor any living node can place: resources of each, and the count.
 
     Args:
-        state: Ray's ``AutoscalingState``. It counts as infeasible also what exceeds the most nodes that there may be,
-            such as Ray Data's wish for twice as much as it has; of loose requests those are told alone that no node at
-            all has room for. The parts of a group are placed together or not at all.
-        here: The cluster's capacity.
+        state: Ray's ``AutoscalingState``. Its infeasible requests include those beyond the maximum number of nodes,
+            such as Ray Data's request for twice the resources it has. A single request is therefore yielded only if it
+            fits on no living node. The requests of a placement group are placed together or not at all.
+        capacity: The cluster's capacity.
     """
     from ray.autoscaler.v2.utils import ResourceRequestUtil
 
     groups = [(gang.requests, True) for gang in state.infeasible_gang_resource_requests]
     for requests, is_group in [(state.infeasible_resource_requests, False), *groups]:
         for counted in ResourceRequestUtil.group_by_count(list(requests)):
-            # a placement group marks its requests with resources of its own
+            # A placement group adds marker resources of its own to its requests.
             bundle = counted.request.resources_bundle
             each = {name: bundle[name] for name in ("CPU", "GPU") if name in bundle}
-            if each and here.count(each, with_more=False) < (counted.count if is_group else 1):
+            if each and capacity.count(each, with_more=False) < (counted.count if is_group else 1):
                 yield each, counted.count
 
 

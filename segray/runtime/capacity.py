@@ -1,6 +1,6 @@
-"""What a cluster has, and what its autoscaler may add: work that can never be placed is refused, not waited for.
+"""Compute what a cluster has and what its autoscaler may add, so that impossible requests fail immediately.
 
-Ray itself waits for ever. Its autoscaler does know what it cannot bring, but says so in a log that nobody reads.
+Ray itself waits for them forever. Its autoscaler reports what it cannot add, but only in a log on the head.
 """
 
 import math
@@ -13,7 +13,7 @@ import yaml
 
 from segray.errors import ClusterError
 
-# `ray up` leaves its configuration there, on the head, where the drivers of submitted jobs run
+# `ray up` writes its configuration to this file on the head, where the drivers of submitted jobs run.
 LAUNCH_CONFIG = Path("~/ray_bootstrap_config.yaml")
 HEAD_RESOURCE = "node:__internal_head__"
 _NODE_TYPE_LABEL = "ray.io/node-group"
@@ -23,7 +23,7 @@ _EPSILON = 1e-9
 
 @dataclass(frozen=True)
 class NodeType:
-    """Nodes that may be added: how many, and what each of them would have."""
+    """A type of node that may be added: resources of one node, and how many more nodes there may be."""
 
     name: str
     resources: Mapping[str, float]
@@ -32,13 +32,13 @@ class NodeType:
 
 @dataclass(frozen=True)
 class Capacity:
-    """A cluster as it is, and as it may become.
+    """The nodes of a cluster, and the nodes that may be added.
 
     Args:
         nodes: Resources of every living node.
-        types: What may be added.
-        num_more: Most nodes that may be added, whatever their type.
-        is_open: Nodes may be added of which only the autoscaler knows what they have.
+        types: Types of nodes that may be added.
+        num_more: Maximum number of nodes that may be added, over all types.
+        is_open: Nodes of unknown resources may be added; only the autoscaler knows them.
     """
 
     nodes: tuple[Mapping[str, float], ...]
@@ -47,85 +47,88 @@ class Capacity:
     is_open: bool = False
 
     def count(self, each: Mapping[str, float], *, with_more: bool = True) -> float:
-        """Return how many pieces of work that need so much each can run at a time, with nothing else on the cluster.
+        """Return how many tasks can run at a time on the otherwise idle cluster.
 
-        Infinity where nobody knows what may be added.
+        Args:
+            each: Resources that one task needs.
+            with_more: Also count the nodes that may be added; infinity if these are unknown.
         """
         if with_more and self.is_open:
             return math.inf
         return sum(_count_on(node, each) for node in [*self.nodes, *(self._choose_more(each) if with_more else ())])
 
     def count_nodes(self, each: Mapping[str, float]) -> int:
-        """Return how many of the living nodes have room for such a piece of work."""
+        """Return how many living nodes have room for a task that needs ``each``."""
         return sum(_count_on(node, each) > 0 for node in self.nodes)
 
     def count_most_on_one(self, each: Mapping[str, float]) -> float:
-        """Return how many such pieces of work the node can hold that holds most of them; infinity if nobody knows."""
+        """Return how many tasks the largest node can hold, added nodes included; infinity if these are unknown."""
         if self.is_open:
             return math.inf
         return max((_count_on(node, each) for node in [*self.nodes, *self._choose_more(each)]), default=0)
 
     def _choose_more(self, each: Mapping[str, float]) -> list[Mapping[str, float]]:
-        """Return the nodes that would be added for such work: of the types that hold most of it."""
+        """Return the nodes that would be added for such tasks, from the types that hold most of them."""
         ranked = sorted(self.types, key=lambda node_type: -_count_on(node_type.resources, each))
         return [node_type.resources for node_type in ranked for _ in range(node_type.num_more)][: self.num_more]
 
     def describe(self) -> str:
-        """Return in words what there is."""
+        """Return a description for messages: total resources, number of nodes, and what may be added."""
         total = {name: sum(node.get(name, 0) for node in self.nodes) for name in _SHOWN}
         text = f"the cluster has {_format(total)} on {len(self.nodes)} node{'s' if len(self.nodes) != 1 else ''}"
         if self.is_open:
-            return f"{text}, and only its autoscaler knows what it may add"
+            return f"{text}, and only its autoscaler knows which nodes it may add"
         if not self.types:
-            return f"{text}, and may add none"
+            return f"{text} and may add no nodes"
         kinds = ", ".join(f"{kind.num_more} {kind.name} ({_format(kind.resources)})" for kind in self.types)
-        limit = f"{self.num_more} out of " if self.num_more < sum(kind.num_more for kind in self.types) else ""
-        return f"{text}, and may add {limit}{kinds}"
+        limit = f"{self.num_more} of: " if self.num_more < sum(kind.num_more for kind in self.types) else ""
+        return f"{text} and may add {limit}{kinds}"
 
 
 def require_placeable(capacity: Capacity, what: str, each: Mapping[str, float], count: int, setting: str) -> None:
-    """Refuse work of which some can never be placed.
+    """Check that the cluster can ever run so many tasks at a time.
 
     Args:
-        capacity: Of the cluster.
-        what: The work, in the singular.
-        each: Resources that one piece of it needs.
+        capacity: The cluster's capacity.
+        what: Name of the task, in the singular.
+        each: Resources that one task needs.
         count: How many must run at a time.
-        setting: What asks for it, for the message.
+        setting: The setting that requests them, for the message.
 
     Raises:
-        ClusterError: Names the resources asked for and what there is.
+        ClusterError: The cluster cannot; the message names the requested and the available resources.
     """
     num_fitting = capacity.count(each)
     if num_fitting < count:
         raise ClusterError(
-            f"{setting}: {describe_work(count, what, each)} asked for, and {num_fitting:g} can ever be placed: "
-            f"{capacity.describe()}; ask for less, or let the cluster have more"
+            f"{setting}: requested {describe_work(count, what, each)}, but at most {num_fitting:g} can be placed: "
+            f"{capacity.describe()}; request less, or allow the cluster more nodes"
         )
 
 
 def describe_work(count: int, what: str, each: Mapping[str, float]) -> str:
-    """Return in words how much of a cluster something needs; ``what`` is in the singular."""
+    """Return a phrase such as "4 workers with 1 CPU and 1 GPU each"; ``what`` is in the singular."""
     ending = "" if count == 1 else "es" if what.endswith("s") else "s"
-    return f"{count} {what}{ending} of {' and '.join(f'{amount:g} {name}' for name, amount in each.items())} each"
+    resources = " and ".join(f"{amount:g} {name}" for name, amount in each.items())
+    return f"{count} {what}{ending} with {resources}{' each' if count != 1 else ''}"
 
 
 def describe_wait(capacity: Capacity, what: str, each: Mapping[str, float], count: int) -> str | None:
-    """Return in words what work will wait for, or None where the nodes of the moment have room for it."""
+    """Return a message that tasks wait for nodes to be added, or None if the living nodes have room for them."""
     if capacity.count(each, with_more=False) >= count:
         return None
-    return f"waiting for room for {describe_work(count, what, each)}: {capacity.describe()}"
+    return f"waiting for nodes for {describe_work(count, what, each)}: {capacity.describe()}"
 
 
 def read_capacity(nodes: Iterable[Mapping[str, Any]], *, is_head: bool, is_open: bool) -> Capacity:
     """Return the capacity of a cluster.
 
-    What may be added is what the configuration of ``ray up`` says, which lies on the head.
+    The nodes that may be added are read from the configuration that ``ray up`` writes on the head.
 
     Args:
-        nodes: As ``ray.nodes()`` gives them.
-        is_head: This machine is the head of a cluster that was launched.
-        is_open: Where there is no such configuration, whether there may be more nodes all the same.
+        nodes: The output of ``ray.nodes()``.
+        is_head: This machine is the head of a launched cluster.
+        is_open: Without such a configuration, whether nodes may be added nevertheless.
     """
     alive = [node for node in nodes if node["Alive"]]
     resources = tuple(node["Resources"] for node in alive)
@@ -141,15 +144,15 @@ def read_capacity(nodes: Iterable[Mapping[str, Any]], *, is_head: bool, is_open:
         num_more_of_it = min(num_more, node_type.get("max_workers", 0) - num_alive)
         if num_more_of_it <= 0:
             continue
-        if not node_type.get("resources"):  # machines of one's own, of which `ray up` knows nothing
+        if not node_type.get("resources"):  # On-premises machines, whose resources `ray up` does not know.
             return Capacity(resources, is_open=True)
-        # not every provider knows how much memory its machines have
+        # Not every provider reports the memory of its machines.
         types.append(NodeType(name, {"memory": math.inf, **node_type["resources"]}, num_more_of_it))
     return Capacity(resources, tuple(types), num_more)
 
 
 def _count_on(node: Mapping[str, float], each: Mapping[str, float]) -> float:
-    """Return how many pieces of work fit on a node; a part of a GPU is never made of two."""
+    """Return how many tasks fit on a node; a fraction of a GPU is never split over two GPUs."""
     return min((_count_in(node.get(name, 0), amount) for name, amount in each.items() if amount), default=math.inf)
 
 

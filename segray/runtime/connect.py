@@ -1,4 +1,4 @@
-"""One way to Ray: the cluster that ``RAY_ADDRESS`` names (a submitted job has it set), or a private one."""
+"""Connect to Ray: the cluster that ``RAY_ADDRESS`` names (submitted jobs have it set), or a private one."""
 
 import ctypes
 import json
@@ -13,67 +13,74 @@ from typing import Any
 
 from segray.errors import ClusterError, ConfigError, SegrayError, StorageError
 
-# Ray Data and Ray Train can deadlock on fewer logical CPUs, where each stage waits for the other's.
+# With fewer logical CPUs, Ray Data and Ray Train can deadlock: their stages wait for each other's CPUs.
 MIN_LOCAL_CPUS = 4
-# Where a store is, not who we are: workers need these as the driver has them. Credentials never travel this way.
+# Workers need these with the driver's values, because they say where a store is. Credentials are never forwarded.
 _FORWARDED_VARIABLES = (
     *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"),
     "SEGRAY_S3_CHECK_MD5",
 )
-# A C library gives a large tensor back to the kernel when it is freed, and gets the next one page by page: up to half
-# of a forward pass on a CPU. With these, glibc's keeps what a worker has once used, in one arena for all its threads.
+# By default a C library returns a large freed tensor to the kernel and faults the next one in page by page, which costs
+# up to half of a forward pass on a CPU. With these variables glibc keeps the memory, in one arena for all threads.
 MEMORY_VARIABLES = {
     "MALLOC_ARENA_MAX": "1",
     "MALLOC_MMAP_MAX_": "0",
     "MALLOC_TRIM_THRESHOLD_": str(2**40),
 }
-# Of a private Ray. Its metrics and lists of tasks have no reader, and cost a fiftieth of a core; of its health checks,
-# every 2 s by default, fit() waits for several.
+# For a private Ray. Nobody reads its metrics and task lists, which cost 2% of a core. fit() waits for several health
+# checks, which run every 2 s by default. The preemption watcher, one more process per run, is for cloud nodes.
 _PRIVATE_VARIABLES = {
     "RAY_enable_metrics_collection": "0",
     "RAY_task_events_report_interval_ms": "0",
     "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
-    **MEMORY_VARIABLES,  # not by a runtime_env, which a private Ray would have to set up
+    "RAY_TRAIN_ENABLE_PREEMPTION_WATCHER": "0",
+    **MEMORY_VARIABLES,  # Not through a runtime_env, which a private Ray would have to set up.
 }
 _LOG_LEVEL_LINE = "Set ray log level from environment variable"
-_JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # set by `ray job submit`, for its driver
+_JOB_CONFIG_VARIABLE = "RAY_JOB_CONFIG_JSON_ENV_VAR"  # `ray job submit` sets it for the driver.
+_CLUSTER_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
 def release_memory() -> None:
-    """Give the system back what this process has freed; with ``MEMORY_VARIABLES`` the C library keeps it."""
-    with suppress(OSError, AttributeError):  # glibc alone has it, and alone needs it
+    """Return freed memory of this process to the system, which the C library keeps under ``MEMORY_VARIABLES``."""
+    with suppress(OSError, AttributeError):  # Only glibc has malloc_trim, and only glibc needs it.
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def skip_exit_handlers() -> None:
-    """Let this process end without the exit handlers that C and C++ libraries have registered by now, Ray's among them.
+    """End this process without the exit handlers that C and C++ libraries, including Ray, have registered so far.
 
-    In Ray 2.60 that one takes its event loop apart, and can wait for ever for a lock that lies in memory already freed.
-    Ray holds the process for dead by then; but it keeps its memory, and a GPU's, until somebody kills it. Of fifty
-    predictors two did so. When this acts, Python has been shut down, and so has the process's connection to Ray.
+    Ray 2.60's handler destroys its event loop and can wait forever for a lock in memory that is already freed; 2 of 50
+    predictors hung this way. Ray considers such a process dead, but it holds its memory, and a GPU's, until it is
+    killed. The handlers run after Python has shut down, when the connection to Ray is already closed.
     """
-    with suppress(OSError, AttributeError):  # glibc alone has it
+    with suppress(OSError, AttributeError):  # Only glibc has on_exit.
         libc = ctypes.CDLL(None)
-        libc.on_exit(libc._exit, None)  # what is registered last is called first, and with the exit status
+        libc.on_exit(libc._exit, None)  # The last registered handler runs first, and receives the exit status.
 
 
 def is_submitted_job() -> bool:
-    """Say whether this process is the driver of a ``ray job submit``."""
+    """Return whether this process is the driver of a ``ray job submit``."""
     return _JOB_CONFIG_VARIABLE in os.environ
 
 
 def keep_on_loopback() -> None:
-    """Let a private Ray listen on loopback alone; of use only before Ray is imported.
+    """Make a private Ray that this process starts listen on 127.0.0.1 only; do nothing if ``RAY_ADDRESS`` is set.
 
-    Without it Ray opens its ports to the network, with nothing but its token before them. The switch was made for
-    desktops whose firewalls ask about open ports; Ray has no other.
+    By default Ray opens its ports to the network, protected by nothing but its token. The switch was made for desktops
+    whose firewalls ask about open ports; Ray has no other. Ray reads it from the environment when it is imported. If
+    this process has imported Ray already, Ray's copy of the switch is updated too; ``_node_ip_address="127.0.0.1"`` as
+    an argument of ``ray.init`` has no effect, because Ray replaces a loopback address with the machine's own address.
     """
-    if "RAY_ADDRESS" not in os.environ:
-        os.environ.setdefault("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "0")
+    if os.environ.get("RAY_ADDRESS"):
+        return
+    os.environ.setdefault(_CLUSTER_SWITCH, "0")
+    if constants := sys.modules.get("ray._private.ray_constants"):
+        constants.ENABLE_RAY_CLUSTER = constants.env_bool(_CLUSTER_SWITCH, False)  # type: ignore[attr-defined]
 
 
 def count_cores() -> int:
-    """Return the cores that this process may use; Ray gives every worker one thread, whatever the machine has."""
+    """Return the number of cores that this process may use; Ray gives every worker one thread regardless."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
@@ -81,63 +88,76 @@ def count_cores() -> int:
 def connect_ray(num_cpus: float = 0, num_gpus: float = 0) -> Iterator[None]:
     """Connect to Ray for the duration of a block.
 
-    A bare ``ray.init()`` would attach to any cluster that happens to run on this machine, so a private one is started
-    unless ``RAY_ADDRESS`` names one. A connection that the caller has made already is used and left open.
+    Connects to the cluster that ``RAY_ADDRESS`` names. Otherwise starts a private Ray that listens on 127.0.0.1 only; a
+    bare ``ray.init()`` would attach to any cluster that happens to run on this machine. A connection that the caller
+    has already made is used and left open.
 
     Args:
-        num_cpus: CPUs that the work will ask for; a private Ray is given as many, for to Ray they are only a number.
-        num_gpus: GPUs that the work will ask for.
+        num_cpus: CPUs that the work requests. A private Ray gets at least as many logical CPUs, whatever the machine
+            has.
+        num_gpus: GPUs that the work requests.
 
     Raises:
-        ConfigError: This machine, with no cluster around it, has fewer GPUs than that.
+        ConfigError: Ray is private, and this machine has fewer than ``num_gpus`` GPUs.
         ClusterError: Ray cannot be started or reached.
     """
-    import ray  # 1 s: not before the input has been looked at
+    keep_on_loopback()
+    import ray  # This takes 1 s, so it happens only after the input has been checked.
 
     if ray.is_initialized():
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
-    # the future behaviour; unset, Ray warns each time
+    # Ray's future behaviour; it warns each time while the variable is unset.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    # workers' own output goes to Ray's log folder; what a user has to know comes through segray's display and errors
+    # Workers' output goes to Ray's log folder. What users need to know comes from segray's display and errors.
     with_logs = bool(os.environ.get("SEGRAY_WORKER_LOGS"))
     if not with_logs:
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # else Ray's C++ writes to the driver's terminal
-    options: dict[str, Any] = {"logging_level": logging.WARNING, "log_to_driver": with_logs}
-    if address:
-        options |= {"address": address, "runtime_env": {"env_vars": _collect_forwarded_variables()}}
-    else:
-        # a cluster of its own asks for a token, Ray's default where RAY_AUTH_MODE is not set; it need not announce that
-        logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
-        logical_cpus = max(MIN_LOCAL_CPUS, count_cores(), math.ceil(num_cpus))
-        options |= {"address": "local", "num_cpus": logical_cpus, "include_dashboard": False}
-        for name, value in _PRIVATE_VARIABLES.items():
-            os.environ.setdefault(name, value)
+        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # Otherwise Ray's C++ writes to the driver's terminal.
+    options = {**_build_init_options(address, num_cpus), "logging_level": logging.WARNING, "log_to_driver": with_logs}
     try:
         with nullcontext() if with_logs or "RAY_LOG_TO_STDERR" in os.environ else _without_log_level_line():
             ray.init(**options)
     except (ray.exceptions.RayError, OSError, RuntimeError, ValueError) as error:
-        where = f"Ray at RAY_ADDRESS={address} cannot be reached" if address else "a private Ray cannot be started"
-        raise ClusterError(f"{where}: {get_last_line(error)}; check the address and RAY_AUTH_MODE") from error
+        what = f"cannot connect to Ray at RAY_ADDRESS={address}" if address else "cannot start a private Ray"
+        raise ClusterError(f"{what}: {get_last_line(error)}; check the address and RAY_AUTH_MODE") from error
     try:
-        found = ray.cluster_resources().get("GPU", 0)
-        if not address and found < num_gpus:  # a cluster may scale up; this machine will not
-            raise ConfigError(
-                f"{num_gpus:g} GPUs asked for, this machine has {found:g}; set train.use_gpu: false and "
-                "segment.num_gpus_per_predictor: 0, or RAY_ADDRESS to a cluster"
-            )
+        if not address:  # A cluster may add nodes, this machine cannot.
+            _require_gpus(num_gpus)
         yield
     finally:
         ray.shutdown()
 
 
+def _require_gpus(num_gpus: float) -> None:
+    import ray
+
+    num_found = ray.cluster_resources().get("GPU", 0)
+    if num_found < num_gpus:
+        raise ConfigError(
+            f"{num_gpus:g} GPUs requested, but this machine has {num_found:g}; set train.use_gpu: false and "
+            "segment.num_gpus_per_predictor: 0, or set RAY_ADDRESS to a cluster"
+        )
+
+
+def _build_init_options(address: str | None, num_cpus: float) -> dict[str, Any]:
+    """Return the arguments of ``ray.init`` for a cluster or a private Ray, whose environment variables are set too."""
+    if address:
+        return {"address": address, "runtime_env": {"env_vars": _collect_forwarded_variables()}}
+    # A private Ray requires a token, Ray's default where RAY_AUTH_MODE is unset. Its announcement is suppressed.
+    logging.getLogger("ray._private.authentication.authentication_token_setup").setLevel(logging.ERROR)
+    for name, value in _PRIVATE_VARIABLES.items():
+        os.environ.setdefault(name, value)
+    logical_cpus = max(MIN_LOCAL_CPUS, count_cores(), math.ceil(num_cpus))
+    return {"address": "local", "num_cpus": logical_cpus, "include_dashboard": False}
+
+
 @contextmanager
 def _without_log_level_line() -> Iterator[None]:
-    """Keep the line off the terminal with which Ray's C++ says that it was told to be quiet.
+    """Remove the line in which Ray's C++ reports its log level from standard error while the block runs.
 
-    It goes around Python's ``sys.stderr``; so what is written there while the block runs is held back, and all but that
-    line is written after it.
+    Ray writes it to the file descriptor, not to ``sys.stderr``. Everything written to the descriptor is held back, and
+    all but that line is written when the block ends.
     """
     sys.stderr.flush()
     terminal = os.dup(2)
@@ -160,7 +180,7 @@ def _without_log_level_line() -> Iterator[None]:
 
 
 def _collect_forwarded_variables() -> dict[str, str]:
-    """Return the variables that workers need, without those that the job gives them already: Ray refuses both."""
+    """Return the variables that workers need, except those that the job already sets: Ray refuses duplicates."""
     job = json.loads(os.environ.get(_JOB_CONFIG_VARIABLE, "{}"))
     given = (job.get("runtime_env") or {}).get("env_vars") or {}
     here = {name: os.environ[name] for name in (*_FORWARDED_VARIABLES, *MEMORY_VARIABLES) if name in os.environ}
@@ -169,25 +189,34 @@ def _collect_forwarded_variables() -> dict[str, str]:
 
 @contextmanager
 def translated_ray_errors(what: str) -> Iterator[None]:
-    """Turn what Ray raises into the segray error inside it, or into a ``ClusterError`` with Ray's last line."""
+    """Convert Ray errors raised in the block to segray errors.
+
+    Args:
+        what: The work, as the subject of the message.
+
+    Raises:
+        SegrayError: The segray error that a worker raised, if Ray's error contains one.
+        StorageError: A node's disk or object store is full.
+        ClusterError: Any other error of Ray, with its last line.
+    """
     from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError
 
     try:
         yield
     except (OutOfDiskError, ObjectStoreFullError) as error:
         raise StorageError(
-            f"{what}: a node's disk or object store is full: {get_last_line(error)}; free some space, then the same "
-            "call goes on"
+            f"{what}: a node's disk or object store is full: {get_last_line(error)}; free some space; to resume, rerun "
+            "the same command"
         ) from error
     except RayError as error:
         raise find_segray_error(error) or ClusterError(
-            f"{what} failed: {get_last_line(error)}; run with SEGRAY_WORKER_LOGS=1 to see what led to it"
+            f"{what} failed: {get_last_line(error)}; rerun with SEGRAY_WORKER_LOGS=1 to see the workers' output"
         ) from error
 
 
 def find_segray_error(error: BaseException) -> SegrayError | None:
-    """Return the segray error that a worker raised, out of whatever Ray has wrapped it in."""
-    if isinstance(error, SegrayError) and not hasattr(error, "cause"):  # Ray's copies have a cause, and a long text
+    """Return the segray error that a worker raised, unwrapped from Ray's errors, or None if there is none."""
+    if isinstance(error, SegrayError) and not hasattr(error, "cause"):  # Ray's copies have a cause and a long text.
         return error
     inner = [getattr(error, "cause", None), *getattr(error, "worker_failures", {}).values(), error.__cause__]
     for candidate in inner:
@@ -197,5 +226,5 @@ def find_segray_error(error: BaseException) -> SegrayError | None:
 
 
 def get_last_line(error: BaseException) -> str:
-    """Return the last line of a long error text, where Ray puts what went wrong."""
+    """Return the last non-empty line of an error's text, where Ray states the reason."""
     return ([line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[-1]

@@ -1,1 +1,1 @@
-"""Segmentation: a bucket of images to Parquet."""
+"""Distributed inference with Ray Data: a bucket of images to Parquet."""

@@ -1,21 +1,27 @@
-"""What a call of ``segray segment`` asks for, and what it comes to."""
+"""Job descriptions and the result of a segmentation run."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 
 from segray.config import SegmentSettings
+from segray.data.classes import ClassMap
+from segray.results.reader import RunResults
 from segray.storage import normalize_uri
 
 
 @dataclass(frozen=True)
 class SegmentJob:
-    """What to segment, with what, and where to.
+    """What to segment, with which model and settings, and where to write the results.
 
     Attributes:
+        bundle_uri: The model bundle.
         image_uris: Folders or prefixes, globs, single images, text lists, manifests.
-        mask_uris: Ground truth for each of them, paired by path without extension; empty to segment without scoring.
+        output_uri: The run folder.
+        mask_uris: One folder of ground truth for each image URI, paired by path without extension; empty to segment
+            without scoring.
     """
 
     bundle_uri: str
@@ -26,11 +32,11 @@ class SegmentJob:
 
     @property
     def inputs(self) -> dict[str, Any]:
-        """The URIs that are read."""
+        """The URIs that are read, as recorded in ``run.json``."""
         return {"bundle": self.bundle_uri, "images": list(self.image_uris), "masks": list(self.mask_uris)}
 
     def normalize(self) -> "SegmentJob":
-        """Return the job with each URI in its one spelling."""
+        """Return the job with normalized URIs."""
         return replace(
             self,
             bundle_uri=normalize_uri(self.bundle_uri),
@@ -41,10 +47,50 @@ class SegmentJob:
 
 
 @dataclass(frozen=True)
-class SegmentOutcome:
-    """A finished run."""
+class PipelineJob:
+    """What the stages of the pipeline share. It is sent to every worker, so it holds no model and no listing.
+
+    Attributes:
+        output_uri: The run folder.
+        cut_sha256: Hash in the file names of the run's plan, see ``Plan``.
+        bundle_uri: The model bundle.
+        bundle_sha256: sha256 of the bundle's manifest when the run was planned; workers refuse any other bundle.
+        classes: Classes of the model.
+        image_size: Height and width of the model's input.
+        has_truth: Whether masks are read and scored.
+    """
 
     output_uri: str
+    cut_sha256: str
+    bundle_uri: str
+    bundle_sha256: str
+    classes: ClassMap
+    image_size: tuple[int, int]
+    settings: SegmentSettings
+    has_truth: bool
+
+
+@dataclass(frozen=True)
+class SegmentResult:
+    """Result of a complete run.
+
+    Attributes:
+        output: URI of the run folder.
+        num_ok: Number of ``ok`` rows.
+        errors: Number of error rows by kind.
+        summary: Content of ``summary.parquet``: one row per class, a table of ``SUMMARY_SCHEMA``.
+    """
+
+    output: str
     num_ok: int
     errors: dict[str, int]
     summary: pa.Table
+
+    def rows(self, columns: Sequence[str] | None = None) -> pa.Table:
+        """Read the rows of the run, sorted by URI: a table of ``IMAGES_SCHEMA``, or of some of its columns.
+
+        Without ``columns`` the masks are read too; ``segray.open_results`` reads them one by one.
+        """
+        columns = None if columns is None else list(columns)
+        table: pa.Table = RunResults(self.output).images.to_table(columns=columns)
+        return table

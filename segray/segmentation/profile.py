@@ -1,7 +1,7 @@
-"""Where a run's time went: the steps of each stage, how busy the predictors were, and what to turn.
+"""Profile of a run: time per step of each stage, utilisation of the predictors, and which setting to change.
 
-Every fragment carries the seconds of its steps through the pipeline, and the driver adds them up. To read a clock costs
-nothing beside an image, so this is always done, and shown on request.
+Every fragment carries the times of its steps through the pipeline, and the driver adds them up. Reading a clock costs
+nothing compared with processing an image, so times are always recorded; they are shown on request.
 """
 
 import threading
@@ -16,19 +16,19 @@ import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
-_BUSY_SHARE = 0.9  # of a predictor's time: from here on, nothing but the model can make a run faster
+_BUSY_SHARE = 0.9  # If predictors are busy for more of their time, only a faster model makes a run faster.
 
 STEPS_TYPE = pa.list_(pa.struct([("step", pa.string()), ("wall_s", pa.float64()), ("core_s", pa.float64())]))
 
 
 class Step(StrEnum):
-    """What the stages spend their time on, in the order in which an image meets it."""
+    """Steps of the stages, in the order in which an image passes through them."""
 
     FETCH = "fetch"
-    DECODE = "decode"  # and resize
-    PACK = "pack"  # for the way to a predictor
-    WAIT = "wait"  # of a predictor, for decoded images; its start is not counted
-    PREDICT = "predict"  # the model
+    DECODE = "decode"  # includes resizing
+    PACK = "pack"  # serialisation for the transfer to a predictor
+    WAIT = "wait"  # a predictor waits for decoded images; its start is not counted
+    PREDICT = "predict"  # the forward pass
     COUNT = "count"  # masks and statistics from logits
     ENCODE = "encode"
     WRITE = "write"
@@ -40,21 +40,21 @@ _STAGES = {
     "write": (Step.ENCODE, Step.WRITE),
 }
 _REMEDIES = {
-    Step.FETCH: "the store answers slowly: raise segment.num_fetch_threads",
-    Step.DECODE: "decoding: give the cluster more CPUs beside the predictors, store JPEG instead of PNG, or decode "
-    "large JPEG at a fraction of their size (segment.reduce_jpeg)",
-    Step.PACK: "memory: lower segment.fragment_size",
-    Step.ENCODE: "encoding: give the cluster more CPUs; segment.mask_encoding raw is faster than png",
-    Step.WRITE: "the store takes fragments slowly: raise segment.fragment_size, so that they are fewer",
+    Step.FETCH: "reading from the store: raise segment.num_fetch_threads",
+    Step.DECODE: "decoding: add CPUs to the cluster, store JPEG instead of PNG, or decode large JPEG images at a "
+    "fraction of their size (segment.reduce_jpeg)",
+    Step.PACK: "copying in memory: lower segment.fragment_size",
+    Step.ENCODE: "encoding: add CPUs to the cluster; segment.mask_encoding raw is faster than png",
+    Step.WRITE: "writing to the store: raise segment.fragment_size, so that there are fewer files",
 }
 
 
 class Stopwatch:
-    """Adds up the seconds of one fragment's steps; many threads may use it at once.
+    """Adds up the times of one fragment's steps. Thread-safe.
 
     Args:
-        read_core_s: Clock of the processor's time: of the thread alone, or of the whole process where the step has
-            threads of its own.
+        read_core_s: Clock of CPU time in seconds: that of the calling thread, or that of the whole process if the steps
+            use further threads.
     """
 
     def __init__(self, read_core_s: Callable[[], float] = time.thread_time) -> None:
@@ -64,7 +64,7 @@ class Stopwatch:
 
     @contextmanager
     def measure(self, step: Step) -> Iterator[None]:
-        """Add the time of a block to a step."""
+        """Add the time that the block takes to a step."""
         wall_s, core_s = time.perf_counter(), self._read_core_s()
         try:
             yield
@@ -72,7 +72,7 @@ class Stopwatch:
             self.add(step, time.perf_counter() - wall_s, self._read_core_s() - core_s)
 
     def add(self, step: Step, wall_s: float, core_s: float = 0.0) -> None:
-        """Add time to a step."""
+        """Add wall time and CPU time, in seconds, to a step."""
         with self._lock:
             seconds = self._seconds.setdefault(step, [0.0, 0.0])
             seconds[0] += wall_s
@@ -88,11 +88,14 @@ class Profile:
     """Sums over the fragments of a run.
 
     Attributes:
-        num_predictors: Predictors that there were.
-        started_s: When the run began, by ``time.monotonic``.
-        first_s: From there to the first written fragment; None before it.
-        last_s: To the last one.
-        num_first: Images in the first one.
+        num_predictors: Number of predictors.
+        started_s: Time at which the run started, by ``time.monotonic``.
+        num_images: Number of images in written fragments.
+        num_first: Number of images in the first written fragment.
+        first_s: Seconds from the start until the first fragment was written; None before that.
+        last_s: Seconds from the start until the last fragment was written.
+        wall_s: Wall time by step, summed over fragments.
+        core_s: CPU time by step, summed over fragments.
     """
 
     num_predictors: int
@@ -105,7 +108,7 @@ class Profile:
     core_s: dict[Step, float] = field(default_factory=lambda: dict.fromkeys(Step, 0.0))
 
     def add(self, num_images: int, steps: list[dict[str, Any]]) -> None:
-        """Count a fragment that was written just now."""
+        """Add a fragment that was just written; ``steps`` are rows of ``STEPS_TYPE``."""
         self.last_s = time.monotonic() - self.started_s
         if self.first_s is None:
             self.first_s, self.num_first = self.last_s, num_images
@@ -116,31 +119,31 @@ class Profile:
 
     @property
     def images_per_s(self) -> float | None:
-        """Rate since the first fragment; None of fewer than two."""
+        """Images per second after the first fragment; None with fewer than two fragments."""
         if self.first_s is None or self.last_s <= self.first_s:
             return None
         return (self.num_images - self.num_first) / (self.last_s - self.first_s)
 
     @property
     def busy_share(self) -> float:
-        """Share of the predictors' time, their start excepted, in which they did not wait for images."""
+        """Share of the predictors' time, without their start, in which they did not wait for images, 0 to 1."""
         seconds = [self.wall_s[step] for step in _STAGES["predict"]]
         return 1 - self.wall_s[Step.WAIT] / sum(seconds) if sum(seconds) else 0.0
 
     def find_bottleneck(self) -> str:
-        """Return what holds the run up, and what to turn."""
+        """Return the step that limits the rate of the run, and the settings that make it faster."""
         if self.busy_share >= _BUSY_SHARE:
             return (
-                "the model: more predictors or GPUs (segment.num_predictors, segment.num_gpus_per_predictor), "
-                "segment.precision bf16 and, in a long run, segment.compile make it faster, nothing else does"
+                "the model: only more predictors or GPUs (segment.num_predictors, segment.num_gpus_per_predictor), "
+                "segment.precision bf16 and, in a long run, segment.compile make the run faster"
             )
         slowest = max(_REMEDIES, key=lambda step: self.wall_s[step])
         return _REMEDIES[slowest]
 
 
 def print_profile(profile: Profile, console: Console) -> None:
-    """Print a table of the steps, the predictors' busy share, and the bottleneck."""
-    table = Table("stage", "step", title="where the time went, per image", title_justify="left")
+    """Print a table of the steps, the utilisation of the predictors, and the bottleneck."""
+    table = Table("stage", "step", title="time per image", title_justify="left")
     for header in ("ms", "core ms"):
         table.add_column(header, justify="right")
     num_images = max(1, profile.num_images)

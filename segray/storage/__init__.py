@@ -1,4 +1,4 @@
-"""Files by URI: a local disk, S3, or any other store that pyarrow opens."""
+"""Read, list and write files by URI: on local disks, on S3, and in any other store that pyarrow supports."""
 
 from segray.storage.files import (
     create_bytes,

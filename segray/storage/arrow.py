@@ -1,4 +1,4 @@
-"""Every other store that pyarrow knows: ``gs://``, ``abfs://``, ``hdfs://`` and their like."""
+"""Stores other than local disks and S3, through pyarrow: ``gs://``, ``abfs://``, ``hdfs://`` and others."""
 
 import uuid
 from collections.abc import Callable, Iterator
@@ -18,12 +18,16 @@ ResultT = TypeVar("ResultT")
 
 CLIENT_RETRY_FOR_S = 10
 
-# Stores whose PUT is atomic: a reader sees the whole object or none. Elsewhere a rename is the atomic act.
+# In these stores a PUT is atomic: a reader sees the whole object or none. Elsewhere files are written under another
+# name and renamed.
 _ATOMIC_PUT_STORES = {"gcs", "abfs"}
 
 
 class ArrowStore:
-    """A bucket, container or name node. Entity tags are made of modification time and size: listings carry no other."""
+    """A bucket, container or name node.
+
+    Entity tags are built from modification time and size, because pyarrow's listings contain no others.
+    """
 
     def __init__(self, scheme: str, authority: str) -> None:
         self._base = f"{scheme}://{authority}/"
@@ -31,7 +35,7 @@ class ArrowStore:
         self._root = root.rstrip("/")
 
     def list(self, folder: str, recursive: bool, start: str) -> Iterator[StoredFile]:
-        """See ``Store.list``; pyarrow gives a listing whole, not as a stream."""
+        """See ``Store.list``. The whole listing is held in memory: pyarrow does not stream it."""
         selector = fs.FileSelector(self._path(folder), recursive=recursive)
         infos = self._retry("list", folder, lambda: self._filesystem.get_file_info(selector))
         files = (self._describe(info) for info in infos if info.type == fs.FileType.File)
@@ -47,7 +51,7 @@ class ArrowStore:
 
     def find(self, key: str) -> StoredFile | None:
         """See ``Store.find``."""
-        info = self._retry("look at", key, lambda: self._filesystem.get_file_info(self._path(key)))
+        info = self._retry("stat", key, lambda: self._filesystem.get_file_info(self._path(key)))
         return self._describe(info) if info.type == fs.FileType.File else None
 
     def read(self, key: str) -> Content:
@@ -85,7 +89,7 @@ class ArrowStore:
         self._filesystem.move(partial, path)
 
     def create(self, key: str, content: bytes) -> bool:
-        """See ``Store.create``. pyarrow has no conditional write: two at the same moment may both create."""
+        """See ``Store.create``. pyarrow has no conditional write, so two simultaneous calls may both return True."""
         if self.find(key) is not None:
             return False
         self.write(key, content)
@@ -108,30 +112,30 @@ class ArrowStore:
     def _retry(self, verb: str, key: str, act: Callable[[], ResultT]) -> ResultT:
         uri = self._base + key
 
-        def act_or_explain() -> ResultT:
+        def act_translated() -> ResultT:
             try:
                 return act()
             except FileNotFoundError as error:
                 raise MissingFileError(
-                    f"cannot {verb} {uri}: nothing is there; check the spelling, or create it first"
+                    f"cannot {verb} {uri}: no such file or folder; check the spelling, or create it first"
                 ) from error
             except PermissionError as error:
                 raise StorageError(
-                    f"cannot {verb} {uri}: permission denied; check the rights of these credentials"
+                    f"cannot {verb} {uri}: permission denied; check the permissions of these credentials"
                 ) from error
-            except OSError as error:  # pyarrow's clients do not say which troubles pass
+            except OSError as error:  # pyarrow does not distinguish transient errors, so all of them are retried.
                 raise TransientError(flatten_message(error)) from error
             except (pa.ArrowInvalid, UnicodeError) as error:
                 raise UnusableFileError(f"cannot {verb} {uri}: {flatten_message(error)}; rename the file") from error
-            except pa.ArrowException as error:  # such as no credentials for Azure
+            except pa.ArrowException as error:  # For example, missing credentials for Azure.
                 raise StorageError(f"cannot {verb} {uri}: {flatten_message(error)}") from error
 
-        return retrying(verb, uri, act_or_explain)
+        return retrying(verb, uri, act_translated)
 
 
 @lru_cache(maxsize=32)
 def _open(base: str) -> tuple[fs.FileSystem, str]:
-    # Google's client tries again by itself, for a quarter of an hour unless told otherwise
+    # Google's client retries by itself, for 15 minutes by default.
     limit = f"?retry_limit_seconds={CLIENT_RETRY_FOR_S}" if base.startswith(("gs://", "gcs://")) else ""
     try:
         filesystem, root = fs.FileSystem.from_uri(base + limit)
@@ -141,10 +145,10 @@ def _open(base: str) -> tuple[fs.FileSystem, str]:
 
 
 def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
-    """Return pyarrow's file system of a URI, and the path of the URI in it: what Ray Train wants to be given.
+    """Return pyarrow's file system for a URI and the path in it, as Ray Train expects them.
 
     Raises:
-        StorageError: pyarrow does not know the scheme, or cannot set up its store.
+        StorageError: pyarrow does not know the scheme, or cannot open the store.
     """
     scheme, authority, key = split_uri(uri)
     if not scheme:
@@ -158,10 +162,10 @@ def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
 def _open_s3(bucket: str) -> fs.FileSystem:
     from botocore.exceptions import BotoCoreError
 
-    from segray.storage.s3 import find_place
+    from segray.storage.s3 import find_endpoint
 
     try:
-        endpoint, region = find_place()
+        endpoint, region = find_endpoint()
         location = urlsplit(endpoint) if endpoint else None
         return fs.S3FileSystem(
             region=region or ("us-east-1" if endpoint else fs.resolve_s3_region(bucket)),

@@ -1,7 +1,7 @@
-"""Read, list and write files by URI, wherever they are.
+"""Read, list and write files by URI, in any store.
 
-Every function raises ``StorageError`` when the world is at fault: one line that names the act, the URI and what to do.
-Troubles that may pass have been retried by then, for half a minute.
+Every function raises ``StorageError`` on environment errors (permissions, network, disk): one line that names the
+operation, the URI and the remedy. Transient errors have been retried for 30 s by then.
 """
 
 import io
@@ -16,7 +16,7 @@ from segray.storage.local import LocalStore, remove_empty_folders, remove_leftov
 from segray.storage.store import Store, StoredFile
 from segray.storage.uris import is_local, normalize_uri, split_uri
 
-_READ_AHEAD_BYTES = 2**16  # the footer of a Parquet file, and what lies before it
+_READ_AHEAD_BYTES = 2**16  # Enough for the footer of a typical Parquet file in one request.
 
 
 def _open(uri: str) -> tuple[Store, str]:
@@ -29,7 +29,7 @@ def _open_store(scheme: str, authority: str) -> Store:
     if not scheme:
         return LocalStore()
     if scheme == "s3":
-        from segray.storage.s3 import S3Store  # 0.3 s of imports, for those who need it
+        from segray.storage.s3 import S3Store  # The import takes 0.3 s.
 
         return S3Store(authority)
     return ArrowStore(scheme, authority)
@@ -41,21 +41,24 @@ def list_files(
     """Yield the files under a folder or prefix, sorted by URI.
 
     Args:
-        uri: Folder or prefix; ``s3://bucket/a`` means what is below ``a/``.
-        extensions: Lower-case extensions without the dot, taken in any case; None takes every file.
-        recursive: Also what is in folders below it.
-        start: Only files whose path below the folder begins so.
+        uri: Folder or prefix; ``s3://bucket/a`` lists the keys that begin with ``a/``.
+        extensions: Extensions without the dot, compared case-insensitively; None lists every file.
+        recursive: Also list files in subfolders.
+        start: List only files whose path below the folder begins with this.
 
     Raises:
         MissingFileError: The folder does not exist.
-        StorageError: The store refused or failed, or gave its keys in no order.
+        UnusableFileError: A file name is not valid UTF-8.
+        StorageError: The store refused or failed, or returned its keys unsorted.
     """
     store, key = _open(uri)
     wanted = None if extensions is None else tuple(f".{extension.lower()}" for extension in extensions)
     last = ""
     for file in store.list(key, recursive, start):
         if file.uri <= last:
-            raise StorageError(f"cannot list {uri}: {file.uri} came after {last}, expected sorted keys; use a manifest")
+            raise StorageError(
+                f"cannot list {uri}: the store returned {file.uri} after {last}, expected sorted keys; use a manifest"
+            )
         last = file.uri
         if wanted is None or file.uri.lower().endswith(wanted):
             _require_unicode(file.uri)
@@ -70,19 +73,19 @@ def _require_unicode(uri: str) -> None:
 
 
 def list_names(uri: str, *, folders: bool = False) -> set[str]:
-    """Return the names of the files, or of the folders, directly under a folder or prefix; empty if it is not there."""
+    """Return the names of the files (or folders) directly under a folder or prefix; empty if it does not exist."""
     store, key = _open(uri)
     return store.list_names(key, folders)
 
 
 def find_file(uri: str) -> StoredFile | None:
-    """Return size and entity tag of a file, or None if there is no such file (a folder is none)."""
+    """Return size, entity tag and modification time of a file, or None if it does not exist or is a folder."""
     store, key = _open(uri)
     return store.find(key)
 
 
 def exists(uri: str) -> bool:
-    """Say whether a file is at a URI."""
+    """Return whether a file exists at a URI."""
     return find_file(uri) is not None
 
 
@@ -91,37 +94,37 @@ def read_bytes(uri: str, etag: str | None = None) -> bytes:
 
     Args:
         uri: The file.
-        etag: The entity tag that it had; None takes any content.
+        etag: The expected entity tag; None accepts any content.
 
     Raises:
-        MissingFileError: Nothing is there.
-        ChangedFileError: The file has another entity tag by now.
+        MissingFileError: The file does not exist.
+        ChangedFileError: The file has another entity tag.
         StorageError: The store refused or failed.
     """
     store, key = _open(uri)
     content = store.read(key)
     if etag is not None and content.etag != etag:
-        raise ChangedFileError(f"{uri} has changed: its entity tag was {etag}, and is {content.etag}")
+        raise ChangedFileError(f"{uri} has changed: its entity tag was {etag} and is now {content.etag}")
     return content.data
 
 
 def open_for_reading(uri: str) -> io.BufferedReader:
-    """Open a file for reading at any position, without reading all of it.
+    """Open a seekable file without reading all of it.
 
     Raises:
-        MissingFileError: Nothing is there.
+        MissingFileError: The file does not exist.
         StorageError: The store refused or failed, here or in any later read.
     """
     store, key = _open(uri)
     found = store.find(key)
     if found is None:
-        raise MissingFileError(f"cannot read {uri}: nothing is there; check the spelling, or create it first")
+        raise MissingFileError(f"cannot read {uri}: no such file; check the spelling, or create it first")
     reader = _RangeReader(lambda start, end: store.read_range(key, start, end), found.size_bytes)
     return io.BufferedReader(reader, _READ_AHEAD_BYTES)
 
 
 class _RangeReader(io.RawIOBase):
-    """A file of which each read is a request of its own."""
+    """A seekable file in which every read is a separate request to the store."""
 
     def __init__(self, read_range: Callable[[int, int], bytes], size_bytes: int) -> None:
         self._read_range = read_range
@@ -139,7 +142,7 @@ class _RangeReader(io.RawIOBase):
         self._position = base + offset
         return self._position
 
-    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # what io hands over is always one
+    def readinto(self, buffer: memoryview) -> int:  # type: ignore[override]  # io always passes a memoryview.
         end = min(self._position + len(buffer), self._size_bytes)
         data = self._read_range(self._position, end)
         buffer[: len(data)] = data
@@ -148,21 +151,21 @@ class _RangeReader(io.RawIOBase):
 
 
 def write_bytes(uri: str, content: bytes | memoryview) -> None:
-    """Store a whole file by one atomic act, replacing what was there.
+    """Write a whole file atomically, replacing an existing one.
 
-    A reader, and a writer that died half-way, see the old file or the new one, never a part.
+    Readers see the old file or the new one, never a part, even if the writer dies.
 
     Raises:
-        StorageError: The store refused or failed; the old file or, if only its answer was lost, the new one is there.
+        StorageError: The store refused or failed. If only the response was lost, the file has been replaced.
     """
     store, key = _open(uri)
     store.write(key, content)
 
 
 def create_bytes(uri: str, content: bytes) -> bool:
-    """Store a whole file if there is none; return False if there is.
+    """Write a whole file if none exists; return False if one does.
 
-    One atomic act on S3 and on disks with second names; elsewhere there is a short gap between looking and writing.
+    Atomic on S3 and on disks with hard links. Elsewhere there is a short gap between the check and the write.
 
     Raises:
         StorageError: The store refused or failed.
@@ -172,16 +175,16 @@ def create_bytes(uri: str, content: bytes) -> bool:
 
 
 def remove_file(uri: str) -> None:
-    """Remove a file; it is no error if it is not there."""
+    """Remove a file, if it exists."""
     store, key = _open(uri)
     store.remove(key)
 
 
 def remove_folder(uri: str) -> None:
-    """Remove a folder, or every file under a prefix; it is no error if it is not there.
+    """Remove a folder, or every file under a prefix, if it exists.
 
     Raises:
-        StorageError: The store refused or failed; a part may be left.
+        StorageError: The store refused or failed; some files may be left.
     """
     with suppress(MissingFileError):
         for file in list(list_files(uri)):
@@ -191,6 +194,6 @@ def remove_folder(uri: str) -> None:
 
 
 def sweep_folder(uri: str) -> None:
-    """Remove what writers that were killed long ago have left in a folder; object stores keep nothing of them."""
+    """Remove temporary files that killed writers left in a folder over an hour ago; object stores have none."""
     if is_local(uri):
         remove_leftovers(normalize_uri(uri))

@@ -1,4 +1,4 @@
-"""Parquet files with page checksums: some columns without reading the others, or all of it by one request."""
+"""Read Parquet files with page checksums: selected columns only, or the whole file in one request."""
 
 import io
 from collections.abc import Sequence
@@ -13,13 +13,18 @@ _NUM_ATTEMPTS = 3
 
 
 def read_columns(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
-    """Read columns of a file that was written with page checksums; None reads all.
+    """Read columns of a Parquet file that was written with page checksums.
 
-    Parts of an object have no checksum of their own, so a byte flipped on the way shows only here: it is read again.
+    Range requests have no checksum of their own, so only the page checksums reveal bytes that were corrupted in
+    transit. The file is then read again, up to 3 times in all.
+
+    Args:
+        uri: The file.
+        columns: Columns to read; None reads all of them with a single request.
 
     Raises:
-        MissingFileError: Nothing is there.
-        StorageError: It is no Parquet file with these columns, or the store refused or failed.
+        MissingFileError: The file does not exist.
+        StorageError: It is not a Parquet file with these columns, or the store refused or failed.
     """
     for attempt in range(1, _NUM_ATTEMPTS + 1):
         try:
@@ -28,7 +33,7 @@ def read_columns(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
         except (pa.ArrowException, OSError) as error:
             if attempt == _NUM_ATTEMPTS:
                 raise StorageError(
-                    f"{uri}: damaged, or not a Parquet file of segray: {flatten_message(error)}; if it is so in the "
-                    "store too, remove it, and the same call makes it again"
+                    f"{uri}: damaged, or not a Parquet file of segray: {flatten_message(error)}; if the stored file is "
+                    "damaged, remove it and rerun the same command to write it again"
                 ) from error
     raise AssertionError("unreachable")

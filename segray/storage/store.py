@@ -1,4 +1,4 @@
-"""What a kind of store has to offer, and how its passing troubles are retried."""
+"""Define the interface of a store, and retry its transient errors."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -10,7 +10,7 @@ from segray.errors import StorageError
 
 ResultT = TypeVar("ResultT")
 
-# A store that is down is reported within a minute: the last attempt may itself wait for the time-outs below.
+# An unreachable store is reported within a minute: the last attempt may itself wait for the time-outs below.
 RETRY_FOR_S = 30
 CONNECT_TIMEOUT_S = 5
 READ_TIMEOUT_S = 20
@@ -19,11 +19,13 @@ _MAX_WAIT_S = 4
 
 @dataclass(frozen=True, slots=True)
 class StoredFile:
-    """A file as a listing or an answer describes it.
+    """A file as a listing or a response describes it.
 
     Attributes:
-        etag: Tells two contents of one name apart: the store's entity tag, or modification time and size.
-        modified_s: When it was written, seconds since 1970.
+        uri: The file, in the spelling of ``normalize_uri``.
+        size_bytes: Its size.
+        etag: Identifies the content: the store's entity tag, or modification time and size.
+        modified_s: Modification time, in seconds since 1970.
     """
 
     uri: str
@@ -34,18 +36,21 @@ class StoredFile:
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """The bytes of a file, and the tag of just these bytes."""
+    """The content of a file and the entity tag of exactly this content."""
 
     data: bytes
     etag: str | None
 
 
 class TransientError(Exception):
-    """A trouble that may pass: no answer, half an answer, "slow down". Only ``retrying`` sees it."""
+    """An error that a retry may solve: no response, half a response, throttling. Only ``retrying`` handles it."""
 
 
 class Store(Protocol):
-    """Files by key, in one bucket, container or disk. Methods raise ``StorageError``; they have retried."""
+    """Files by key in one bucket, container or disk.
+
+    Methods retry transient errors and raise ``StorageError`` if these persist or the store refuses.
+    """
 
     def list(self, folder: str, recursive: bool, start: str) -> Iterator[StoredFile]:
         """Yield the files under a folder whose key begins with ``start``, sorted by key.
@@ -56,41 +61,46 @@ class Store(Protocol):
         ...
 
     def list_names(self, folder: str, folders: bool) -> set[str]:
-        """Return the names of files, or of folders, directly in a folder; none if it is not there."""
+        """Return the names of files (or folders) directly in a folder; an empty set if it does not exist."""
         ...
 
     def find(self, key: str) -> StoredFile | None:
-        """Return what is known of a file without reading it, or None."""
+        """Return the metadata of a file, or None if it does not exist."""
         ...
 
     def read(self, key: str) -> Content:
-        """Return a whole file."""
+        """Return the content of a file."""
         ...
 
     def read_range(self, key: str, start: int, end: int) -> bytes:
-        """Return the bytes from ``start`` up to, not including, ``end``."""
+        """Return the bytes from ``start`` to ``end`` (exclusive)."""
         ...
 
     def write(self, key: str, content: bytes | memoryview) -> None:
-        """Store a whole file by one atomic act, replacing what was there."""
+        """Write a whole file atomically, replacing an existing one."""
         ...
 
     def create(self, key: str, content: bytes) -> bool:
-        """Store a whole file if there is none; False, and nothing done, if there is."""
+        """Write a whole file if none exists; return False and change nothing if one does."""
         ...
 
     def remove(self, key: str) -> None:
-        """Remove a file; it is no error if it is not there."""
+        """Remove a file, if it exists."""
         ...
 
 
 def retrying(verb: str, uri: str, act: Callable[[], ResultT]) -> ResultT:
-    """Do something with a store again and again while its trouble may pass, for ``RETRY_FOR_S`` at most.
+    """Call ``act``, and retry on ``TransientError`` with exponential back-off for up to ``RETRY_FOR_S``.
+
+    Args:
+        verb: The operation, for the message: "cannot VERB URI".
+        uri: The file or folder, for the message.
+        act: The operation.
 
     Raises:
-        StorageError: What ``act`` raises, or that the trouble has not passed.
+        StorageError: ``act`` raised it, or the transient error persisted.
     """
-    # full jitter: a cluster of workers that failed at one moment does not come back at one moment
+    # Full jitter, so that workers which failed at the same moment do not retry at the same moment.
     attempts = Retrying(
         retry=retry_if_exception_type(TransientError),
         wait=wait_random_exponential(multiplier=0.1, max=_MAX_WAIT_S),
@@ -103,5 +113,5 @@ def retrying(verb: str, uri: str, act: Callable[[], ResultT]) -> ResultT:
         number = attempts.statistics["attempt_number"]
         raise StorageError(
             f"cannot {verb} {uri}: {error} ({number} attempts in {RETRY_FOR_S} s); "
-            "once the store is well again, the same call goes on"
+            "to resume once the store is available again, rerun the same command"
         ) from error

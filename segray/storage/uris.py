@@ -1,7 +1,7 @@
-"""The spelling of URIs: ``scheme://authority/key``, or a local path.
+"""Normalize and split URIs: ``scheme://authority/key``, or a local path.
 
-Keys are taken as they are: nothing is percent-decoded, so ``s3://bucket/a%20b #1.png`` names exactly that key. Only
-``file://`` URIs are decoded, as their standard says.
+Keys are not percent-decoded, so ``s3://bucket/a%20b #1.png`` names exactly that key. Only ``file://`` URIs are decoded,
+as RFC 8089 specifies.
 """
 
 import os
@@ -10,7 +10,7 @@ from urllib.parse import unquote
 
 
 def normalize_uri(uri: str) -> str:
-    """Return the one spelling of a URI that segray stores: absolute local paths, no ``file://``, no trailing slash."""
+    """Return a URI in the spelling that segray stores: absolute local paths, no ``file://``, no trailing slash."""
     if uri.startswith("file://"):
         uri = unquote(uri.removeprefix("file://"))
     if is_local(uri):
@@ -19,17 +19,17 @@ def normalize_uri(uri: str) -> str:
 
 
 def is_local(uri: str) -> bool:
-    """Say whether a URI is a path of this machine."""
+    """Return whether a URI is a local path."""
     return "://" not in uri or uri.startswith("file://")
 
 
 def is_relative(uri: str) -> bool:
-    """Say whether a URI is a path that depends on the current folder."""
+    """Return whether a URI is a path relative to the current folder."""
     return is_local(uri) and not uri.startswith(("/", "~", "file://"))
 
 
 def split_uri(uri: str) -> tuple[str, str, str]:
-    """Return scheme, authority and key of a URI; a local path is all key."""
+    """Return scheme, authority and key of a URI; for a local path the first two are empty."""
     uri = normalize_uri(uri)
     if is_local(uri):
         return "", "", uri

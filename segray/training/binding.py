@@ -1,22 +1,38 @@
-"""An output folder belongs to one run: the same settings, the same images."""
+"""Binds a training or tuning output folder to one run: the same settings and the same labelled images."""
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from segray.config import find_differences
-from segray.errors import RunMismatchError
-from segray.storage import exists, read_bytes, write_bytes
+from segray.runs.fingerprint import Fingerprint, read_record
+from segray.storage import write_bytes
+
+
+class TrainFingerprint(Fingerprint):
+    """Content of ``train.json`` and ``tune.json``.
+
+    Attributes:
+        config: The settings that decide which weights a run produces.
+        listing: sha256 of the list of images, their masks and splits.
+    """
+
+    hash_messages: ClassVar[Mapping[str, str]] = {
+        "listing": "different listing: images or masks were added, removed or renamed"
+    }
+    output_setting: ClassVar[str] = "output"
+
+    listing: str
 
 
 @dataclass(frozen=True)
 class Binding:
-    """What an output is bound to.
+    """The file that binds an output folder to one run, and what this call would write to it.
 
     Attributes:
-        uri: The file under the output that says so.
-        settings: Those that decide what comes out.
-        listing: sha256 of which images, with which masks, in which split.
+        uri: The file, directly in the output folder.
+        settings: The settings that decide the result, as JSON values.
+        listing: sha256 of the list of images, their masks and splits.
     """
 
     uri: str
@@ -24,21 +40,19 @@ class Binding:
     listing: str
 
     def require_same(self) -> None:
-        """Refuse an output that is bound to something else; one that is not bound is free.
+        """Raise if the folder is bound to another run; a folder without the file is free.
 
         Raises:
-            RunMismatchError: Names each difference.
+            RunMismatchError: The settings or the listing differ (names each difference), or the file is not valid.
         """
-        if not exists(self.uri):
-            return
-        theirs = json.loads(read_bytes(self.uri))
-        differences = find_differences(theirs["config"], self.settings)
-        if theirs["listing"] != self.listing:
-            differences.append("another listing: images or masks were added, removed or renamed")
-        if differences:
-            output = self.uri.rpartition("/")[0]
-            raise RunMismatchError(f"{output} holds another run ({'; '.join(differences)}); choose another output")
+        recorded = read_record(self.uri, TrainFingerprint, TrainFingerprint.output_setting)
+        if recorded is not None:
+            recorded.require_same(self._fingerprint, self.uri.rpartition("/")[0])
 
     def write(self) -> None:
-        """Bind the output."""
-        write_bytes(self.uri, json.dumps({"config": self.settings, "listing": self.listing}, indent=2).encode())
+        """Write the file; from then on the folder belongs to this run."""
+        write_bytes(self.uri, json.dumps(self._fingerprint.model_dump(mode="json"), indent=2).encode())
+
+    @property
+    def _fingerprint(self) -> TrainFingerprint:
+        return TrainFingerprint(config=self.settings, listing=self.listing)

@@ -1,4 +1,4 @@
-"""From checkpoints to the bundle: the best epoch's weights, with what a person wants to see of them."""
+"""Write the model bundle of a finished run: the weights of the best epoch, with scores, pictures and a model card."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -10,7 +10,7 @@ from rich.console import Console
 
 from segray.data.images import resize_image
 from segray.models.build import SegmentationModel, build_model
-from segray.models.bundle import save_bundle
+from segray.models.bundle import BundleDescription, save_bundle
 from segray.models.prediction import compute_mask
 from segray.plots import Panel, draw_comparison, draw_confusion, draw_curves
 from segray.schema import get_library_versions
@@ -29,7 +29,8 @@ def write_bundle(job: TrainJob, bundle_uri: str, console: Console) -> None:
     """Write the bundle of the epoch with the highest validation mean IoU.
 
     Raises:
-        SegrayError: No checkpoint is whole, or the store failed.
+        TrainingError: No checkpoint is both evaluated and intact.
+        StorageError: Permissions, network or disk error.
     """
     best = find_best_state(job.run_uri, console.print)
     history = find_newest_history(job.run_uri)
@@ -38,13 +39,15 @@ def write_bundle(job: TrainJob, bundle_uri: str, console: Console) -> None:
     model.load_state_dict(best.weights)
     save_bundle(
         bundle_uri,
-        weights=best.weights,
-        model=job.config.model,
-        classes=job.classes,
-        image_size=job.config.image_size,
-        preprocessing=job.preprocessing,
-        metrics=metrics,
-        config=job.config.model_dump(mode="json"),
+        best.weights,
+        BundleDescription(
+            model=job.config.model,
+            classes=job.classes,
+            image_size=job.config.image_size,
+            preprocessing=job.preprocessing,
+            metrics=metrics,
+            config=job.config.model_dump(mode="json"),
+        ),
         files={
             "metrics.csv": format_metrics_csv(history, job.classes),
             "curves.png": draw_curves(history, job.classes),
@@ -57,7 +60,7 @@ def write_bundle(job: TrainJob, bundle_uri: str, console: Console) -> None:
 
 
 def _draw_predictions(job: TrainJob, model: SegmentationModel, scores: Sequence[tuple[float, int]]) -> bytes:
-    """Draw images of the validation split, given with their scores, beside truth and prediction."""
+    """Return a PNG of validation images beside their ground truth and prediction, given (mean IoU, index) of each."""
     config, classes = job.config, job.classes
     panels = []
     for score, number in scores:
@@ -72,9 +75,10 @@ def _draw_predictions(job: TrainJob, model: SegmentationModel, scores: Sequence[
 
 
 def _format_card(job: TrainJob, history: Sequence[dict[str, Any]], metrics: dict[str, Any]) -> bytes:
-    lists = ("dataset_iou", "dataset_dice", "precision", "recall", "boundary_iou", "mean_image_iou")
+    """Return the model card, in Markdown, of the epoch with these metrics."""
+    columns = ("dataset_iou", "dataset_dice", "precision", "recall", "boundary_iou", "mean_image_iou")
     rows = [
-        {"name": name, **{column: metrics[f"val_{column}"][index] for column in lists}}
+        {"name": name, **{column: metrics[f"val_{column}"][index] for column in columns}}
         for index, name in enumerate(job.classes.names)
     ]
     card = _TEMPLATES.get_template("model_card.md.j2").render(
@@ -83,7 +87,7 @@ def _format_card(job: TrainJob, history: Sequence[dict[str, Any]], metrics: dict
         splits=job.splits,
         metrics=metrics,
         num_epochs=len(history),
-        columns=lists,
+        columns=columns,
         rows=rows,
         class_weights=None if job.class_weights is None else ", ".join(f"{weight:.3g}" for weight in job.class_weights),
         augmentation=", ".join(f"{name} {value}" for name, value in job.config.augmentation.changes.items()),

@@ -1,11 +1,10 @@
-"""Checkpoints to resume from: ``state.safetensors`` and ``checkpoint.json``, which holds the sha256 of the former.
+"""Training checkpoints to resume from, stored as ``state.safetensors`` and ``checkpoint.json``.
 
-They are found again by looking at what is there, not by asking Ray Train's own list of them, which can be left empty by
-a driver that dies while writing it. A damaged one is passed over for the one before, and said so. Nothing is pickled.
+Checkpoints are found by listing the run's folder, not from Ray Train's own list, which is left empty if the driver dies
+while writing it. A damaged checkpoint is skipped with a warning, and the one before it is used. Nothing is pickled.
 """
 
 import hashlib
-import json
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -17,9 +16,10 @@ from safetensors.torch import load as load_safetensors
 from segray.errors import MissingFileError, TrainingError
 from segray.models.bundle import pack_tensors
 from segray.storage import get_file_name, join_uri, list_names, read_bytes, remove_folder, write_bytes
+from segray.training.checkpoint_index import CheckpointIndex, get_score, read_index, write_index
 
-_STATE, _INDEX = "state.safetensors", "checkpoint.json"
-RUN_NAME = "ray_train"  # the folder under the output that Ray Train keeps its checkpoints in
+_STATE_NAME = "state.safetensors"
+RUN_NAME = "ray_train"  # The folder under the output in which Ray Train keeps its checkpoints.
 CHECKPOINT_PREFIX = "checkpoint_"
 _MODEL, _AVERAGE, _OPTIMIZER = "model", "average", "optimizer"
 
@@ -28,17 +28,17 @@ Tensors = dict[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class TrainingState:
-    """All that an unbroken run would have had at this point.
+    """The complete state of a training run after some step.
 
     Attributes:
-        num_steps_done: Steps behind this state. Random numbers are drawn by (seed, step, rank) and (seed, position), so
-            the step is also the place in the sample order and the state of every generator.
-        model: Whole state dict of the model, however many ranks hold it.
-        optimizer: State dict of the optimizer by parameter names, as ``get_optimizer_state_dict`` gives it.
+        num_steps_done: Training steps completed. Random numbers are drawn from (seed, step, rank) and (seed, position),
+            so the step also determines the position in the sample order and the state of every generator.
+        model: Full state dict of the model, regardless of how many ranks hold its parameters.
+        optimizer: State dict of the optimizer by parameter names, as ``get_optimizer_state_dict`` returns it.
         schedule: State dict of the learning-rate schedule.
-        scaler: State dict of the gradient scaler; empty unless in fp16.
+        scaler: State dict of the gradient scaler; empty unless training in fp16.
         average: State dict of the model with averaged weights, or None.
-        epoch_losses: Losses of the steps of the epoch that was begun.
+        epoch_losses: Losses of the steps so far of an unfinished epoch; empty at the end of an epoch.
         history: Metrics of each finished epoch.
     """
 
@@ -53,20 +53,20 @@ class TrainingState:
 
     @property
     def weights(self) -> Tensors:
-        """The weights that are scored and kept: the averaged ones where there are."""
+        """The weights to evaluate and to ship: the averaged weights if there are any, else those of the model."""
         return self.model if self.average is None else self.average
 
     @property
     def score(self) -> float | None:
-        """Validation mean IoU of these weights; None in the middle of an epoch, or if it was not evaluated."""
-        return _get_score({"epoch_losses": self.epoch_losses, "history": self.history})
+        """Validation mean IoU of these weights; None in the middle of an epoch, or if they were not evaluated."""
+        return get_score(self.history, self.epoch_losses)
 
 
 def save_state(uri: str, state: TrainingState) -> None:
-    """Write a checkpoint into an empty folder; what describes it is written last.
+    """Write a checkpoint into the empty folder ``uri``; its index is written last and marks it as complete.
 
     Raises:
-        StorageError: The store refused or failed.
+        StorageError: Permissions, network or disk error.
     """
     tensors = {f"{_MODEL}.{name}": tensor for name, tensor in state.model.items()}
     tensors |= {f"{_AVERAGE}.{name}": tensor for name, tensor in (state.average or {}).items()}
@@ -76,40 +76,40 @@ def save_state(uri: str, state: TrainingState) -> None:
             key = f"{_OPTIMIZER}.{parameter}.{name}"
             (tensors if isinstance(value, torch.Tensor) else scalars)[key] = value
     content = pack_tensors(tensors)
-    index = {
-        "state_sha256": hashlib.sha256(content).hexdigest(),
-        "num_steps_done": state.num_steps_done,
-        "optimizer_scalars": scalars,
-        "optimizer_groups": state.optimizer["param_groups"],
-        "schedule": state.schedule,
-        "scaler": state.scaler,
-        "epoch_losses": state.epoch_losses,
-        "history": state.history,
-    }
-    write_bytes(join_uri(uri, _STATE), content)
-    text = json.dumps(index)
-    write_bytes(join_uri(uri, _INDEX), json.dumps({"index_sha256": _hash(text), "index": text}).encode())
+    write_bytes(join_uri(uri, _STATE_NAME), content)
+    index = CheckpointIndex(
+        state_sha256=hashlib.sha256(content).hexdigest(),
+        num_steps_done=state.num_steps_done,
+        optimizer_scalars=scalars,
+        optimizer_groups=state.optimizer["param_groups"],
+        schedule=state.schedule,
+        scaler=state.scaler,
+        epoch_losses=state.epoch_losses,
+        history=state.history,
+    )
+    write_index(uri, index)
 
 
 def load_state(uri: str) -> TrainingState:
-    """Read a checkpoint.
+    """Read the checkpoint in the folder ``uri`` and verify its checksums.
 
     Raises:
-        ValueError: It is incomplete or damaged.
-        StorageError: The store refused or failed.
+        ValueError: The checkpoint is incomplete or damaged.
+        StorageError: Permissions, network or disk error.
     """
-    index = _read_index(uri)
+    index = read_index(uri)
     try:
-        content = read_bytes(join_uri(uri, _STATE))
+        content = read_bytes(join_uri(uri, _STATE_NAME))
     except MissingFileError as error:
         raise ValueError(f"incomplete: {error}") from error
     found = hashlib.sha256(content).hexdigest()
-    if found != index["state_sha256"]:
-        raise ValueError(f"{_STATE} has sha256 {found[:12]}… instead of {index['state_sha256'][:12]}…")
+    if found != index.state_sha256:
+        raise ValueError(f"{_STATE_NAME} has sha256 {found[:12]}… instead of {index.state_sha256[:12]}…")
     parts: dict[str, Tensors] = {_MODEL: {}, _AVERAGE: {}}
     parameters: dict[str, dict[str, Any]] = {}
-    # sorted, for safetensors gives them in an order of each process's own, and ranks split weights tensor by tensor
-    for key, value in sorted({**load_safetensors(content), **index["optimizer_scalars"]}.items()):
+    # Sorted, because safetensors returns tensors in an order that differs between processes, and ranks shard the
+    # weights tensor by tensor.
+    for key, value in sorted({**load_safetensors(content), **index.optimizer_scalars}.items()):
         owner, _, name = key.partition(".")
         if owner == _OPTIMIZER:
             parameter, _, name = name.rpartition(".")
@@ -117,95 +117,96 @@ def load_state(uri: str) -> TrainingState:
         else:
             parts[owner][name] = value
     return TrainingState(
-        num_steps_done=index["num_steps_done"],
+        num_steps_done=index.num_steps_done,
         model=parts[_MODEL],
-        optimizer={"state": parameters, "param_groups": [_tuple_betas(group) for group in index["optimizer_groups"]]},
-        schedule=index["schedule"],
-        scaler=index["scaler"],
+        optimizer={"state": parameters, "param_groups": [_restore_tuples(group) for group in index.optimizer_groups]},
+        schedule=index.schedule,
+        scaler=index.scaler,
         average=parts[_AVERAGE] or None,
-        epoch_losses=index["epoch_losses"],
-        history=index["history"],
+        epoch_losses=index.epoch_losses,
+        history=index.history,
     )
 
 
-def _tuple_betas(group: dict[str, Any]) -> dict[str, Any]:
-    return {name: tuple(value) if name == "betas" else value for name, value in group.items()}  # JSON has lists
+def _restore_tuples(group: dict[str, Any]) -> dict[str, Any]:
+    """Return an optimizer's parameter group with ``betas`` as the tuple that JSON stored as a list."""
+    return {name: tuple(value) if name == "betas" else value for name, value in group.items()}
 
 
 def name_checkpoint(num_steps_done: int) -> str:
-    """Return a new folder name; those of one step differ, so that no start writes into what another has left."""
+    """Return a new folder name; it is unique, so that a restarted run never writes into an earlier upload."""
     return f"{CHECKPOINT_PREFIX}{num_steps_done:09d}_{uuid.uuid4().hex[:8]}"
 
 
 def list_checkpoints(run_uri: str) -> list[str]:
-    """Return the URIs of the checkpoints of a run, damaged ones included."""
+    """Return the URIs of all checkpoints of a run, including damaged ones."""
     names = sorted(name for name in list_names(run_uri, folders=True) if name.startswith(CHECKPOINT_PREFIX))
     return [join_uri(run_uri, name) for name in names]
 
 
 def find_newest_state(run_uri: str, warn: Callable[[str], None]) -> tuple[str, TrainingState] | None:
-    """Return the whole checkpoint with most steps behind it and its URI, or None; ``warn`` hears of damaged ones."""
-    return _find_first_whole(run_uri, lambda index: int(index["num_steps_done"]), warn)
+    """Return the intact checkpoint with the most steps, as (URI, state), or None if there is none.
+
+    ``warn`` is called with a message for each damaged checkpoint.
+    """
+    return _load_first_intact(run_uri, lambda index: index.num_steps_done, warn)
 
 
 def find_newest_history(run_uri: str) -> list[dict[str, Any]]:
-    """Return the metrics of all finished epochs."""
-    indices = [index for _, index in _read_indices(run_uri, lambda _: None)]
-    return max((index["history"] for index in indices), key=len, default=[])
+    """Return the metrics of all finished epochs, from the checkpoint that has the most of them."""
+    histories = [index.history for _, index in _read_indices(run_uri, lambda _: None)]
+    return max(histories, key=len, default=[])
 
 
 def find_best_state(run_uri: str, warn: Callable[[str], None]) -> TrainingState:
-    """Return the whole checkpoint with the highest validation mean IoU, the latest among equals.
+    """Return the intact checkpoint with the highest validation mean IoU, the latest among equals.
 
-    Ray Train keeps the latest of equals too: the earliest may be gone, or not, by how often the run was started.
+    Ray Train also keeps the latest among equals. The earliest may have been removed, depending on how often the run was
+    restarted.
 
     Raises:
-        TrainingError: No scored checkpoint of the run is whole.
+        TrainingError: No checkpoint of the run is both evaluated and intact.
     """
-    found = _find_first_whole(run_uri, _rank_by_score, warn)
+    found = _load_first_intact(run_uri, _get_score_key, warn)
     if found is None or found[1].score is None:
-        raise TrainingError(f"no whole checkpoint under {run_uri}; train again with another output")
+        raise TrainingError(f"no intact evaluated checkpoint under {run_uri}; choose another output and train again")
     return found[1]
 
 
 def remove_surplus(run_uri: str, num_best: int) -> None:
-    """Remove the checkpoints that are neither the newest two nor among the best, and what broken uploads have left.
+    """Remove all checkpoints except the newest two and the best ``num_best``, and remove interrupted uploads.
 
-    The newest may be damaged, so the one before stays too.
+    Two are kept because the newest may be damaged.
     """
     found = list(_read_indices(run_uri, lambda _: None))
-    newest = sorted(found, key=lambda pair: int(pair[1]["num_steps_done"]), reverse=True)[:2]
-    best = sorted(found, key=lambda pair: _rank_by_score(pair[1]), reverse=True)[:num_best]
+    newest = sorted(found, key=lambda pair: pair[1].num_steps_done, reverse=True)[:2]
+    best = sorted(found, key=lambda pair: _get_score_key(pair[1]), reverse=True)[:num_best]
     kept = {uri for uri, _ in (*newest, *best)}
-    whole = {uri for uri, _ in found}
-    oldest_kept = min((int(index["num_steps_done"]) for _, index in newest), default=0)
+    complete = {uri for uri, _ in found}
+    oldest_kept = min((index.num_steps_done for _, index in newest), default=0)
     for uri in list_checkpoints(run_uri):
-        is_broken = uri not in whole and _get_num_steps(uri) < oldest_kept
-        if is_broken or uri in whole - kept:
+        is_interrupted = uri not in complete and _get_num_steps(uri) < oldest_kept
+        if is_interrupted or uri in complete - kept:
             remove_folder(uri)
 
 
 def _get_num_steps(uri: str) -> int:
-    """Return the steps in a checkpoint's name, with which uploads of later steps are told from broken ones."""
+    """Return the step in a checkpoint's name, which tells an interrupted upload from one still in progress."""
     number = get_file_name(uri).removeprefix(CHECKPOINT_PREFIX).partition("_")[0]
     return int(number) if number.isdecimal() else 0
 
 
-def _get_score(index: dict[str, Any]) -> float | None:
-    history = index["history"]
-    return history[-1].get("val_mean_iou") if history and not index["epoch_losses"] else None
+def _get_score_key(index: CheckpointIndex) -> tuple[float, int]:
+    """Return the key to sort checkpoints by score and, among equals, by step; one without a score comes first."""
+    score = index.score
+    return (-1.0 if score is None or score != score else score, index.num_steps_done)
 
 
-def _rank_by_score(index: dict[str, Any]) -> tuple[float, int]:
-    score = _get_score(index)
-    return (-1.0 if score is None or score != score else score, int(index["num_steps_done"]))
-
-
-def _find_first_whole(
-    run_uri: str, rank: Callable[[dict[str, Any]], Any], warn: Callable[[str], None]
+def _load_first_intact(
+    run_uri: str, key: Callable[[CheckpointIndex], Any], warn: Callable[[str], None]
 ) -> tuple[str, TrainingState] | None:
-    """Return the highest-ranked checkpoint that is whole; only its weights are read, and those of damaged ones."""
-    for uri, _ in sorted(_read_indices(run_uri, warn), key=lambda pair: rank(pair[1]), reverse=True):
+    """Load the intact checkpoint with the highest key; tensors are read only of it and of damaged ones before it."""
+    for uri, _ in sorted(_read_indices(run_uri, warn), key=lambda pair: key(pair[1]), reverse=True):
         try:
             return uri, load_state(uri)
         except ValueError as error:
@@ -213,31 +214,13 @@ def _find_first_whole(
     return None
 
 
-def _read_indices(run_uri: str, warn: Callable[[str], None]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _read_indices(run_uri: str, warn: Callable[[str], None]) -> Iterator[tuple[str, CheckpointIndex]]:
     for uri in list_checkpoints(run_uri):
         try:
-            yield uri, _read_index(uri)
+            yield uri, read_index(uri)
         except ValueError as error:
             _warn_of_damage(uri, error, warn)
 
 
-def _read_index(uri: str) -> dict[str, Any]:
-    try:
-        content = json.loads(read_bytes(join_uri(uri, _INDEX)))
-        text, expected = content["index"], content["index_sha256"]
-    except MissingFileError as error:
-        raise ValueError(f"incomplete: {error}") from error
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"{_INDEX} is not one") from error
-    if _hash(text) != expected:
-        raise ValueError(f"{_INDEX} is damaged")
-    index: dict[str, Any] = json.loads(text)
-    return index
-
-
-def _hash(text: str) -> str:
-    return hashlib.sha256(text.encode()).hexdigest()
-
-
 def _warn_of_damage(uri: str, error: ValueError, warn: Callable[[str], None]) -> None:
-    warn(f"warning: passing over a damaged checkpoint for another: {uri}: {error}")
+    warn(f"warning: skipping a damaged checkpoint: {uri}: {error}")

@@ -1,4 +1,4 @@
-"""From a configuration to a bundle: check the labels, bind the output to the run, fit, keep the best epoch."""
+"""Run a complete training: check the labels, train on Ray, and write the bundle of the best epoch."""
 
 import numpy as np
 import numpy.typing as npt
@@ -19,7 +19,7 @@ from segray.training.binding import Binding
 from segray.training.checkpoint import RUN_NAME, find_newest_history, list_checkpoints, remove_surplus
 from segray.training.job import TrainJob, get_classes
 from segray.training.labels.command import check_splits
-from segray.training.labels.inspect import LabelReport, require_learnable
+from segray.training.labels.inspect import SplitReport, require_learnable
 from segray.training.labels.report import print_warnings
 from segray.training.placement import place_on_cluster
 
@@ -27,18 +27,22 @@ _BINDING_NAME = "train.json"
 
 
 def run_training(config: TrainConfig, console: Console) -> str:
-    """Train and return the URI of the bundle; a run that was interrupted goes on, a finished one is found finished.
+    """Train a model and return the URI of its bundle; an interrupted run is resumed, a complete one is not repeated.
 
     Raises:
-        SegrayError: The input is unusable, the output belongs to another run, the loss is not finite, or workers were
-            lost more often than allowed.
+        ConfigError: A setting is wrong.
+        DataError: The labelled images cannot be used.
+        RunMismatchError: The output belongs to a run with other settings or images.
+        ClusterError: The cluster can never run the workers.
+        TrainingError: The loss is not finite, a worker stalled, or workers failed more often than allowed.
+        StorageError: Permissions, network or disk error.
     """
     check_network(config)
     splits = load_splits(config.data)
     output = normalize_uri(config.output)
     bundle_uri, run_uri = join_uri(output, "bundle"), join_uri(output, RUN_NAME)
-    binding = Binding(join_uri(output, _BINDING_NAME), config.of_weights, splits.compute_sha256())
-    if has_bundle(bundle_uri) or list_checkpoints(run_uri):  # else there is nothing to be mixed up
+    binding = Binding(join_uri(output, _BINDING_NAME), config.weight_settings, splits.compute_sha256())
+    if has_bundle(bundle_uri) or list_checkpoints(run_uri):  # Otherwise the output is still unused.
         binding.require_same()
     console.print(describe_run(config, splits), highlight=False)
     if has_bundle(bundle_uri):
@@ -48,7 +52,7 @@ def run_training(config: TrainConfig, console: Console) -> str:
     with connect_ray(num_workers, num_workers if config.train.use_gpu else 0), reported_shortage(console):
         print_wait(config, console)
         job = build_job(config, splits, check_run(config, splits, console), run_uri)
-        # 8 s of imports: not before the labels have been looked at
+        # These imports take 8 s, so they follow the label check.
         from segray.training.bundling import write_bundle
         from segray.training.fit import fit
         from segray.training.tracking import Tracking
@@ -56,7 +60,7 @@ def run_training(config: TrainConfig, console: Console) -> str:
         with Tracking(config, job.classes, output, console) as tracking:
             binding.write()
             fit(job, output, console, tracking.log)
-            tracking.write_csv(find_newest_history(run_uri))  # whatever the display has missed
+            tracking.write_csv(find_newest_history(run_uri))  # Including epochs that the display missed.
         with console.status("writing the bundle"):
             write_bundle(job, bundle_uri, console)
         remove_surplus(run_uri, config.train.num_best_checkpoints)
@@ -64,22 +68,23 @@ def run_training(config: TrainConfig, console: Console) -> str:
 
 
 def print_wait(config: TrainConfig, console: Console) -> None:
-    """Say what the workers will wait for, if the connected cluster has no room for them at the moment.
+    """Print which resources the workers will wait for, if the connected cluster cannot run them at the moment.
 
     Raises:
-        ClusterError: There will never be room for them.
+        ClusterError: The cluster can never run the workers.
     """
     _, wait = place_on_cluster(config.train)
     if wait:
         console.print(wait, highlight=False)
 
 
-def check_run(config: TrainConfig, splits: Splits, console: Console) -> LabelReport:
-    """Check on a connected Ray all that a run needs; return what was found of the training labels.
+def check_run(config: TrainConfig, splits: Splits, console: Console) -> SplitReport:
+    """Check the labels on a connected Ray, and print warnings; return the report on the training labels.
 
     Raises:
-        DataError: Labels cannot be learned from.
-        SegrayError: The store failed, or the encoder's weights cannot be had.
+        ConfigError: The encoder's weights expect input that segray does not support.
+        DataError: The labels cannot be used for training.
+        StorageError: Permissions, network or disk error.
     """
     Preprocessing.of_encoder(config.model)
     reports = check_splits(splits, get_classes(config), console)
@@ -89,21 +94,21 @@ def check_run(config: TrainConfig, splits: Splits, console: Console) -> LabelRep
     return reports["train"]
 
 
-def build_job(config: TrainConfig, splits: Splits, report: LabelReport, run_uri: str) -> TrainJob:
-    """Return what the workers of a run get; ``report`` is of the training labels.
+def build_job(config: TrainConfig, splits: Splits, report: SplitReport, run_uri: str) -> TrainJob:
+    """Return the job description for the workers of a run; ``report`` is the one on the training labels.
 
     Raises:
-        ConfigError: What the encoder's weights expect cannot be learned.
+        ConfigError: The encoder's weights expect input that segray does not support.
     """
     preprocessing = Preprocessing.of_encoder(config.model)
     return TrainJob(config, get_classes(config), splits, preprocessing, _get_class_weights(config, report), run_uri)
 
 
 def check_network(config: TrainConfig) -> None:
-    """Refuse a network that cannot be had, or cannot do what a setting asks, before anything is read or started.
+    """Check that the network can be built and supports the training settings, before anything is read or started.
 
     Raises:
-        ConfigError: Names the setting.
+        ConfigError: The network cannot be built, or does not support a setting; the message names the setting.
     """
     outline = check_model(config.model, len(config.data.class_names))
     if config.train.sync_batchnorm:
@@ -112,8 +117,8 @@ def check_network(config: TrainConfig) -> None:
         recompute_encoder(outline)
 
 
-def _get_class_weights(config: TrainConfig, report: LabelReport) -> npt.NDArray[np.float64] | None:
-    """Return the weights of the classes in the loss, (C,), or None for equal ones."""
+def _get_class_weights(config: TrainConfig, report: SplitReport) -> npt.NDArray[np.float64] | None:
+    """Return the class weights of the loss, (C,) float64, or None for equal weights."""
     given = config.loss.class_weights
     if given != "auto":
         return None if given is None else np.array(given, np.float64)
@@ -123,7 +128,7 @@ def _get_class_weights(config: TrainConfig, report: LabelReport) -> npt.NDArray[
 
 
 def describe_run(config: TrainConfig, splits: Splits) -> str:
-    """Return the first line of output: device, workers, images per split, and classes."""
+    """Return the first line of output: device, precision, workers, images per split, and classes."""
     settings = config.train
     backend = "" if settings.num_train_workers == 1 else (", nccl" if settings.use_gpu else ", gloo")
     height, width = config.image_size

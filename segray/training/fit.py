@@ -1,4 +1,4 @@
-"""Ray Train's part: fit on the workers."""
+"""Run the training workers with Ray Train, and convert their failures to segray errors."""
 
 import os
 from collections.abc import Callable
@@ -8,14 +8,17 @@ from typing import Any
 import ray
 import ray.train
 import ray.train.torch
+from pyarrow.fs import FileSystem
 from ray.train import TrainingFailedError
+from ray.train.torch import TorchTrainer
+from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
 from ray.train.v2._internal.constants import (
     CHECKPOINT_MANAGER_SNAPSHOT_FILENAME,
     WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR,
 )
 from rich.console import Console
 
-from segray.errors import TrainingError
+from segray.errors import SegrayError, TrainingError
 from segray.runtime.connect import find_segray_error, get_last_line
 from segray.storage import join_uri, remove_file
 from segray.storage.arrow import open_filesystem
@@ -26,61 +29,89 @@ from segray.training.progress_board import show_training
 from segray.training.worker.entry import train_loop_per_worker
 from segray.training.worker.feed import compute_num_steps
 
-_PATIENCE = 2  # times the stall timeout
+# Timeouts of Ray and torch, relative to the stall timeout. They are longer so that segray reports a stalled worker
+# first: Ray and torch would stop the workers without saying where each of them was.
+_TIMEOUT_FACTOR = 2
 
 
 def fit(job: TrainJob, output: str, console: Console, track: Callable[[list[dict[str, Any]]], bool]) -> None:
-    """Train on a connected Ray, from the newest whole checkpoint under ``output`` to the last epoch.
+    """Train on a connected Ray, from the newest intact checkpoint under ``output`` to the last epoch.
 
     Args:
-        job: What to train; its board is made here.
-        output: Where checkpoints go.
+        job: The job description; its ``board`` is set here.
+        output: URI of the output folder, under which Ray Train keeps the checkpoints.
         console: Where progress is shown.
-        track: Called with the metrics of new epochs; returns whether training goes on, for jobs that wait for leave.
+        track: Called with the metrics of new epochs; returns whether training may continue, which only jobs with
+            ``pauses_after_epoch`` take into account.
 
     Raises:
-        ClusterError: There will never be room for the workers.
-        TrainingError: The loss is not finite, workers were lost more often than allowed, or one of them stalled.
-        SegrayError: What a worker raised.
+        ClusterError: The cluster can never run the workers.
+        TrainingError: The loss is not finite, workers failed more often than allowed, or a worker stalled.
+        SegrayError: Any other segray error that a worker raised.
     """
     settings = job.config.train
     filesystem, storage_path = open_filesystem(output)
-    # Ray Train's list of its checkpoints stops a run if its driver died while writing it, if it names a folder that is
-    # gone, or if another Ray wrote it. Workers find checkpoints by looking, so Ray starts a new list each time.
+    # Ray Train's own list of checkpoints makes a run fail if the driver died while writing it, if it names a folder
+    # that was removed, or if another Ray cluster wrote it. Workers find checkpoints by listing the folder, so the list
+    # is removed, and Ray starts a new one each time.
     remove_file(join_uri(job.run_uri, CHECKPOINT_MANAGER_SNAPSHOT_FILENAME))
     remove_surplus(job.run_uri, settings.num_best_checkpoints)
-    # a worker that stalls is ours to name: Ray and torch would give it up without a word of where it was
-    os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(_PATIENCE * settings.stall_timeout_s)
+    os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(_TIMEOUT_FACTOR * settings.stall_timeout_s)
     num_steps = compute_num_steps(len(job.splits.train), settings.global_batch_size) * settings.num_epochs
     num_workers, _ = place_on_cluster(settings)
     with show_training(console, num_steps, settings.stall_timeout_s, track) as board:
-        trainer = ray.train.torch.TorchTrainer(
-            train_loop_per_worker,
-            train_loop_config={"job": replace(job, board=board)},
-            torch_config=ray.train.torch.TorchConfig(timeout_s=_PATIENCE * settings.stall_timeout_s),
-            scaling_config=ray.train.ScalingConfig(
-                num_workers=(settings.min_train_workers, num_workers) if settings.min_train_workers else num_workers,
-                use_gpu=settings.use_gpu,
-                resources_per_worker=get_worker_needs(settings),
-            ),
-            run_config=ray.train.RunConfig(
-                name=RUN_NAME,
-                storage_path=storage_path,
-                storage_filesystem=filesystem,
-                failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
-            ),
-        )
+        trainer = _build_trainer(replace(job, board=board), num_workers, filesystem, storage_path)
         try:
             result = trainer.fit()
         except TrainingFailedError as error:
-            verdict = ray.get(board.get_verdict.remote())
-            raise (
-                find_segray_error(error)
-                or (TrainingError(verdict) if verdict else None)
-                or TrainingError(
-                    f"training failed on its workers more than {settings.max_failures} times (train.max_failures); "
-                    f"the same command goes on from the newest checkpoint. Last failure: {get_last_line(error)}"
-                )
-            ) from error
+            raise _explain_failure(error, ray.get(board.get_diagnosis.remote()), settings.max_failures) from error
     if result.return_value and result.return_value["error"]:
         raise result.return_value["error"]
+
+
+class _Trainer(TorchTrainer):  # type: ignore[misc]
+    """Ray's trainer without its placement group cleaner where that cannot work.
+
+    The cleaner frees the workers' resources if the controller dies, and asks the dashboard whether it has. Without a
+    dashboard it never gets an answer, and Ray waits 12 s for it at the end of every run (measured, Ray 2.60). A private
+    Ray has no dashboard, and its resources end with the driver anyway.
+    """
+
+    def _create_default_callbacks(self) -> list[Any]:
+        callbacks: list[Any] = super()._create_default_callbacks()
+        if ray._private.worker.get_dashboard_url():
+            return callbacks
+        return [callback for callback in callbacks if not isinstance(callback, PlacementGroupCleanerCallback)]
+
+
+def _build_trainer(job: TrainJob, num_workers: int, filesystem: FileSystem, storage_path: str) -> TorchTrainer:
+    """Build the Ray trainer for at most ``num_workers`` workers, with checkpoints under ``storage_path``."""
+    settings = job.config.train
+    return _Trainer(
+        train_loop_per_worker,
+        train_loop_config={"job": job},
+        torch_config=ray.train.torch.TorchConfig(timeout_s=_TIMEOUT_FACTOR * settings.stall_timeout_s),
+        scaling_config=ray.train.ScalingConfig(
+            num_workers=(settings.min_train_workers, num_workers) if settings.min_train_workers else num_workers,
+            use_gpu=settings.use_gpu,
+            resources_per_worker=get_worker_needs(settings),
+        ),
+        run_config=ray.train.RunConfig(
+            name=RUN_NAME,
+            storage_path=storage_path,
+            storage_filesystem=filesystem,
+            failure_config=ray.train.FailureConfig(max_failures=settings.max_failures),
+        ),
+    )
+
+
+def _explain_failure(error: TrainingFailedError, diagnosis: str | None, max_failures: int) -> SegrayError:
+    """Return the error to raise for a failure of Ray Train: a worker's own error, a stall, or too many failures."""
+    return (
+        find_segray_error(error)
+        or (TrainingError(diagnosis) if diagnosis else None)
+        or TrainingError(
+            f"workers failed more than {max_failures} times (train.max_failures); to resume from the newest "
+            f"checkpoint, rerun the same command. Last failure: {get_last_line(error)}"
+        )
+    )

@@ -1,4 +1,7 @@
-"""What the driver hands to Ray Train. Light to import: Ray's controller imports it too, and needs no models."""
+"""The job description that the driver passes to the training workers.
+
+Ray Train's controller imports this module too, so it must not import any model code.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -15,14 +18,17 @@ from segray.data.preprocessing import Preprocessing
 
 @dataclass(frozen=True)
 class TrainJob:
-    """What every worker gets.
+    """Everything that a training worker needs to run.
 
     Attributes:
-        preprocessing: What the encoder expects; asked for once, by the driver.
-        class_weights: (C,) weights of the classes in the loss, or None.
-        run_uri: Where the checkpoints are.
-        board: Actor that the ranks post to.
-        waits_for_leave: Whether the run waits after each epoch until the driver says whether it goes on.
+        config: The resolved configuration.
+        classes: Class names and the mask values that stand for them.
+        splits: Labelled images for training and validation.
+        preprocessing: Normalisation that the encoder expects; looked up once, by the driver.
+        class_weights: (C,) float64 class weights of the loss, or None for equal weights.
+        run_uri: Folder of the checkpoints.
+        board: Handle of the ``ProgressBoard`` actor.
+        pauses_after_epoch: Whether training pauses after each epoch until the driver allows it to continue.
     """
 
     config: TrainConfig
@@ -32,18 +38,22 @@ class TrainJob:
     class_weights: npt.NDArray[np.float64] | None
     run_uri: str
     board: Any = None
-    waits_for_leave: bool = False
+    pauses_after_epoch: bool = False
 
 
 def get_classes(config: TrainConfig) -> ClassMap:
-    """Return the classes that a configuration declares."""
+    """Return the classes that a configuration declares, in the order of the model's output channels."""
     return ClassMap(config.data.class_names, config.data.class_values, config.data.ignore_values)
 
 
 def is_finished(history: Sequence[Mapping[str, Any]], settings: TrainSettings) -> bool:
-    """Say whether the last epoch is done, or the score has not risen for so long that the run stops early.
+    """Return whether training is complete: all epochs are done, or early stopping applies.
 
-    A run stops early only after an epoch that was evaluated: what is not looked at may be better.
+    A run stops early only after an evaluated epoch, because an epoch that was not evaluated may be the best.
+
+    Args:
+        history: Metrics of each finished epoch.
+        settings: ``num_epochs``, and ``early_stopping_epochs`` without a higher ``val_mean_iou``.
     """
     if len(history) >= settings.num_epochs:
         return True

@@ -1,4 +1,4 @@
-"""How many training workers there can be, and whether a cluster has room for them."""
+"""Compute how many training workers a cluster can run, and refuse requests that it can never satisfy."""
 
 from segray.config.training import TrainSettings
 from segray.runtime.autoscaling import find_capacity
@@ -8,18 +8,18 @@ _LABEL_CHECK = {"CPU": 1}
 
 
 def get_worker_needs(settings: TrainSettings) -> dict[str, float]:
-    """Return the resources of a training worker: a GPU, or a CPU where there is none."""
+    """Return the Ray resources of one training worker: one GPU, or one CPU when training without GPUs."""
     return {"GPU": 1} if settings.use_gpu else {"CPU": 1}
 
 
 def place_workers(settings: TrainSettings, capacity: Capacity) -> int:
-    """Return how many workers there will be at most; fewer than asked for only where ``min_train_workers`` allows it.
+    """Return the highest number of workers that a cluster can run; less than requested only if the run is elastic.
 
-    Ray's autoscaler adds no node at all for workers of which it cannot place every one; an elastic run asks for as many
-    as it may have, so it must not ask for more than there can be.
+    Ray's autoscaler adds no node at all unless it can place every worker of a request. An elastic run (one with
+    ``min_train_workers``) requests its maximum, so that maximum must not exceed what the cluster can provide.
 
     Raises:
-        ClusterError: There will never be room for as many as must be, or for a task that checks labels.
+        ClusterError: The cluster can never run the required number of workers, or a task of the label check.
     """
     needs, num_workers = get_worker_needs(settings), settings.num_train_workers
     fewest = settings.min_train_workers
@@ -30,10 +30,10 @@ def place_workers(settings: TrainSettings, capacity: Capacity) -> int:
 
 
 def place_on_cluster(settings: TrainSettings) -> tuple[int, str | None]:
-    """Return how many workers the connected cluster will have at most, and what they will wait for.
+    """Return the highest number of workers for the connected cluster, and a message if they must wait for resources.
 
     Raises:
-        ClusterError: There will never be room for them.
+        ClusterError: The cluster can never run the required number of workers.
     """
     capacity = find_capacity()
     num_workers = place_workers(settings, capacity)

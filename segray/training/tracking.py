@@ -1,6 +1,6 @@
-"""Metrics of each epoch to those who follow a run: always a CSV file, TensorBoard and MLflow by setting.
+"""Write the metrics of each epoch to ``metrics.csv`` and, if configured, to TensorBoard and MLflow.
 
-All of it runs in the driver, so that workers need no credentials for it, and a tracker that fails costs no run.
+Trackers run in the driver, so workers need no credentials for them. A tracker that fails does not end the run.
 """
 
 import csv
@@ -22,9 +22,9 @@ from segray.data.classes import ClassMap
 from segray.errors import ConfigError, flatten_message
 from segray.storage import exists, join_uri, read_bytes, remove_folder, write_bytes
 
-_MLFLOW_BATCH = 1000  # most metrics that a server takes at once
-_PLAIN = ("epoch", "loss", "learning_rate", "images_per_s")
-_OF_CLASSES = (
+_MLFLOW_BATCH = 1000  # Maximum number of metrics per request.
+_PER_EPOCH = ("epoch", "loss", "learning_rate", "images_per_s")
+_PER_CLASS = (
     "dataset_iou",
     "dataset_dice",
     "precision",
@@ -48,43 +48,43 @@ _MEANS = (
 
 
 class Tracker(Protocol):
-    """Somewhere that metrics go to."""
+    """A destination for metrics."""
 
     def log(self, epoch: int, scalars: Mapping[str, float]) -> None:
-        """Take the metrics of an epoch; it may be one that an earlier start has logged, with the same values."""
+        """Log the metrics of an epoch; a resumed run logs its earlier epochs again, with the same values."""
 
     def close(self, succeeded: bool) -> None:
-        """Finish."""
+        """Finish tracking; ``succeeded`` tells whether the run ended without an error."""
 
 
 def flatten_metrics(metrics: Mapping[str, Any], classes: ClassMap) -> dict[str, float | None]:
-    """Return all single figures of an epoch, those of classes as ``val_precision_car``; None where undefined."""
-    flat = {name: metrics[name] for name in _PLAIN}
+    """Return all scalar metrics of an epoch by name, per-class ones as ``val_precision_car``; None where undefined."""
+    flat = {name: metrics[name] for name in _PER_EPOCH}
     flat |= {f"val_{name}": metrics.get(f"val_{name}") for name in _MEANS}
-    for score in _OF_CLASSES:
+    for score in _PER_CLASS:
         values = metrics.get(f"val_{score}") or [None] * classes.num_classes
         flat |= {f"val_{score}_{name}": value for name, value in zip(classes.names, values, strict=True)}
     return flat
 
 
 def format_metrics_csv(history: Sequence[Mapping[str, Any]], classes: ClassMap) -> bytes:
-    """Return the metrics of each epoch as CSV; an undefined score is an empty cell."""
+    """Return the metrics of all epochs as CSV, one row per epoch; an undefined score is an empty cell."""
     buffer = io.StringIO()
     rows = [flatten_metrics(metrics, classes) for metrics in history]
-    writer = csv.DictWriter(buffer, list(rows[0]) if rows else _PLAIN, lineterminator="\n")
+    writer = csv.DictWriter(buffer, list(rows[0]) if rows else _PER_EPOCH, lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     return buffer.getvalue().encode()
 
 
 class Tracking:
-    """All trackers of a run, finished at the end of a ``with`` block.
+    """All trackers of a run; they are finished at the end of a ``with`` block.
 
     Args:
-        config: The run's settings.
-        classes: Its classes.
-        output: Its output URI.
-        console: Hears, once, of a tracker that fails.
+        config: Configuration of the run.
+        classes: Classes of the run.
+        output: URI of the output folder.
+        console: Where a warning is printed, once, for each tracker that fails.
 
     Raises:
         ConfigError: A tracker's package is not installed, or it cannot be reached.
@@ -102,7 +102,7 @@ class Tracking:
             self._trackers.append(_open("mlflow", lambda: MlflowTracker(config, output)))
 
     def log(self, epochs: Sequence[Mapping[str, Any]]) -> bool:
-        """Take the metrics of epochs; return True: training goes on, whatever they are."""
+        """Log the metrics of epochs; always return True, as no metrics stop the training."""
         for metrics in epochs:
             self._history[metrics["epoch"]] = metrics
         self.write_csv([self._history[epoch] for epoch in sorted(self._history)])
@@ -115,7 +115,7 @@ class Tracking:
         return True
 
     def write_csv(self, history: Sequence[Mapping[str, Any]]) -> None:
-        """Write ``metrics.csv`` of all epochs."""
+        """Write ``metrics.csv`` with the metrics of all epochs."""
         content = format_metrics_csv(history, self._classes)
         self._try("metrics.csv", lambda: write_bytes(join_uri(self._output, "metrics.csv"), content))
 
@@ -129,14 +129,14 @@ class Tracking:
     def _try(self, name: str, act: Callable[[], object]) -> bool:
         try:
             act()
-        except Exception as error:  # whatever a tracking server answers
-            self._console.print(f"warning: {name}: {flatten_message(error)}; training goes on", highlight=False)
+        except Exception as error:  # Trackers and their servers raise many types.
+            self._console.print(f"warning: {name}: {flatten_message(error)}; training continues", highlight=False)
             return False
         return True
 
 
 def _clean_name(name: str) -> str:
-    """Return a name that MLflow takes: classes may be called anything."""
+    """Replace the characters that MLflow does not allow in names; class names may contain any."""
     return re.sub(r"[^\w\-./ ]", "_", name)
 
 
@@ -150,13 +150,13 @@ def _open(extra: str, build: Callable[[], Tracker]) -> Tracker:
 
 
 class TensorBoardTracker:
-    """Event files in the folder ``tensorboard`` of the output, wherever that is."""
+    """Writes event files to the folder ``tensorboard`` of the output, on any kind of storage."""
 
     def __init__(self, output: str) -> None:
         from torch.utils.tensorboard import SummaryWriter
 
         self._folder_uri = join_uri(output, "tensorboard")
-        remove_folder(self._folder_uri)  # every start tells the whole history
+        remove_folder(self._folder_uri)  # Every start logs the complete history again.
         self._spool = Path(tempfile.mkdtemp(prefix="segray-tensorboard-"))
         self._writer = SummaryWriter(str(self._spool))
 
@@ -175,10 +175,11 @@ class TensorBoardTracker:
 
 
 class MlflowTracker:
-    """A run of an MLflow server; a training run that is taken up again goes on with the same one."""
+    """Logs to a run on an MLflow server; a resumed training run continues the same MLflow run."""
 
     def __init__(self, config: TrainConfig, output: str) -> None:
-        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")  # its own 7 hold up a typo for four minutes
+        # With the default of 7 retries, a mistyped URI takes four minutes to fail.
+        os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         from mlflow import MlflowClient
 
         self._client = MlflowClient(tracking_uri=config.tracking.mlflow_uri)
@@ -186,11 +187,11 @@ class MlflowTracker:
         if exists(uri):
             self._run_id = json.loads(read_bytes(uri))["run_id"]
         else:
-            self._run_id = self._begin(config, output)
+            self._run_id = self._create_run(config, output)
             write_bytes(uri, json.dumps({"run_id": self._run_id}).encode())
         self._num_logged = len(self._client.get_metric_history(self._run_id, "loss"))
 
-    def _begin(self, config: TrainConfig, output: str) -> str:
+    def _create_run(self, config: TrainConfig, output: str) -> str:
         name = config.tracking.mlflow_experiment
         experiment = self._client.get_experiment_by_name(name)
         experiment_id = experiment.experiment_id if experiment else self._client.create_experiment(name)

@@ -1,1 +1,1 @@
-"""Clusters launched for real, on hosts that are namespaces of this machine."""
+"""Tests that launch real clusters, on hosts that are Linux namespaces of this machine."""

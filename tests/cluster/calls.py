@@ -1,4 +1,4 @@
-"""The two jobs as the cluster tests submit them, and what they find in the bucket."""
+"""The two jobs that the cluster tests submit, and listings of the bucket."""
 
 import yaml
 
@@ -11,10 +11,10 @@ NUM_EPOCHS = 20
 
 
 def build_segment_call(output: str, **settings: object) -> list[str]:
-    """Return what `ray job submit` is given to segment the bucket's images.
+    """Return the arguments of `ray job submit` that segment the bucket's images.
 
-    By default there is a file for each image: of so small a bucket this leaves something to do after a fault. There are
-    more predictors than CPUs will be left, when one of three nodes has died.
+    By default each image is a fragment, so that even in this small bucket some work is left after a fault, and there
+    are more predictors than CPUs remain when one of three nodes has died.
     """
     call = ["jobs/segment.py", "--bundle", f"{BUCKET_URI}/bundle", "--images", f"{BUCKET_URI}/images"]
     call += ["--masks", f"{BUCKET_URI}/masks", "--output", f"{BUCKET_URI}/{output}"]
@@ -23,7 +23,7 @@ def build_segment_call(output: str, **settings: object) -> list[str]:
 
 
 def build_training_config() -> bytes:
-    """Return a configuration that trains two workers on the bucket's shapes, as YAML."""
+    """Return a configuration that trains on the bucket's shapes with two workers, as YAML."""
     config = TrainConfig.model_validate(
         {
             "data": {"layout": {"oxford_iiit_pet": {"root": f"{BUCKET_URI}/shapes"}}},
@@ -43,12 +43,12 @@ def build_training_config() -> bytes:
 
 
 def list_keys(store: ObjectStore, prefix: str) -> list[str]:
-    """Return the keys below a prefix of the bucket."""
+    """Return the keys of the bucket that begin with a prefix."""
     pages = store.client().get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
     return [entry["Key"] for page in pages for entry in page.get("Contents", ())]
 
 
 def list_image_uris(store: ObjectStore) -> list[str]:
-    """Return the URIs of all images that a segmentation of the bucket has to do."""
+    """Return the URIs of all images that a segmentation of the bucket processes."""
     keys = list_keys(store, "images/")
     return [f"{BUCKET_URI}/{key}" for key in keys if key.lower().endswith(IMAGE_EXTENSIONS)]

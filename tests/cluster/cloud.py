@@ -1,4 +1,4 @@
-"""EC2 and IAM as moto has them, for `ray up` with provider aws: its instances are the hosts with their addresses."""
+"""EC2 and IAM simulated by moto, for `ray up` with provider aws; instances are the hosts with the same addresses."""
 
 import base64
 import json
@@ -24,15 +24,19 @@ _START_TIMEOUT_S = 30
 
 
 def find_moto() -> Path:
-    """Return the Python that has moto; it has an environment of its own, as its dependencies are not ours."""
+    """Return the Python interpreter with moto, in an environment of its own because its dependencies conflict."""
     path = ROOT / ".venv-moto" / "bin" / "python"
     if not path.exists():
-        raise FileNotFoundError(f"no EC2 for the tests: {path} is not there; make test-cluster installs it")
+        raise FileNotFoundError(f"no EC2 for the tests: {path} does not exist; run make test-cluster to install it")
     return path
 
 
 class Cloud:
-    """The server, from ``__enter__`` to ``__exit__``, with a network, a key, and the two roles of cluster.yaml."""
+    """moto's server, which runs from ``__enter__`` to ``__exit__``, with the resources that cluster.yaml refers to.
+
+    Attributes:
+        ids: Identifiers of the subnet, security group, key pair and AMI, by placeholder of the policy documents.
+    """
 
     def __init__(self, log: Path) -> None:
         self._log = log
@@ -52,7 +56,7 @@ class Cloud:
             )
         try:
             self._wait_until_ready()
-            self._furnish()
+            self._create_resources()
             self._call("recorder/start-recording")
         except BaseException:
             self.__exit__()
@@ -64,19 +68,19 @@ class Cloud:
         self._server.wait()
 
     def client(self, service: str) -> Any:
-        """Return a client of a service, with an administrator's credentials."""
+        """Return a boto3 client of a service with an administrator's credentials."""
         keys = {"aws_access_key_id": "ADMIN", "aws_secret_access_key": "not-a-secret"}
         return boto3.client(service, region_name=REGION, endpoint_url=CLOUD, **keys)
 
     def find_instances(self, *states: str) -> list[dict[str, Any]]:
-        """Return the cluster's instances in these states."""
+        """Return the cluster's instances in some states, by default pending and running."""
         filters = [{"Name": "instance-state-name", "Values": states or ["pending", "running"]}]
         filters.append({"Name": "tag:ray-cluster-name", "Values": [CLUSTER_NAME]})
         answer = self.client("ec2").describe_instances(Filters=filters)
         return [instance for group in answer["Reservations"] for instance in group["Instances"]]
 
     def find_workers(self) -> set[str]:
-        """Return the private addresses of the workers that are paid for at this moment."""
+        """Return the private addresses of the workers that are currently charged for."""
         found = set()
         for instance in self.find_instances():
             if {"Key": "ray-node-type", "Value": "worker"} in instance["Tags"]:
@@ -84,7 +88,7 @@ class Cloud:
         return found
 
     def read_calls(self, access_key: str) -> list[dict[str, list[str]]]:
-        """Return the EC2 calls, by parameter, that were signed with this key since the server began."""
+        """Return the parameters of all EC2 calls that were signed with this key since the server started."""
         calls = []
         for line in self._call("recorder/download-recording").splitlines():
             request = json.loads(line)
@@ -107,7 +111,7 @@ class Cloud:
             time.sleep(0.1)
         raise RuntimeError(f"moto did not start: {self._log.read_text()[-2000:]}")
 
-    def _furnish(self) -> None:
+    def _create_resources(self) -> None:
         ec2, iam = self.client("ec2"), self.client("iam")
         vpc = ec2.create_vpc(CidrBlock="10.77.0.0/16")["Vpc"]["VpcId"]
         self.ids["subnet"] = ec2.create_subnet(VpcId=vpc, CidrBlock="10.77.0.0/24")["Subnet"]["SubnetId"]
@@ -124,7 +128,7 @@ class Cloud:
             iam.add_role_to_instance_profile(InstanceProfileName=name, RoleName=name)
 
     def fill_in(self, name: str) -> str:
-        """Return a policy document of clusters/aws with its places filled in."""
+        """Return a policy document of clusters/aws with its placeholders replaced."""
         values = {"region": REGION, "account": "123456789012", "bucket": "faults", **self.ids}
         text = (ROOT / "clusters" / "aws" / name).read_text()
         return re.sub(r"<([\w ]+)>", lambda match: values[match.group(1)], text)

@@ -1,4 +1,4 @@
-"""A bucket, and hosts around it: the world in which clusters are launched for real."""
+"""Fixtures of the cluster tests: hosts on which clusters are launched, and a bucket that they can reach."""
 
 import tempfile
 from collections.abc import Iterator
@@ -7,24 +7,24 @@ from pathlib import Path
 import pytest
 
 from tests.cluster.calls import build_training_config
-from tests.cluster.hosts import CLOUD, OWN_ADDRESS, Hosts, find_missing, find_obstacle
+from tests.cluster.hosts import CLOUD, OWN_ADDRESS, Hosts, find_missing_programs, find_skip_reason
 from tests.cluster.launcher import ROOT
 from tests.conftest import MEMORY, keeps_attributes
 from tests.faults.object_store import ACCOUNT, REGION, SECRET_KEY, USER, ObjectStore
 from tests.faults.scene import BUCKET, fill_bucket
 
 NUM_HOSTS = 4
-ENVIRONMENT = ROOT / ".venv"  # of which every host has a link: 5 GB are not installed four times
-# of a machine that stands for several: one CPU each to Ray, and little memory
+ENVIRONMENT = ROOT / ".venv"  # Every host has a link to it, which avoids installing 5 GB four times.
+# The hosts share one machine, so each gives Ray one CPU and little memory.
 SMALL_NODE = " --num-cpus=1 --object-store-memory=200000000 --memory=4000000000"
 
-OBSTACLE = find_obstacle()
-LAUNCHED_FOR_REAL = [pytest.mark.slow, pytest.mark.skipif(bool(OBSTACLE), reason=OBSTACLE)]
+SKIP_REASON = find_skip_reason()
+NEEDS_HOSTS = [pytest.mark.slow, pytest.mark.skipif(bool(SKIP_REASON), reason=SKIP_REASON)]
 
 
 @pytest.fixture(scope="module")
-def world(bundle_dir: Path) -> Iterator[tuple[Hosts, ObjectStore]]:
-    if missing := find_missing():
+def hosts_and_store(bundle_dir: Path) -> Iterator[tuple[Hosts, ObjectStore]]:
+    if missing := find_missing_programs():
         raise pytest.fail.Exception(missing, pytrace=False)
     memory = MEMORY if keeps_attributes(MEMORY) else None
     with (
@@ -38,18 +38,18 @@ def world(bundle_dir: Path) -> Iterator[tuple[Hosts, ObjectStore]]:
 
 
 @pytest.fixture(scope="module")
-def hosts(world: tuple[Hosts, ObjectStore]) -> Hosts:
-    return world[0]
+def hosts(hosts_and_store: tuple[Hosts, ObjectStore]) -> Hosts:
+    return hosts_and_store[0]
 
 
 @pytest.fixture(scope="module")
-def store(world: tuple[Hosts, ObjectStore]) -> ObjectStore:
-    return world[1]
+def store(hosts_and_store: tuple[Hosts, ObjectStore]) -> ObjectStore:
+    return hosts_and_store[1]
 
 
 @pytest.fixture(scope="module")
 def training_data(store: ObjectStore, shapes_root: Path) -> str:
-    """Put labelled images into the bucket, and a configuration that trains on two nodes; return its URI."""
+    """Upload labelled images and a configuration that trains on two nodes to the bucket; return the latter's URI."""
     client = store.client()
     for path in shapes_root.rglob("*"):
         if path.is_file():
@@ -60,16 +60,16 @@ def training_data(store: ObjectStore, shapes_root: Path) -> str:
 
 
 def build_home_files(store: ObjectStore) -> dict[str, str]:
-    """Return what every host has in its home: its own credentials for the bucket, and where the bucket is."""
+    """Return the files of every host's home folder, by path: credentials and endpoint of the bucket."""
     return {
         ".aws/credentials": f"[default]\naws_access_key_id = {ACCOUNT}:{USER}\naws_secret_access_key = {SECRET_KEY}\n",
         ".aws/config": f"[default]\nregion = {REGION}\nservices = here\n"
         f"[services here]\ns3 =\n  endpoint_url = {store.endpoint}\nec2 =\n  endpoint_url = {CLOUD}\n",
-        # the project as `ray up` has copied it, instead of an installation; a job's working directory comes before it
+        # Replaces the installation by the tree that `ray up` has copied; a job's working directory takes precedence.
         ".bashrc": "export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$HOME/segray\n",
     }
 
 
 def shrink_nodes(commands: list[str]) -> list[str]:
-    """Return the commands that start Ray, for nodes which are parts of one machine."""
+    """Return the commands that start Ray, with the limits of a small node."""
     return [command + SMALL_NODE if "ray start" in command else command for command in commands]

@@ -1,8 +1,8 @@
-"""Several hosts on one machine: Linux namespaces that a bridge joins, with no way out of it.
+"""Run several hosts on one machine: Linux namespaces that are connected by a bridge and isolated from other networks.
 
-Each host has a network, processes, an sshd, and its own ``/tmp/ray``, ``/dev/shm``, ``/run`` and home; the rest of the
-disk is shared. The process that holds them is a host itself, the one from which people call ``ray up``: its network is
-then the bridge's, and whatever it starts is there as well. All of them end with that process, even if it is killed.
+Each host has its own network, processes, sshd, ``/tmp/ray``, ``/dev/shm``, ``/run`` and home folder; the rest of the
+disk is shared. The process that creates them joins the bridge's network too and serves as the machine on which people
+run ``ray up``; so do the processes that it starts. All hosts end with that process, even if it is killed.
 """
 
 import ctypes
@@ -20,12 +20,12 @@ import psutil
 from tests.faults.object_store import LIBC, prepare_child
 
 OWN_ADDRESS = "10.77.0.254"
-CLOUD = f"http://{OWN_ADDRESS}:5000"  # where EC2 is, when there is one
+CLOUD = f"http://{OWN_ADDRESS}:5000"  # Endpoint of EC2 in the tests that need one.
 _BRIDGE = "segray0"
 _CLONE_NEWNET = 0x40000000
 _START_TIMEOUT_S = 20
 _SPACES = ["--net", "--pid", "--mount", "--uts", "--ipc", "--mount-proc", "--fork", "--kill-child"]
-# The first process of a host reaps: `ray stop` would wait 16 s for zombies.
+# The first process of a host reaps zombies; otherwise `ray stop` would wait 16 s for them.
 _HOST_SCRIPT = """
 mount --make-rprivate /
 hostname {name}
@@ -53,31 +53,31 @@ MaxStartups 100
 """
 
 
-def find_missing() -> str:
-    """Return which programs hosts need and are not there, in words, or nothing."""
+def find_missing_programs() -> str:
+    """Return a message that names the programs that hosts need but are not installed, or an empty string."""
     wanted = ("sshd", "ssh", "ssh-keygen", "rsync", "ip", "unshare", "nsenter")
     missing = [name for name in wanted if not shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin")]
-    return f"{', '.join(missing)} not found; make test-cluster installs them" if missing else ""
+    return f"{', '.join(missing)} not found; run make test-cluster to install them" if missing else ""
 
 
-def find_obstacle() -> str:
-    """Return why this user may not make hosts, or nothing."""
+def find_skip_reason() -> str:
+    """Return why this user is not allowed to create hosts, or an empty string."""
     if os.getuid() != 0:
-        return "hosts are network namespaces, and only root makes them"
+        return "hosts are network namespaces, which only root can create"
     attempt = "ip link add b0 type bridge && ip link add v0 type veth peer name v1"
-    with suppress(FileNotFoundError):  # which is another thing than not being allowed to
+    with suppress(FileNotFoundError):  # A missing program is not a reason to skip; see `find_missing_programs`.
         tried = subprocess.run(["unshare", *_SPACES, "sh", "-c", attempt], capture_output=True, text=True)
         if tried.returncode:
-            return f"hosts are network namespaces, which this root may not make: {tried.stderr.strip()}"
+            return f"hosts are network namespaces, which root cannot create on this machine: {tried.stderr.strip()}"
     return ""
 
 
 class Hosts:
-    """Hosts ``n1`` to ``nN`` with addresses from 10.77.0.1, from ``__enter__`` to ``__exit__``.
+    """Hosts ``n1`` to ``nN`` with addresses from 10.77.0.1, which run from ``__enter__`` to ``__exit__``.
 
     Args:
-        root: An empty folder of theirs.
-        count: How many.
+        root: An empty folder for their files.
+        count: Number of hosts.
         home_files: Files of every host's home folder, by path within it.
     """
 
@@ -85,16 +85,16 @@ class Hosts:
         self.root = root
         self.names = [f"n{number}" for number in range(1, count + 1)]
         self._home_files = home_files
-        self._first: dict[str, psutil.Process] = {}  # of each host
+        self._first: dict[str, psutil.Process] = {}  # The first process of each host.
         self._unshares: list[subprocess.Popen[bytes]] = []
 
     @property
     def client_key(self) -> Path:
-        """The private key with which every host lets root in."""
+        """The private key with which root can log in to every host."""
         return self.root / "client_key"
 
     def get_address(self, name: str) -> str:
-        """Return a host's address."""
+        """Return the address of a host."""
         return f"10.77.0.{name.removeprefix('n')}"
 
     def __enter__(self) -> Self:
@@ -110,11 +110,11 @@ class Hosts:
         self._stop()
 
     def run(self, name: str, *command: str, check: bool = True) -> subprocess.CompletedProcess[str]:
-        """Run a command on a host to its end."""
+        """Run a command on a host and wait for its end."""
         return subprocess.run(self._enter(name, command), capture_output=True, text=True, check=check)
 
     def find_processes(self, name: str, title: str) -> list[psutil.Process]:
-        """Return a host's processes that have this in their command line."""
+        """Return a host's processes whose command line contains a text."""
         found = []
         for process in self._first[name].children(recursive=True):
             try:
@@ -125,7 +125,7 @@ class Hosts:
         return found
 
     def find_open_ports(self, name: str) -> dict[int, str]:
-        """Return the TCP ports at which a host can be reached by others, but that of its sshd, with who listens."""
+        """Return the TCP ports of a host that others can reach, except sshd's, with the processes that listen."""
         lines = self.run(name, "ss", "--no-header", "-tlnp").stdout.splitlines()
         found = {}
         for line in lines:
@@ -136,20 +136,20 @@ class Hosts:
         return found
 
     def kill_raylet(self, name: str) -> None:
-        """Let a node die: SIGKILL for its raylet, whose workers follow it."""
+        """Kill the raylet of a host; its workers end with it."""
         (raylet,) = self.find_processes(name, "raylet/raylet")
         raylet.kill()
 
-    def pull_cable(self, name: str) -> None:
-        """Cut a host off; its processes go on, and learn nothing of it."""
+    def disconnect(self, name: str) -> None:
+        """Disconnect a host from the network; its processes keep running and are not notified."""
         self.run(name, "ip", "link", "set", "eth0", "down")
 
-    def plug_in_cable(self, name: str) -> None:
-        """Join a host to the others again."""
+    def reconnect(self, name: str) -> None:
+        """Connect a host to the network again."""
         self.run(name, "ip", "link", "set", "eth0", "up")
 
     def end_processes(self, name: str) -> None:
-        """End all that runs on a host but what makes it one: its first process and its sshd."""
+        """Kill all processes of a host except its first process and its sshd."""
         kept = {self._first[name].pid, *(process.pid for process in self.find_processes(name, "sshd"))}
         for process in self._first[name].children(recursive=True):
             if process.pid not in kept and process.name() != "sleep":
@@ -167,7 +167,7 @@ class Hosts:
         for device in ("lo", _BRIDGE):
             _ip("link", "set", device, "up")
         lines = ["127.0.0.1 localhost", *(f"{self.get_address(name)} {name}" for name in self.names)]
-        (self.root / "hosts").write_text("\n".join(lines) + "\n")  # gloo looks up its own name
+        (self.root / "hosts").write_text("\n".join(lines) + "\n")  # gloo looks up its own host name.
         for key in ("host_key", "client_key"):
             subprocess.run(["ssh-keygen", "-q", "-t", "ed25519", "-N", "", "-f", self.root / key], check=True)
         (self.root / "sshd_config").write_text(_SSHD_SETTINGS.format(root=self.root))
@@ -194,7 +194,7 @@ class Hosts:
                 preexec_fn=prepare_child,
             )
         self._unshares.append(unshare)
-        # the first process waits in its loop, beside the sleep that is its child, when the host is made
+        # The host is ready when its first process has started its loop, in which it has a child named sleep.
         self._first[name] = _wait_for_first(unshare, folder / "log")
         inside = str(self._first[name].pid)
         _ip("link", "add", f"v{name}", "type", "veth", "peer", "name", "eth0", "netns", inside)
@@ -206,7 +206,7 @@ class Hosts:
 
     def _stop(self) -> None:
         for unshare in self._unshares:
-            unshare.kill()  # and the kernel ends all that is in its namespaces
+            unshare.kill()  # The kernel then ends all processes in its namespaces.
             unshare.wait()
         for first in self._first.values():
             if first.is_running():

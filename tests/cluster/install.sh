@@ -1,13 +1,13 @@
 #!/bin/sh
-# What hosts are made of, where it is missing: sshd, ssh, rsync, ip, ss. Debian and Ubuntu; nothing is started by it.
+# Install the programs that hosts need (sshd, ssh, rsync, ip, ss) on Debian and Ubuntu, without starting any service.
 set -eu
 for name in sshd ssh-keygen rsync ip ss unshare nsenter; do
   PATH="$PATH:/usr/sbin:/sbin" command -v "$name" > /dev/null || missing=yes
 done
 [ "${missing:-}" ] || exit 0
-[ "$(id -u)" = 0 ] || exit 0  # the tests skip, and say why
+[ "$(id -u)" = 0 ] || exit 0  # The tests are skipped and print the reason.
 policy=/usr/sbin/policy-rc.d
-if [ ! -e "$policy" ]; then  # asked by each package that wants to start its server
+if [ ! -e "$policy" ]; then  # Packages ask this script before they start a service.
   printf '#!/bin/sh\nexit 101\n' > "$policy"
   chmod +x "$policy"
   trap 'rm -f "$policy"' EXIT

@@ -1,4 +1,4 @@
-"""What a person does at host ctl: `ray up`, the tunnel of `ray dashboard`, `ray job submit`, `ray down`."""
+"""Run Ray's commands as a user does: `ray up`, the tunnel of `ray dashboard`, `ray job submit`, `ray down`."""
 
 import json
 import os
@@ -26,28 +26,28 @@ _JOB_TIMEOUT_S = 420
 
 @dataclass
 class Job:
-    """One call of `ray job submit`, which ends when the job does."""
+    """One process of `ray job submit`, which ends when the job does."""
 
     process: "subprocess.Popen[bytes]"
     log: Path
 
     @property
     def text(self) -> str:
-        """All that it has said."""
+        """Everything that it has printed."""
         return self.log.read_text()
 
     def wait(self) -> int:
-        """Wait for its end; return the exit code, which tells success from failure and no more."""
+        """Wait for its end and return the exit code, which only distinguishes success from failure."""
         return self.process.wait(_JOB_TIMEOUT_S)
 
 
 class Launcher:
-    """A home folder with a token, and a cluster launched from it with one configuration.
+    """A home folder with a token, and a cluster that is launched from it.
 
     Args:
-        folder: An empty folder of its own.
-        config: What `ray up` is given.
-        environment: More variables for Ray's commands.
+        folder: An empty folder, which becomes the home folder.
+        config: Cluster configuration for `ray up`.
+        environment: Additional environment variables for Ray's commands.
     """
 
     def __init__(self, folder: Path, config: dict[str, Any], environment: dict[str, str]) -> None:
@@ -63,28 +63,28 @@ class Launcher:
             "PATH": f"{_BIN}:{os.environ['PATH']}",
             "RAY_AUTH_MODE": "token",
             "RAY_API_SERVER_ADDRESS": DASHBOARD,
-            "PYTHONUNBUFFERED": "1",  # a job's lines as they come
+            "PYTHONUNBUFFERED": "1",  # Prints a job's lines without delay.
             **environment,
         }
         self._started: list[subprocess.Popen[bytes]] = []
 
     def up(self) -> None:
-        """Launch the cluster, and open the tunnel to its dashboard."""
+        """Launch the cluster and open the tunnel to its dashboard."""
         self._run("up", "--yes", "--no-config-cache", str(self._config), timeout_s=_UP_TIMEOUT_S)
         self._start("dashboard", [str(_BIN / "ray"), "dashboard", str(self._config)], self.environment)
         wait_until(_is_dashboard_open, "the tunnel to the dashboard", timeout_s=30)
 
     def run_on_head(self, command: str) -> str:
-        """Run a command on the head by `ray exec`; return what it printed."""
+        """Run a command on the head with `ray exec` and return what it printed."""
         return self._run("exec", str(self._config), command, timeout_s=60)
 
     def submit(self, *arguments: str, variables: dict[str, str] | None = None, **environment: str) -> Job:
-        """Start `ray job submit -- python ARGUMENTS` from the tree.
+        """Start `ray job submit -- python ARGUMENTS` in the project's root.
 
         Args:
-            arguments: Of Python.
+            arguments: Arguments of Python.
             variables: Environment variables of the job.
-            environment: More of the command itself.
+            environment: Environment variables of the command itself.
         """
         merged = {**self.environment, **environment}
         command = [str(_BIN / "ray"), "job", "submit", "--working-dir", str(ROOT)]
@@ -95,22 +95,22 @@ class Launcher:
         return Job(self._start(log.stem, command, merged), log)
 
     def run(self, *arguments: str, **options: Any) -> Job:
-        """Submit a job and wait for its end."""
+        """Submit a job and wait for its end; see `submit`."""
         job = self.submit(*arguments, **options)
         job.wait()
         return job
 
     def stop(self, job: Job) -> None:
-        """End a job, as `ray job stop` does it."""
+        """Stop a job with `ray job stop`."""
         (name,) = set(re.findall(r"raysubmit_\w+", job.text))
         self._run("job", "stop", name, timeout_s=60)
 
     def down(self) -> None:
-        """End the cluster, as `ray down` does it."""
+        """Stop the cluster with `ray down`."""
         self._run("down", "--yes", str(self._config), timeout_s=_UP_TIMEOUT_S)
 
     def end(self) -> None:
-        """End what was started here and still runs."""
+        """Kill the processes that this object has started and that still run."""
         for process in self._started:
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -145,13 +145,13 @@ class Launcher:
         return process
 
 
-def wait_until(is_so: Callable[[], object], what: str, timeout_s: float = 120, job: Job | None = None) -> None:
-    """Wait until something is so; fail if it takes too long, or if the job that should bring it about has ended."""
+def wait_until(condition: Callable[[], object], what: str, timeout_s: float = 120, job: Job | None = None) -> None:
+    """Wait until a condition is true; fail if it takes too long, or if the job that should cause it has ended."""
     deadline_s = time.monotonic() + timeout_s
-    while not is_so():
+    while not condition():
         text = job.text if job else ""
-        assert job is None or job.process.poll() is None, f"the job ended before: {what}\n{text}"
-        assert time.monotonic() < deadline_s, f"waited in vain for: {what}\n{text}"
+        assert job is None or job.process.poll() is None, f"the job ended before this happened: {what}\n{text}"
+        assert time.monotonic() < deadline_s, f"timed out while waiting for: {what}\n{text}"
         time.sleep(0.2)
 
 

@@ -1,6 +1,6 @@
-"""moto's server, run by the Python of .venv-moto; an instance that is ended gives its private address back.
+"""Run moto's server with the Python of .venv-moto, changed to release the private addresses of terminated instances.
 
-moto 5.2 keeps such an address for ever; but a host of the tests, being ended and started again, has always the same.
+moto 5.2 never releases them, but a host of the tests has the same address whenever its instance is started again.
 """
 
 import sys
@@ -13,7 +13,7 @@ _terminate = Instance.terminate
 
 
 def terminate_and_free(instance: Any, *arguments: Any, **options: Any) -> Any:
-    """End an instance as moto does, and free its addresses as EC2 does."""
+    """Terminate an instance like moto, and release its addresses like EC2."""
     result = _terminate(instance, *arguments, **options)
     subnet = instance.ec2_backend.get_subnet(instance.subnet_id)
     for address in instance._private_ips:

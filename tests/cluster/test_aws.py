@@ -1,4 +1,4 @@
-"""cluster.yaml against moto's EC2: workers come when there is work, and go when there is none."""
+"""Tests of cluster.yaml on EC2 simulated by moto: workers start when there is work and are terminated when idle."""
 
 import json
 import re
@@ -12,13 +12,13 @@ import yaml
 
 from tests.cluster.calls import build_segment_call, list_image_uris
 from tests.cluster.cloud import Cloud
-from tests.cluster.conftest import ENVIRONMENT, LAUNCHED_FOR_REAL
+from tests.cluster.conftest import ENVIRONMENT, NEEDS_HOSTS
 from tests.cluster.hosts import CLOUD, Hosts
 from tests.cluster.launcher import ROOT, Job, Launcher, wait_until
 from tests.faults.object_store import ACCOUNT, USER, ObjectStore
 from tests.faults.scene import BUCKET, read_files, read_table
 
-pytestmark = LAUNCHED_FOR_REAL
+pytestmark = NEEDS_HOSTS
 
 HEAD, *WORKERS = ("n1", "n2", "n3", "n4")
 SMALL_NODE = " --object-store-memory=200000000 --memory=4000000000"
@@ -26,16 +26,16 @@ IDLE_S = 20
 
 
 @pytest.fixture(scope="module")
-def cloud(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:  # hosts: their network
+def cloud(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cloud]:  # Depends on the hosts' network.
     with Cloud(tmp_path_factory.mktemp("cloud") / "log") as cloud:
         yield cloud
 
 
 def fit_to_hosts(config: dict[str, Any], hosts: Hosts, cloud: Cloud) -> dict[str, Any]:
-    """Return cluster.yaml for these hosts: its instances are theirs, and there is no container around Ray."""
+    """Return cluster.yaml adapted to the hosts: instances have their addresses, and Ray runs without containers."""
     text = json.dumps(config)
     for place, value in (
-        ("ami with Docker and an NVIDIA driver from 580 on, such as a deep-learning base image", cloud.ids["ami"]),
+        ("AMI with Docker and NVIDIA driver 580 or later, such as a deep-learning base image", cloud.ids["ami"]),
         ("name of your EC2 key pair", cloud.ids["key pair"]),
         ("private subnet", cloud.ids["subnet"]),
         ("security group that admits itself and SSH from where you run ray up", cloud.ids["security group"]),
@@ -49,7 +49,7 @@ def fit_to_hosts(config: dict[str, Any], hosts: Hosts, cloud: Cloud) -> dict[str
     config["auth"]["ssh_user"] = "root"
     config["idle_timeout_minutes"] = IDLE_S / 60
     config["max_workers"] = len(WORKERS)
-    # an instance that is a host has its address; so each worker is a node type of its own
+    # An instance must have the address of its host, so each worker is a separate node type.
     types = config["available_node_types"]
     spot = types.pop("gpu_spot")
     del types["gpu_on_demand"]
@@ -83,7 +83,7 @@ def cluster(hosts: Hosts, cloud: Cloud, tmp_path_factory: pytest.TempPathFactory
             hosts.end_processes(name)
 
 
-def test_nothing_is_started_but_the_head(cluster: Launcher, cloud: Cloud) -> None:
+def test_ray_up_starts_only_the_head(cluster: Launcher, cloud: Cloud) -> None:
     (head,) = cloud.find_instances()
     assert head["PrivateIpAddress"] == "10.77.0.1"
     assert head["IamInstanceProfile"]["Arn"].endswith("/segray-head")
@@ -92,7 +92,7 @@ def test_nothing_is_started_but_the_head(cluster: Launcher, cloud: Cloud) -> Non
 
 
 def watch_workers(cloud: Cloud, job: Job) -> set[frozenset[str]]:
-    """Return every set of workers that was there at a time, until the job ends."""
+    """Return every set of workers that existed at the same time until the job ended."""
     seen: set[frozenset[str]] = set()
 
     def look() -> bool:
@@ -103,22 +103,22 @@ def watch_workers(cloud: Cloud, job: Job) -> set[frozenset[str]]:
     return seen
 
 
-def test_a_segmentation_brings_workers_up_from_none_and_they_go_again(
+def test_a_segmentation_starts_workers_from_none_and_they_are_terminated_afterwards(
     cluster: Launcher, cloud: Cloud, store: ObjectStore
 ) -> None:
     call = build_segment_call("segmented/from-zero", fragment_size=1, num_predictors=2)
     job = cluster.submit(*call)
     seen = watch_workers(cloud, job)
     assert job.process.returncode == 0, job.text
-    assert "waiting for room for 2 predictors of 0.89 CPU each: the cluster has 0 CPU, 0 GPU on 1 node" in job.text
+    assert "waiting for nodes for 2 predictors with 0.89 CPU each: the cluster has 0 CPU, 0 GPU on 1 node" in job.text
     assert len(max(seen, key=len)) >= 2
     rows = read_table(read_files(store, "segmented/from-zero"))["uri"].to_pylist()
     assert sorted(rows) == sorted(list_image_uris(store))
     wait_until(lambda: not cloud.find_workers(), "the end of all workers", timeout_s=IDLE_S + 90)
-    assert len(cloud.find_instances()) == 1, "the head alone is still paid for"
+    assert len(cloud.find_instances()) == 1, "only the head is still running"
 
 
-def test_a_training_asks_for_exactly_its_workers(cluster: Launcher, cloud: Cloud, training_data: str) -> None:
+def test_a_training_run_starts_exactly_its_workers(cluster: Launcher, cloud: Cloud, training_data: str) -> None:
     job = cluster.submit("jobs/train.py", training_data, "--set", f"output=s3://{BUCKET}/trained-on-aws")
     seen = watch_workers(cloud, job)
     assert job.process.returncode == 0, job.text
@@ -130,16 +130,16 @@ def test_a_training_asks_for_exactly_its_workers(cluster: Launcher, cloud: Cloud
     [
         (
             ["jobs/train.py", "{training}", "--set", "train.num_train_workers=5", "--set", "train.global_batch_size=5"],
-            "error: train.num_train_workers: 5 training workers of 1 CPU each asked for, and 3 can ever be placed: ",
+            "error: train.num_train_workers: requested 5 training workers with 1 CPU each, but at most 3 can be ",
         ),
         (
             build_segment_call("never", num_gpus_per_predictor=1),
-            "error: segment.num_gpus_per_predictor: 1 predictor of 1 CPU and 1 GPU each asked for, and 0 can ever be ",
+            "error: segment.num_gpus_per_predictor: requested 1 predictor with 1 CPU and 1 GPU, but at most 0 can be ",
         ),
     ],
     ids=["train", "segment"],
 )
-def test_a_job_that_can_never_be_placed_says_so_within_a_minute(
+def test_a_job_that_can_never_be_placed_fails_within_a_minute(
     cluster: Launcher, cloud: Cloud, training_data: str, arguments: list[str], line: str
 ) -> None:
     wait_until(lambda: not cloud.find_workers(), "the end of all workers", timeout_s=IDLE_S + 90)
@@ -148,12 +148,12 @@ def test_a_job_that_can_never_be_placed_says_so_within_a_minute(
     assert time.monotonic() - began_s < 60
     assert job.process.returncode != 0
     assert line in job.text
-    assert "the cluster has 0 CPU, 0 GPU on 1 node, and may add 1 worker-n2 (1 CPU, 0 GPU)" in job.text
+    assert "the cluster has 0 CPU, 0 GPU on 1 node and may add 1 worker-n2 (1 CPU, 0 GPU)" in job.text
     assert not cloud.find_workers()
 
 
-def test_where_a_job_cannot_know_what_may_come_it_repeats_what_the_autoscaler_says(cluster: Launcher) -> None:
-    """As on Kubernetes: the configuration of `ray up` is in a home folder which this job does not see."""
+def test_a_job_without_the_cluster_configuration_prints_the_autoscalers_report(cluster: Launcher) -> None:
+    """As on Kubernetes: this job has another home folder, so it does not find the configuration of `ray up`."""
     files = {
         "AWS_CONFIG_FILE": ".aws/config",
         "AWS_SHARED_CREDENTIALS_FILE": ".aws/credentials",
@@ -163,20 +163,21 @@ def test_where_a_job_cannot_know_what_may_come_it_repeats_what_the_autoscaler_sa
     began_s = time.monotonic()
     call = build_segment_call("never", num_predictors=1, num_gpus_per_predictor=1)
     job = cluster.submit(*call, variables=variables)
-    line = "the autoscaler has no nodes for 1 process of 1 CPU and 1 GPU each: the cluster has "
-    wait_until(lambda: line in job.text, "what the autoscaler says", timeout_s=90, job=job)
+    line = "the autoscaler has no nodes for 1 process with 1 CPU and 1 GPU: the cluster has "
+
+    wait_until(lambda: line in job.text, "the autoscaler's report", timeout_s=90, job=job)
     assert time.monotonic() - began_s < 60
     cluster.stop(job)
     job.wait()
 
 
-def test_the_head_has_done_nothing_that_its_policy_does_not_name(cluster: Launcher, cloud: Cloud) -> None:
+def test_the_head_used_only_permissions_of_its_policy(cluster: Launcher, cloud: Cloud) -> None:
     policy = json.loads(cloud.fill_in("head-policy.json"))["Statement"]
     allowed = {action for statement in policy for action in [statement["Action"]]}
     calls = cloud.read_calls(f"{ACCOUNT}:{USER}")
     assert {f"ec2:{call['Action'][0]}" for call in calls} | {"iam:PassRole"} == allowed
     (start,) = (statement for statement in policy if statement["Sid"] == "StartWorkersOfThisCluster")
-    (note,) = (statement for statement in policy if statement["Sid"] == "NoteTheStateOfWorkersInTheirTags")
+    (update,) = (statement for statement in policy if statement["Sid"] == "UpdateStateTagsOfInstances")
     for call in calls:
         values = {name: value[0] for name, value in call.items()}
         if values["Action"] == "RunInstances":
@@ -190,17 +191,17 @@ def test_the_head_has_done_nothing_that_its_policy_does_not_name(cluster: Launch
             profile = start["Condition"]["ArnEquals"]["ec2:InstanceProfile"]
             assert profile.endswith(f":instance-profile/{values['IamInstanceProfile.Name']}")
         if values["Action"] == "CreateTags":
-            keys = note["Condition"]["ForAllValues:StringEquals"]["aws:TagKeys"]
+            keys = update["Condition"]["ForAllValues:StringEquals"]["aws:TagKeys"]
             assert read_tags(values, "").keys() <= set(keys)
 
 
 def read_tags(values: dict[str, str], prefix: str) -> dict[str, str]:
-    """Return the tags of an EC2 call's parameters."""
+    """Return the tags in the parameters of an EC2 call."""
     numbers = {match.group(1) for name in values if (match := re.match(rf"{re.escape(prefix)}Tag\.(\d+)\.Key", name))}
     return {values[f"{prefix}Tag.{number}.Key"]: values[f"{prefix}Tag.{number}.Value"] for number in numbers}
 
 
-def test_ray_down_ends_what_is_paid_for(cluster: Launcher, cloud: Cloud) -> None:
+def test_ray_down_terminates_all_instances(cluster: Launcher, cloud: Cloud) -> None:
     cluster.down()
     assert not cloud.find_instances("pending", "running", "stopping", "stopped")
     assert cloud.find_instances("terminated")

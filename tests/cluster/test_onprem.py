@@ -1,4 +1,4 @@
-"""Three machines of one's own: `ray up`, both jobs with the token, nodes that die and a cable that is pulled."""
+"""Tests of clusters/onprem.yaml on three hosts: `ray up`, both jobs, the token, killed and disconnected nodes."""
 
 import io
 import re
@@ -15,13 +15,13 @@ import yaml
 from pyarrow import csv
 
 from tests.cluster.calls import NUM_EPOCHS, build_segment_call, list_keys
-from tests.cluster.conftest import ENVIRONMENT, LAUNCHED_FOR_REAL, shrink_nodes
+from tests.cluster.conftest import ENVIRONMENT, NEEDS_HOSTS, shrink_nodes
 from tests.cluster.hosts import Hosts
 from tests.cluster.launcher import ROOT, Launcher, wait_until
 from tests.faults.object_store import ObjectStore
 from tests.faults.scene import BUCKET, read_files, require_invariant
 
-pytestmark = LAUNCHED_FOR_REAL
+pytestmark = NEEDS_HOSTS
 
 HEAD, *WORKERS = NAMES = ("n1", "n2", "n3")
 
@@ -54,7 +54,7 @@ def wait_for_raylets(hosts: Hosts) -> None:
 
 
 def find_worker_with(hosts: Hosts, title: str) -> str:
-    """Return a host other than the head that has such a process, or just another one than the head."""
+    """Return a host other than the head, preferably one with a process whose command line contains a text."""
     return next((name for name in WORKERS if hosts.find_processes(name, title)), WORKERS[0])
 
 
@@ -65,52 +65,54 @@ def clean(cluster: Launcher, store: ObjectStore) -> dict[str, bytes]:
     return read_files(store, "segmented/clean")
 
 
-def test_training_on_two_nodes_goes_on_when_one_of_them_dies(
+def test_training_on_two_nodes_continues_when_one_of_them_dies(
     cluster: Launcher, hosts: Hosts, store: ObjectStore, training_data: str
 ) -> None:
     job = cluster.submit("jobs/train.py", training_data)
     wait_until(lambda: "epoch  2/" in job.text, "two epochs", job=job)
     ranks = {name for name in NAMES if hosts.find_processes(name, "RayTrainWorker")}
     assert len(ranks) == 2, "the two workers are on two nodes"
-    hosts.kill_raylet(max(ranks))  # n1 is the head
+    hosts.kill_raylet(max(ranks))  # n1 is the head.
     assert job.wait() == 0, job.text
-    begun = [int(epoch) for epoch in re.findall(r"going on after epoch (\d+)", job.text)]
+    begun = [int(epoch) for epoch in re.findall(r"resuming after epoch (\d+)", job.text)]
     assert len(begun) == 1, job.text
-    assert begun[0] >= 2, "it went on from its newest checkpoint, and not from the first step"
+    assert begun[0] >= 2, "it continued from its newest checkpoint, not from the first step"
     body = store.client().get_object(Bucket=BUCKET, Key="trained/metrics.csv")["Body"].read()
     epochs: pa.Table = csv.read_csv(io.BytesIO(body))
     assert epochs["epoch"].to_pylist() == list(range(1, NUM_EPOCHS + 1))
     assert len(list_keys(store, "trained/bundle/model.safetensors")) == 1
-    wait_for_raylets(hosts)  # Ray's autoscaler has started the node again
+    wait_for_raylets(hosts)  # Ray's autoscaler restarts the node.
 
 
-def test_segmentation_loses_and_doubles_nothing_when_a_node_dies(
+def test_segmentation_loses_and_duplicates_no_rows_when_a_node_dies(
     cluster: Launcher, hosts: Hosts, store: ObjectStore, clean: dict[str, bytes]
 ) -> None:
     job = cluster.submit(*build_segment_call("segmented/killed"))
     wait_until(lambda: list_keys(store, "segmented/killed/images/"), "the first fragment", job=job)
     hosts.kill_raylet(find_worker_with(hosts, "FragmentPredictor"))
-    assert len(list_keys(store, "segmented/killed/images/")) < len(clean) - 2, "killed before it was nearly done"
+    assert len(list_keys(store, "segmented/killed/images/")) < len(clean) - 2, (
+        "the node was killed before the run was nearly complete"
+    )
     assert job.wait() == 0, job.text
     require_invariant(read_files(store, "segmented/killed"), clean)
     wait_for_raylets(hosts)
 
 
-def test_segmentation_loses_and_doubles_nothing_when_a_cable_is_pulled(
+def test_segmentation_loses_and_duplicates_no_rows_when_a_node_is_disconnected(
     cluster: Launcher, hosts: Hosts, store: ObjectStore, clean: dict[str, bytes]
 ) -> None:
     job = cluster.submit(*build_segment_call("segmented/cut"))
     wait_until(lambda: list_keys(store, "segmented/cut/images/"), "the first fragment", job=job)
     name = find_worker_with(hosts, "FragmentPredictor")
-    hosts.pull_cable(name)
+    hosts.disconnect(name)
     try:
         assert job.wait() == 0, job.text
         require_invariant(read_files(store, "segmented/cut"), clean)
-        cut_off = hosts.find_processes(name, "raylet/raylet")
+        raylets = hosts.find_processes(name, "raylet/raylet")
     finally:
-        hosts.plug_in_cable(name)
-    # whatever was still at work there has come back into the network, and may write, until it learns that it is dead
-    wait_until(lambda: not any(process.is_running() for process in cut_off), "the end of the raylet that was cut off")
+        hosts.reconnect(name)
+    # The node's workers are connected again and may write until its raylet learns that it is considered dead and exits.
+    wait_until(lambda: not any(process.is_running() for process in raylets), "the end of the disconnected raylet")
     wait_for_raylets(hosts)
     require_invariant(read_files(store, "segmented/cut"), clean)
 
@@ -132,7 +134,7 @@ def test_without_the_token_a_job_is_refused(
     assert "submitted successfully" not in job.text
 
 
-# one method of each service that Ray's processes offer to one another; without a token nobody gets as far as arguments
+# One method of each gRPC service of Ray's processes. Without a token, calls fail before their arguments are parsed.
 _METHODS = [
     "NodeManagerService/GetNodeStats",
     "ObjectManagerService/Pull",
@@ -145,14 +147,14 @@ _METHODS = [
 
 
 def probe(address: str) -> str:
-    """Ask a port without a token, by HTTP and then by gRPC; return what it answers, if it does."""
+    """Call a port without a token, over HTTP and then over gRPC, and return a word for how it responds."""
     try:
         with urllib.request.urlopen(f"http://{address}/", timeout=3) as answer:
             kind = urllib.request.urlopen(f"http://{address}/metrics", timeout=3).headers["Content-Type"]
             return "metrics" if kind.startswith("text/plain; version=") else f"HTTP {answer.status}"
     except urllib.error.HTTPError as error:
         return "refused" if error.code == 401 else f"HTTP {error.code}"
-    except Exception:  # no HTTP: half a dozen errors say so
+    except Exception:  # Not an HTTP port, which can show in half a dozen kinds of errors.
         pass
     answers: set[Any] = set()
     with grpc.insecure_channel(address) as channel:
@@ -163,18 +165,18 @@ def probe(address: str) -> str:
             except grpc.RpcError as error:
                 answers.add(error.code())
     answers.discard(grpc.StatusCode.UNIMPLEMENTED)
-    if answers == {grpc.StatusCode.UNAVAILABLE}:  # such as metrics that hang, after a node has been cut off
+    if answers == {grpc.StatusCode.UNAVAILABLE}:  # For example, metrics that hang after a node was disconnected.
         return "silent"
     return "refused" if answers == {grpc.StatusCode.UNAUTHENTICATED} else str(answers)
 
 
 @pytest.mark.usefixtures("cluster")
-def test_no_port_but_ssh_and_metrics_answers_without_the_token(hosts: Hosts) -> None:
+def test_only_ssh_and_metrics_respond_without_the_token(hosts: Hosts) -> None:
     answers: dict[str, set[str]] = {}
     for name in NAMES:
         asked = {port: probe(f"{hosts.get_address(name)}:{port}") for port in hosts.find_open_ports(name)}
         for port, listener in hosts.find_open_ports(name).items():
-            if port in asked:  # and has not been closed in the meantime
+            if port in asked:  # It was not closed in the meantime.
                 answers.setdefault(asked[port], set()).add(f"{name}:{port} {listener}")
     assert answers.keys() - {"silent"} == {"refused", "metrics"}, answers
     assert len(answers["refused"]) >= 5 * len(NAMES)
@@ -183,7 +185,7 @@ def test_no_port_but_ssh_and_metrics_answers_without_the_token(hosts: Hosts) -> 
 
 
 def test_ray_down_and_ray_stop_leave_nothing_running(cluster: Launcher, hosts: Hosts) -> None:
-    """The README's two steps: the one ends the head alone, of workers it leaves helpers that run for ever."""
+    """Both steps are needed: `ray down` stops only the head, and leaves helper processes running on the workers."""
 
     def find_ray(name: str) -> set[int]:
         return {process.pid for title in ("/ray/", "ray::") for process in hosts.find_processes(name, title)}

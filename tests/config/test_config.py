@@ -1,7 +1,7 @@
-"""Settings: what is read, and the one line that a mistake gets."""
+"""Settings: defaults, overrides, and the one-line error message of each mistake."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import yaml
@@ -9,6 +9,7 @@ import yaml
 from segray.config import (
     LOSS_TERMS,
     AugmentationSettings,
+    ExportFormat,
     LossSettings,
     ModelConfig,
     SegmentFile,
@@ -19,8 +20,10 @@ from segray.config import (
     load_config,
     require_absolute,
 )
+from segray.config.section import Section
 from segray.errors import ConfigError
 
+ROOT = Path(__file__).parents[2]
 VALID: dict[str, Any] = {
     "data": {
         "train": {"images": "i", "masks": "m"},
@@ -44,17 +47,19 @@ def test_defaults_and_overrides(tmp_path: Path) -> None:
     assert config.model.encoder_name == "vgg16"
     assert config.data.class_values == (5, 9)
     assert load(tmp_path, VALID).data.class_values == (0, 1)
-    assert load(tmp_path, VALID, "train.learning_rate=1e-4").train.learning_rate == 1e-4  # YAML 1.1 reads a string
+    assert (
+        load(tmp_path, VALID, "train.learning_rate=1e-4").train.learning_rate == 1e-4
+    )  # YAML 1.1 reads 1e-4 as a string.
 
 
-def test_oxford_layout_brings_its_classes(tmp_path: Path) -> None:
+def test_the_oxford_layout_defines_its_classes(tmp_path: Path) -> None:
     values = {**VALID, "data": {"layout": {"oxford_iiit_pet": {"root": "r"}}}}
     data = load(tmp_path, values).data
     assert data.class_names == ("pet", "background", "border")
     assert data.class_values == (1, 2, 3)
 
 
-def test_segment_reads_a_training_configuration_and_a_segment_section_alone(tmp_path: Path) -> None:
+def test_segment_accepts_a_training_configuration_or_only_a_segment_section(tmp_path: Path) -> None:
     path = tmp_path / "segment.yaml"
     path.write_text(yaml.safe_dump({**VALID, "segment": {"batch_size": 3}}))
     assert load_config(SegmentFile, str(path)).segment.batch_size == 3
@@ -69,7 +74,10 @@ def test_segment_reads_a_training_configuration_and_a_segment_section_alone(tmp_
         (["train.num_epoch=3"], r"train\.num_epoch: unknown setting; did you mean train\.num_epochs\?"),
         (["train.num_epochs=zero"], r"train\.num_epochs: .*got 'zero'"),
         (["train.num_epochs=0"], r"train\.num_epochs: .*greater than or equal to 1"),
-        (["train.global_batch_size=7", "train.num_train_workers=2"], r"7 cannot be shared evenly .*choose a multiple"),
+        (
+            ["train.global_batch_size=7", "train.num_train_workers=2"],
+            r"global_batch_size: expected a multiple of 2.*got 7$",
+        ),
         (["data.val=null"], r"val: expected"),
         (["data.train={fraction: 0.5}"], r"train: expected"),
         (["data.train={images: a}"], r"data\.train: expected images and masks.*got images"),
@@ -83,13 +91,16 @@ def test_segment_reads_a_training_configuration_and_a_segment_section_alone(tmp_
         (["loss={ce: 0, dice: 0}"], r"loss: expected a weight above 0 for one of ce, dice, .*ohem$"),
         (["loss.dice=-1"], r"loss\.dice: .*greater than or equal to 0, got -1"),
         (["loss.dise=1"], r"loss\.dise: unknown setting; did you mean loss\.dice\?"),
-        (["loss.class_weights=[1, 2, 3]"], r"loss\.class_weights: expected one for each of the 2 class_names, got 3"),
-        (["loss.class_weights=[0, 0]"], r"loss: class_weights: expected one above 0 at least, got \[0\.0, 0\.0\]"),
+        (
+            ["loss.class_weights=[1, 2, 3]"],
+            r"loss\.class_weights: expected one weight for each of the 2 class_names, got 3",
+        ),
+        (["loss.class_weights=[0, 0]"], r"loss: class_weights: expected at least one above 0, got \[0\.0, 0\.0\]"),
         (["loss.class_weights=[-1, 1]"], r"loss\.class_weights\.0: .*greater than or equal to 0, got -1"),
         (["loss.class_weights=even"], r"loss\.class_weights: input should be 'auto', got 'even'"),
         (
             ["loss={tversky: 1, tversky_alpha: 0, tversky_beta: 0}"],
-            r"loss: tversky_alpha, tversky_beta: expected one above",
+            r"loss: tversky_alpha, tversky_beta: expected at least one above 0, got 0 and 0",
         ),
         (["loss.dice=.inf"], r"loss\.dice: .*finite number, got inf"),
         (["augmentation=wild"], r"augmentation\.preset: .*'none', 'light' or 'strong', got 'wild'"),
@@ -101,45 +112,64 @@ def test_segment_reads_a_training_configuration_and_a_segment_section_alone(tmp_
         (["augmentation.crop_size=[64]"], r"augmentation\.crop_size\.1: this setting is required"),
         (
             ["augmentation=strong", "augmentation.blur=0"],
-            r"--set augmentation\.blur=0: augmentation is 'strong', no section to set blur in; set it as a whole",
+            r"--set augmentation\.blur=0: augmentation is 'strong', not a section that blur can be set in; "
+            r"replace augmentation as a whole",
         ),
         (["model={arch: classic_unet, widths: [64]}"], r"model\.widths: .*at least 2 items"),
         (["nonsense"], r"--set nonsense: expected KEY=VALUE"),
-        (["data.train={"], r"--set data\.train=\{: the value is not YAML"),
+        (["data.train={"], r"--set data\.train=\{: the value is not valid YAML"),
     ],
 )
-def test_a_mistake_names_the_setting(tmp_path: Path, overrides: list[str], message: str) -> None:
+def test_an_invalid_setting_is_named_in_the_error(tmp_path: Path, overrides: list[str], message: str) -> None:
     with pytest.raises(ConfigError, match=message) as caught:
         load(tmp_path, VALID, *overrides)
     assert "\n" not in str(caught.value)
 
 
+def test_a_configuration_can_be_a_mapping_that_is_not_changed(tmp_path: Path) -> None:
+    values = {**VALID, "train": {"num_epochs": 3}}
+    config = load_config(TrainConfig, values, ["train.seed=5"])
+    assert (config.train.num_epochs, config.train.seed) == (3, 5)
+    assert values["train"] == {"num_epochs": 3}
+    path = tmp_path / "config.yaml"
+    path.write_text(yaml.safe_dump(values))
+    assert load_config(TrainConfig, path, ["train.seed=5"]) == config
+    with pytest.raises(ConfigError, match=r"^settings: train\.num_epoch: unknown setting"):
+        load_config(TrainConfig, {**VALID, "train": {"num_epoch": 3}})
+
+
+def test_an_export_format_is_given_by_name() -> None:
+    assert ExportFormat.parse("onnx") is ExportFormat.parse(ExportFormat.ONNX) is ExportFormat.ONNX
+    with pytest.raises(ConfigError, match="export format: expected one of onnx, torch_export, got 'tflite'"):
+        ExportFormat.parse("tflite")
+
+
 @pytest.mark.parametrize("content", ["- a list", "a: [", "\tb: 1"])
-def test_a_file_that_is_not_a_configuration_is_named(tmp_path: Path, content: str) -> None:
+def test_an_invalid_configuration_file_is_named_in_the_error(tmp_path: Path, content: str) -> None:
     with pytest.raises(ConfigError, match=r"config\.yaml: expected"):
         load(tmp_path, content)
 
 
-def test_required_settings(tmp_path: Path) -> None:
+def test_missing_required_settings_are_named_in_the_error(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"image_size: this setting is required; output: this setting is required"):
         load(tmp_path, {"data": VALID["data"]})
 
 
-def test_settings_that_only_change_the_speed_do_not_bind_a_run(tmp_path: Path) -> None:
+def test_settings_that_affect_only_speed_or_faults_may_differ_between_reruns(tmp_path: Path) -> None:
     slow, fast = load(tmp_path, VALID), load(tmp_path, VALID, "train.num_decode_threads=9", "segment.num_predictors=7")
-    assert slow.of_weights == fast.of_weights
-    assert slow.segment.of_rows == fast.segment.of_rows
+    assert slow.weight_settings == fast.weight_settings
+    assert slow.segment.row_settings == fast.segment.row_settings
     other = load(tmp_path, VALID, "train.seed=1", "segment.batch_size=3")
-    assert other.of_weights != slow.of_weights
-    assert other.segment.of_rows != slow.segment.of_rows
-    # a setting that is added binds a run, until somebody decides here that it does not
+    assert other.weight_settings != slow.weight_settings
+    assert other.segment.row_settings != slow.segment.row_settings
+    # A new setting belongs to the fingerprint of a run unless it is listed here.
     speed = {"num_fetch_threads", "num_predictors", "num_gpus_per_predictor"}
-    listing = {"extensions", "recursive", "split", "relist"}  # bound through the plan that they make
+    listing = {"extensions", "recursive", "split", "relist"}  # These are covered by the sha256 of the plan.
     outcome = {"max_error_fraction", "num_report_images", "retry_errors"}
-    assert SegmentSettings.model_fields.keys() - slow.segment.of_rows.keys() == speed | listing | outcome
+    assert SegmentSettings.model_fields.keys() - slow.segment.row_settings.keys() == speed | listing | outcome
     speed = {"num_decode_threads", "cache_bytes", "cache_disk_bytes"}
     faults = {"max_failures", "min_train_workers", "stall_timeout_s", "checkpoint_every_steps", "num_best_checkpoints"}
-    assert TrainSettings.model_fields.keys() - slow.of_weights["train"].keys() == speed | faults
+    assert TrainSettings.model_fields.keys() - slow.weight_settings["train"].keys() == speed | faults
 
 
 @pytest.mark.parametrize(
@@ -153,7 +183,7 @@ def test_settings_that_only_change_the_speed_do_not_bind_a_run(tmp_path: Path) -
         (dict.fromkeys(LOSS_TERMS, 2), dict.fromkeys(LOSS_TERMS, 2.0)),
     ],
 )
-def test_the_losses_are_those_that_are_named_or_cross_entropy(
+def test_loss_terms_are_those_given_or_cross_entropy_by_default(
     tmp_path: Path, loss: dict[str, float], terms: dict[str, float]
 ) -> None:
     settings = load(tmp_path, {**VALID, "loss": loss}).loss
@@ -162,13 +192,13 @@ def test_the_losses_are_those_that_are_named_or_cross_entropy(
     assert load(tmp_path, VALID).loss == LossSettings(ce=1.0)
 
 
-def test_class_weights_are_auto_or_one_for_each_class(tmp_path: Path) -> None:
+def test_class_weights_are_auto_or_one_weight_per_class(tmp_path: Path) -> None:
     assert load(tmp_path, VALID, "loss.class_weights=auto").loss.class_weights == "auto"
     assert load(tmp_path, VALID, "loss.class_weights=[0, 2.5]").loss.class_weights == (0.0, 2.5)
     assert load(tmp_path, VALID).loss.class_weights is None
 
 
-def test_a_preset_of_augmentation_is_a_word_or_where_a_section_starts_from(tmp_path: Path) -> None:
+def test_an_augmentation_preset_is_given_alone_or_with_overrides(tmp_path: Path) -> None:
     def load_augmentation(value: object) -> AugmentationSettings:
         return load(tmp_path, {**VALID, "augmentation": value}).augmentation
 
@@ -193,32 +223,32 @@ def test_a_preset_of_augmentation_is_a_word_or_where_a_section_starts_from(tmp_p
     )
 
 
-def test_every_difference_of_two_runs_is_named() -> None:
+def test_find_differences_names_every_difference() -> None:
     theirs = {"model": {"arch": "unet", "encoder_name": "resnet18"}, "seed": 0, "old": 1}
     mine = {"model": {"arch": "fpn", "encoder_name": "resnet18"}, "seed": 3}
     assert find_differences(theirs, mine, "train") == [
-        "train.model.arch: there 'unet', here 'fpn'",
-        "train.old: there 1, here None",
-        "train.seed: there 0, here 3",
+        "train.model.arch: the run has 'unet', got 'fpn'",
+        "train.old: the run has 1, got None",
+        "train.seed: the run has 0, got 3",
     ]
     assert find_differences(theirs, theirs) == []
 
 
-def test_jobs_refuse_relative_paths(tmp_path: Path) -> None:
+def test_require_absolute_rejects_relative_paths(tmp_path: Path) -> None:
     require_absolute({"a": "s3://bucket/run/", "b": "/data", "c": "file:///data", "d": None})
     config = load(tmp_path, VALID, "output=/out")
-    with pytest.raises(ConfigError, match=r"data\.train\.images: i is relative"):
+    with pytest.raises(ConfigError, match=r"data\.train\.images: i is a relative path"):
         require_absolute(config.uris)
 
 
-@pytest.mark.parametrize("path", sorted(Path(__file__).parents[1].glob("jobs/*.yaml")), ids=lambda path: path.name)
-def test_every_configuration_of_jobs_is_valid(path: Path) -> None:
+@pytest.mark.parametrize("path", sorted(ROOT.glob("jobs/*.yaml")), ids=lambda path: path.name)
+def test_every_configuration_in_jobs_is_valid(path: Path) -> None:
     kind = SegmentFile if path.name == "segment.yaml" else TrainConfig
     load_config(kind, str(path))
 
 
-def test_the_textbook_task_is_vgg16_fcn8s_at_224_with_a_frozen_encoder() -> None:
-    config = load_config(TrainConfig, str(Path(__file__).parents[1] / "jobs" / "pet_fcn8s.yaml"))
+def test_pet_fcn8s_is_vgg16_fcn8s_at_224_with_a_frozen_encoder() -> None:
+    config = load_config(TrainConfig, str(ROOT / "jobs" / "pet_fcn8s.yaml"))
     assert config.model == ModelConfig(
         arch="fcn8s", encoder_name="vgg16", encoder_weights="imagenet", freeze_encoder=True
     )
@@ -226,7 +256,27 @@ def test_the_textbook_task_is_vgg16_fcn8s_at_224_with_a_frozen_encoder() -> None
     assert config.data.class_names == ("pet", "background", "border")
 
 
-def test_a_preset_stands_for_all_settings_of_its_section(tmp_path: Path) -> None:
+def test_overriding_a_preset_replaces_its_whole_section(tmp_path: Path) -> None:
     whole = load(tmp_path, VALID, "augmentation=light").model_dump(mode="json")
     config = load(tmp_path, whole, "augmentation.preset=strong", "augmentation.blur=0")
     assert config.augmentation == AugmentationSettings.model_validate({"preset": "strong", "blur": 0})
+
+
+def find_sections(section: type[Section]) -> set[type[Section]]:
+    """Return a settings model and all models nested in it."""
+    found = {section}
+    annotations = [field.annotation for field in section.model_fields.values()]
+    while annotations:
+        annotation = annotations.pop()
+        annotations += get_args(annotation)
+        if isinstance(annotation, type) and issubclass(annotation, Section):
+            found |= find_sections(annotation)
+    return found
+
+
+@pytest.mark.parametrize("section", sorted(find_sections(TrainConfig), key=str), ids=lambda section: section.__name__)
+def test_every_setting_has_a_description_for_the_reference(section: type[Section]) -> None:
+    assert section.__doc__
+    for name, field in section.model_fields.items():
+        assert field.description, name
+        assert field.description[-1] == ".", name

@@ -1,4 +1,4 @@
-"""Random changes: what each setting does, that image and mask stay together, and that only the generator decides."""
+"""Augmentation: what each setting does, image and mask stay aligned, and only the generator determines the sample."""
 
 import math
 from concurrent.futures import ThreadPoolExecutor
@@ -13,7 +13,7 @@ from segray.data.augmentation import FILL_RGB, Augmentation
 from segray.data.images import resize_image, resize_mask
 
 IGNORE = 255
-SIZE = (120, 160)  # of the images drawn here
+SIZE = (120, 160)  # Height and width of the test images.
 PALETTE = np.array([(0, 0, 0), (250, 30, 30), (30, 250, 30), (30, 30, 250), (250, 250, 30)], np.uint8)
 ALL_CHANGES: dict[str, object] = {
     "horizontal_flip": 0.5,
@@ -36,11 +36,11 @@ def build(settings: dict[str, object], image_size: tuple[int, int] = SIZE, ignor
 
 
 def draw_blocks(dtype: npt.DTypeLike = np.uint8) -> Sample:
-    """Return an image of large blocks, coloured by class, and its mask; neither can be written to."""
+    """Return an image of large blocks, coloured by class, and its mask; both arrays are read-only."""
     classes = np.random.default_rng(5).integers(0, len(PALETTE), (3, 4))
     truth = classes.repeat(40, 0).repeat(40, 1).astype(dtype)
     image = PALETTE[truth]
-    image.flags.writeable = truth.flags.writeable = False  # samples are kept for the next epoch
+    image.flags.writeable = truth.flags.writeable = False  # Cached samples must not be changed.
     return image, truth
 
 
@@ -55,7 +55,7 @@ def apply(augmentation: Augmentation, sample: Sample, seed: int = 0) -> Sample:
 
 
 def find_flat(truth: Array) -> npt.NDArray[np.bool_]:
-    """Return where a pixel has the class of all its neighbours, 5 pixels around; nowhere near the sample's edge."""
+    """Return where all pixels in an 11x11 neighbourhood have the same class; False near the edge of the sample."""
     windows = sliding_window_view(np.pad(truth.astype(np.int64), 5, constant_values=-1), (11, 11))
     flat: npt.NDArray[np.bool_] = windows.min((2, 3)) == windows.max((2, 3))
     return flat
@@ -79,7 +79,7 @@ def find_flat(truth: Array) -> npt.NDArray[np.bool_]:
     ],
 )
 @pytest.mark.parametrize(("dtype", "ignore_index"), [(np.uint8, 255), (np.uint16, 65_535)])
-def test_image_and_mask_stay_together(
+def test_image_and_mask_stay_aligned(
     settings: dict[str, object], dtype: type[np.unsignedinteger], ignore_index: int
 ) -> None:
     augmentation = build(settings, (100, 150), ignore_index)
@@ -100,7 +100,7 @@ def test_image_and_mask_stay_together(
 
 
 @pytest.mark.parametrize("size", [SIZE, (60, 64), (192, 200)])
-def test_no_change_is_the_resizing_of_evaluation(size: tuple[int, int]) -> None:
+def test_without_changes_a_sample_is_resized_as_in_evaluation(size: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
     sample = rng.integers(0, 256, (*SIZE, 3), np.uint8), rng.integers(0, 9, SIZE).astype(np.uint8)
     image, truth = apply(build({}, size), sample)
@@ -108,7 +108,7 @@ def test_no_change_is_the_resizing_of_evaluation(size: tuple[int, int]) -> None:
     np.testing.assert_array_equal(truth, resize_mask(sample[1], size))
 
 
-def test_masks_hold_no_new_value() -> None:
+def test_augmentation_adds_no_value_to_a_mask() -> None:
     rng = np.random.default_rng(0)
     sample = rng.integers(0, 256, (*SIZE, 3), np.uint8), rng.choice([0, 2, 7], SIZE).astype(np.uint8)
     for seed in range(10):
@@ -116,7 +116,7 @@ def test_masks_hold_no_new_value() -> None:
 
 
 @pytest.mark.filterwarnings("error")
-def test_a_sample_depends_on_its_generator_alone() -> None:
+def test_a_sample_depends_only_on_its_generator() -> None:
     augmentation, sample = build(ALL_CHANGES, (90, 130)), draw_blocks()
     one_by_one = [apply(augmentation, sample, seed) for seed in range(24)]
     with ThreadPoolExecutor(4) as pool:
@@ -126,7 +126,7 @@ def test_a_sample_depends_on_its_generator_alone() -> None:
     assert len({image.tobytes() for image, _ in one_by_one}) == 24
 
 
-def test_flips_are_mirrors_with_their_probability() -> None:
+def test_flips_mirror_with_the_given_probability() -> None:
     image, truth = draw_blocks()
     got, got_truth = apply(build({"horizontal_flip": 1.0}), (image, truth))
     np.testing.assert_array_equal(got, image[:, ::-1])
@@ -139,7 +139,7 @@ def test_flips_are_mirrors_with_their_probability() -> None:
         assert 0.2 < np.mean(changed) < 0.4
 
 
-def test_a_scale_above_one_shows_a_part_at_any_place() -> None:
+def test_a_scale_above_one_cuts_out_a_part_at_any_position() -> None:
     ends = []
     for seed in range(60):
         image, truth = apply(build({"scale": (2.0, 2.0)}), draw_coordinates(), seed)
@@ -152,7 +152,7 @@ def test_a_scale_above_one_shows_a_part_at_any_place() -> None:
     assert np.max(ends, 0).min() > 0.45
 
 
-def test_a_scale_below_one_surrounds_the_image_with_ignored_pixels() -> None:
+def test_a_scale_below_one_pads_the_image_with_ignored_pixels() -> None:
     corners = []
     for seed in range(40):
         image, truth = apply(build({"scale": (0.5, 0.5)}), draw_blocks(), seed)
@@ -168,20 +168,20 @@ def test_a_scale_below_one_surrounds_the_image_with_ignored_pixels() -> None:
     assert np.max(corners, 0).min() > 0.9
 
 
-def test_doubling_is_as_likely_as_halving() -> None:
+def test_scale_doubles_as_often_as_it_halves() -> None:
     shrunk = [(apply(build({"scale": (0.5, 2.0)}), draw_blocks(), seed)[1] == IGNORE).any() for seed in range(400)]
     assert 0.42 < np.mean(shrunk) < 0.58
 
 
-def test_aspect_stretches_width_against_height() -> None:
+def test_aspect_stretches_the_width_relative_to_the_height() -> None:
     image, truth = apply(build({"aspect": (4.0, 4.0)}), draw_coordinates())
     seen = image[truth != IGNORE].astype(int)
-    assert np.ptp(seen[:, 1]) == pytest.approx(SIZE[1] / 2, abs=2)  # half of the columns over the whole width
-    assert (truth != IGNORE).any(1).sum() == SIZE[0] / 2  # all rows over half of the height
+    assert np.ptp(seen[:, 1]) == pytest.approx(SIZE[1] / 2, abs=2)  # Half of the columns fill the whole width.
+    assert (truth != IGNORE).any(1).sum() == SIZE[0] / 2  # All rows fill half of the height.
     assert np.ptp(seen[:, 0]) == pytest.approx(SIZE[0], abs=3)
 
 
-def test_a_rotation_is_about_the_centre_and_keeps_to_its_limit() -> None:
+def test_rotation_is_about_the_centre_and_within_its_limit() -> None:
     truth = np.zeros((161, 161), np.uint8)
     truth[:, 81:] = 1
     image, shifts = PALETTE[truth], []
@@ -189,14 +189,14 @@ def test_a_rotation_is_about_the_centre_and_keeps_to_its_limit() -> None:
         _, turned = apply(build({"rotation_deg": 10.0}, (161, 161)), (image, truth), seed)
         assert turned[80, 78] == 0
         assert turned[80, 83] == 1
-        shifts.append(int((turned[20] == 1).argmax()) - 81)  # where class 1 begins, 60 rows above the centre
+        shifts.append(int((turned[20] == 1).argmax()) - 81)  # Where class 1 begins, 60 rows above the centre.
     limit = 60 * math.tan(math.radians(10))
     assert max(map(abs, shifts)) < limit + 1.5
     assert min(shifts) < -0.8 * limit
     assert max(shifts) > 0.8 * limit
 
 
-def test_a_crop_is_a_window_of_the_image_at_its_size() -> None:
+def test_a_crop_is_a_window_of_the_resized_image() -> None:
     corners = []
     for seed in range(60):
         image, _ = apply(build({"crop_size": (40, 100)}), draw_coordinates(), seed)
@@ -205,13 +205,13 @@ def test_a_crop_is_a_window_of_the_image_at_its_size() -> None:
         corners.append((top / 80, left / 60))
     assert np.min(corners, 0).max() < 0.1
     assert np.max(corners, 0).min() > 0.9
-    # of an image fed at half its size, a crop shows twice as much
+    # A crop of an image that is resized to half its size covers twice as many of its pixels.
     image, _ = apply(build({"crop_size": (30, 40)}, (60, 80)), draw_coordinates())
     assert np.ptp(image[..., 0]) == pytest.approx(60, abs=3)
     assert np.ptp(image[..., 1]) == pytest.approx(80, abs=3)
 
 
-def test_colour_jitter_changes_brightness_contrast_and_saturation_and_not_the_mask() -> None:
+def test_colour_jitter_changes_brightness_contrast_and_saturation_but_not_the_mask() -> None:
     truth = np.zeros(SIZE, np.uint8)
     truth[:, 80:] = 1
     image = np.array([(130, 110, 90), (80, 80, 80)], np.uint8)[truth]
@@ -233,10 +233,10 @@ def test_colour_jitter_changes_brightness_contrast_and_saturation_and_not_the_ma
     assert (np.max(relative, 0) < 1.58).all()
     assert (np.max(relative, 0) > 1.4).all()
     correlation = np.corrcoef(np.transpose(relative))
-    assert np.abs(correlation - np.eye(3)).max() < 0.4  # each is drawn by itself
+    assert np.abs(correlation - np.eye(3)).max() < 0.4  # The three are drawn independently.
 
 
-def test_blur_takes_detail_from_the_image_with_its_probability() -> None:
+def test_blur_removes_detail_with_the_given_probability() -> None:
     rng = np.random.default_rng(0)
     image, truth = rng.integers(0, 256, (*SIZE, 3), np.uint8), rng.integers(0, 4, SIZE).astype(np.uint8)
     for seed in range(5):
@@ -248,7 +248,7 @@ def test_blur_takes_detail_from_the_image_with_its_probability() -> None:
     assert 0.15 < np.mean(changed) < 0.45
 
 
-def test_cutout_blanks_one_rectangle_and_ignores_it() -> None:
+def test_cutout_blanks_and_ignores_one_rectangle() -> None:
     image, truth = draw_blocks()
     shares = []
     for seed in range(60):

@@ -1,4 +1,4 @@
-"""Raw mask values to class indices, and what is said of values that nobody declared."""
+"""Raw mask values to class indices, and the remedy suggested for undeclared values."""
 
 import numpy as np
 import pytest
@@ -7,18 +7,18 @@ from segray.data.classes import ClassMap, build_palette
 from segray.errors import ImageFault
 
 
-def test_values_become_indices_and_ignored_ones_the_ignore_index() -> None:
+def test_values_become_class_indices_or_the_ignore_index() -> None:
     classes = ClassMap(("a", "b"), (10, 300), (7,))
     encoded = classes.encode(np.array([[10, 300], [7, 10]], np.uint16))
     np.testing.assert_array_equal(encoded, [[0, 1], [255, 0]])
     assert encoded.dtype == np.uint8
 
 
-def test_many_classes_need_two_bytes() -> None:
+def test_more_than_255_classes_need_uint16() -> None:
     names = tuple(str(index) for index in range(256))
     classes = ClassMap(names, tuple(range(256)), (999,))
     assert classes.ignore_index == 65_535
-    assert classes.mask_dtype == np.uint8  # a prediction holds no ignore index
+    assert classes.mask_dtype == np.uint8  # Predictions have no ignored pixels.
     encoded = classes.encode(np.array([[255, 999]], np.uint16))
     np.testing.assert_array_equal(encoded, np.array([[255, 65_535]], np.uint16))
 
@@ -28,19 +28,25 @@ def test_many_classes_need_two_bytes() -> None:
     [
         (ClassMap(("a", "b", "c"), (0, 1, 2)), [1, 2, 3], r"class_values: \[1, 2, 3\]"),
         (ClassMap(("a", "b"), (0, 1)), [0, 255], r"class_values: \[0, 255\]"),
-        (ClassMap(("a", "b"), (0, 1)), [0, 1, 255], r"255 is mostly void: set data.ignore_values: \[255\]"),
+        (ClassMap(("a", "b"), (0, 1)), [0, 1, 255], r"255 usually means void: set data.ignore_values: \[255\]"),
         (ClassMap(("a", "b"), (0, 1), (9,)), [9, 1, 255], r"set data.ignore_values: \[9, 255\]"),
         (ClassMap(tuple("abcdefghi"), tuple(range(9))), list(range(1, 10)), r"class_values: \[1, 2, …, 9\]"),
-        (ClassMap(("a", "b"), (0, 1)), list(range(0, 60, 3)), r"values 3, 6, 9, 12, 15, 18, 21, 24, … not declared"),
-        (ClassMap(("a", "b"), (0, 1)), [0, 1, 9], r"mask value 9 not declared \(1 pixels\).*ignore_values"),
+        (
+            ClassMap(("a", "b"), (0, 1)),
+            list(range(0, 60, 3)),
+            r"values 3, 6, 9, 12, 15, 18, 21, 24, … are not declared",
+        ),
+        (ClassMap(("a", "b"), (0, 1)), [0, 1, 9], r"mask value 9 is not declared \(1 pixels\).*ignore_values"),
     ],
 )
-def test_undeclared_values_name_the_setting_that_mends_them(classes: ClassMap, values: list[int], message: str) -> None:
+def test_an_undeclared_value_is_reported_with_the_setting_that_declares_it(
+    classes: ClassMap, values: list[int], message: str
+) -> None:
     with pytest.raises(ImageFault, match=message):
         classes.encode(np.array([values], np.uint8))
 
 
-def test_palette_is_that_of_pascal_voc_without_black() -> None:
+def test_the_palette_is_that_of_pascal_voc_without_black() -> None:
     expected = [[128, 0, 0], [0, 128, 0], [128, 128, 0], [0, 0, 128], [128, 0, 128]]
     np.testing.assert_array_equal(build_palette(5), expected)
     assert len(np.unique(build_palette(255), axis=0)) == 255

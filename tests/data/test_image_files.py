@@ -1,4 +1,4 @@
-"""Opening image files: formats told by how they begin, and one kind of fault for every way to be broken."""
+"""Opening image files: detection of the format, and the kind of fault that each defect is reported as."""
 
 import io
 import struct
@@ -39,7 +39,7 @@ RGB = np.random.default_rng(0).integers(0, 256, (6, 9, 3), np.uint8)
         (b"MM\0\x2b\0\x08\0\0" + (16).to_bytes(8, "big"), "big-endian BigTIFF"),
     ],
 )
-def test_files_of_other_formats_are_called_by_their_name(start: bytes, name: str) -> None:
+def test_an_unsupported_format_is_named_in_the_error(start: bytes, name: str) -> None:
     with pytest.raises(
         ImageFault, match=f"^{name} file; convert it to one of PNG, JPEG, WebP, BMP, GIF, TIFF$"
     ) as caught:
@@ -50,42 +50,44 @@ def test_files_of_other_formats_are_called_by_their_name(start: bytes, name: str
 @pytest.mark.parametrize(
     "content", [b"<?xml version='1.0'?><html><svg/></html>", b"BMW and other makes", b"II and MM" * 9]
 )
-def test_texts_that_begin_like_images_are_unreadable(content: bytes) -> None:
+def test_text_that_starts_like_an_image_is_unreadable(content: bytes) -> None:
     with pytest.raises(ImageFault) as caught:
         decode_image(content + bytes(100))
     assert caught.value.kind in (FaultKind.UNREADABLE, FaultKind.TRUNCATED)
 
 
 @pytest.mark.parametrize(("at", "value"), [(28, 13), (30, 4), (30, 3)])
-def test_a_bmp_of_a_rare_kind_is_unsupported(at: int, value: int) -> None:
-    """Of 13 bits per pixel; with a JPEG in it; with bit fields of a layout of its own."""
+def test_an_unusual_bmp_is_unsupported(at: int, value: int) -> None:
+    """The three files have 13 bits per pixel, an embedded JPEG, and an unusual layout of bit fields."""
     content = bytearray(encode(Image.fromarray(RGB), "BMP"))
     content[at] = value
-    with pytest.raises(ImageFault, match=r"^BMP: channels, bits or compression that are not read; convert") as caught:
+    with pytest.raises(
+        ImageFault, match=r"^BMP: its channels, bit depth or compression are not supported; convert"
+    ) as caught:
         decode_image(bytes(content))
     assert caught.value.kind == FaultKind.UNSUPPORTED
 
 
-def test_an_unsupported_bigtiff_is_not_taken_for_a_cut_one() -> None:
+def test_an_unsupported_bigtiff_is_not_reported_as_truncated() -> None:
     content = encode(Image.fromarray(RGB), "TIFF", big_tiff=True)
     np.testing.assert_array_equal(decode_image(content), RGB)
     compression = struct.pack("<HHQ", 259, 3, 1)
     content = content.replace(compression + b"\1\0", compression + struct.pack("<H", 34712))
-    with pytest.raises(ImageFault, match=r"^TIFF: a compression that is not read; .* \(34712\)$"):
+    with pytest.raises(ImageFault, match=r"^TIFF: its compression is not supported; .* \(34712\)$"):
         decode_image(content)
 
 
-def test_a_jpeg_of_several_pictures_is_its_first_one() -> None:
+def test_the_first_picture_of_a_multi_picture_jpeg_is_decoded() -> None:
     first = Image.fromarray(RGB).resize((64, 48))
     content = encode_frames(first, "MPO")
     with Image.open(io.BytesIO(content)) as opened:
         assert opened.format == "MPO"
     decoded, note = decode_image_with_note(content)
     np.testing.assert_array_equal(decoded, decode_image(encode(first, "JPEG")))
-    assert note is None  # cameras do so for each photograph: a smaller copy, or the depth of it
+    assert note is None  # Cameras add pictures to each photograph: a preview, or a depth map.
 
 
-def test_a_jpeg_with_a_broken_index_of_its_pictures_is_its_first_one() -> None:
+def test_a_jpeg_with_a_broken_index_of_pictures_is_decoded() -> None:
     content = encode_frames(Image.fromarray(RGB), "MPO")
     count_at = content.index(struct.pack("<HHI", 0xB001, 4, 1), content.index(b"MPF\0")) + 8
     entries_at = content.index(struct.pack("<HH", 0xB002, 7), count_at)
@@ -115,24 +117,26 @@ WHOLE_JPEG = encode(Image.fromarray(RGB).resize((64, 64)), "JPEG")
         (encode(Image.fromarray(RGB), "PDF"), FaultKind.UNSUPPORTED),
     ],
 )
-def test_a_broken_image_is_a_fault_of_its_kind(content: bytes, kind: FaultKind) -> None:
+def test_a_broken_image_raises_the_matching_fault_kind(content: bytes, kind: FaultKind) -> None:
     with pytest.raises(ImageFault) as caught:
         decode_image(content, max_px=1_000_000)
     assert caught.value.kind == kind
 
 
-def test_a_mask_that_is_a_jpeg_is_unsupported() -> None:
-    with pytest.raises(ImageFault, match=r"^JPEG file, which blurs class values; make .* as PNG$") as caught:
+def test_a_jpeg_mask_is_unsupported() -> None:
+    with pytest.raises(
+        ImageFault, match=r"^JPEG file, whose compression changes class values; create .* as PNG$"
+    ) as caught:
         decode_mask(WHOLE_JPEG)
     assert caught.value.kind == FaultKind.UNSUPPORTED
 
 
-def test_black_rows_are_not_taken_for_missing_ones() -> None:
+def test_black_rows_are_not_mistaken_for_missing_rows() -> None:
     for depth, colour, bits in ((8, 2, 24), (1, 0, 1), (16, 6, 64), (4, 3, 4)):
         rows = bytes((1 + (13 * bits + 7) // 8) * 50)
         extra = build_chunk(b"PLTE", bytes(3)) if colour == 3 else b""
         assert not decode_image(build_png(13, 50, depth, colour, rows, extra)).any()
-        with pytest.raises(ImageFault, match="cut off"):
+        with pytest.raises(ImageFault, match="truncated"):
             decode_image(build_png(13, 50, depth, colour, rows[: -len(rows) // 50], extra))
 
 
@@ -145,7 +149,9 @@ def test_black_rows_are_not_taken_for_missing_ones() -> None:
         (Image.Image, "convert"),
     ],
 )
-def test_a_lack_of_memory_is_no_fault_of_the_image(owner: type, method: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_memory_error_is_not_converted_to_an_image_fault(
+    owner: type, method: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(owner, method, raise_error(MemoryError()))
     with pytest.raises(MemoryError):
         decode_image(WHOLE_PNG)
@@ -156,7 +162,7 @@ def test_a_lack_of_memory_is_no_fault_of_the_image(owner: type, method: str, mon
     ("owner", "method"),
     [(PngImagePlugin.PngImageFile, "_open"), (ImageFile.ImageFile, "load"), (np, "asarray")],
 )
-def test_whatever_decoding_trips_over_is_a_fault_of_the_image(
+def test_any_exception_while_decoding_becomes_an_image_fault(
     decode: Callable[[bytes], object], owner: object, method: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     content = encode(Image.new("L", (3, 3), 1))
@@ -166,7 +172,7 @@ def test_whatever_decoding_trips_over_is_a_fault_of_the_image(
     assert caught.value.kind == FaultKind.UNREADABLE
 
 
-def test_an_image_is_turned_even_if_its_exif_cannot_be_written_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_orientation_is_applied_even_if_exif_cannot_be_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:
     exif = Image.Exif()
     exif[0x0112] = 6
     content = encode(Image.fromarray(RGB), exif=exif)

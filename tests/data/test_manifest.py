@@ -1,4 +1,4 @@
-"""Pairs of images and masks, from folders, manifests and the Pet layout."""
+"""Pairing images with masks: folders, manifests and the Oxford-IIIT Pet layout."""
 
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,7 @@ def test_folders_pair_by_path_without_extension(labelled_folders: FOLDERS) -> No
 
 
 @pytest.mark.parametrize("file_format", ["parquet", "csv"])
-def test_a_manifest_names_splits(tmp_path: Path, file_format: str) -> None:
+def test_a_manifest_defines_the_splits(tmp_path: Path, file_format: str) -> None:
     names = [f"{tmp_path}/{name}" for name in ("b", "a", "c")]
     columns = {"image_uri": names, "mask_uri": [f"{n}.mask" for n in names], "split": ["train", "train", "val"]}
     path = tmp_path / f"manifest.{file_format}"
@@ -45,7 +45,7 @@ def test_a_manifest_names_splits(tmp_path: Path, file_format: str) -> None:
     assert splits.val == [Sample(names[2], f"{names[2]}.mask")]
 
 
-def test_a_fraction_is_drawn_once_and_by_its_seed(labelled_folders: FOLDERS) -> None:
+def test_a_validation_fraction_depends_only_on_its_seed(labelled_folders: FOLDERS) -> None:
     both = {"images": str(labelled_folders[0]), "masks": str(labelled_folders[1])}
     drawn = [load(train=both, val={"fraction": 0.4, "seed": seed}) for seed in (0, 0, 1, 2, 3)]
     assert drawn[0] == drawn[1]
@@ -56,7 +56,7 @@ def test_a_fraction_is_drawn_once_and_by_its_seed(labelled_folders: FOLDERS) -> 
         assert len(splits.train) + len(splits.val) == 5
 
 
-def test_oxford_layout_takes_test_or_a_fraction(shapes_root: Path) -> None:
+def test_the_oxford_layout_validates_on_its_test_split_or_on_a_fraction(shapes_root: Path) -> None:
     layout = {"oxford_iiit_pet": {"root": str(shapes_root)}}
     splits = load_splits(DataConfig.model_validate({"layout": layout}))
     assert (len(splits.train), len(splits.val)) == (NUM_TRAIN, NUM_TEST)
@@ -65,39 +65,43 @@ def test_oxford_layout_takes_test_or_a_fraction(shapes_root: Path) -> None:
     assert (len(splits.train), len(splits.val)) == (NUM_TRAIN // 2, NUM_TRAIN // 2)
 
 
-def test_bad_folders_are_named(tmp_path: Path, labelled_folders: FOLDERS) -> None:
+def test_errors_name_the_folder_or_file_that_cannot_be_paired(tmp_path: Path, labelled_folders: FOLDERS) -> None:
     images, masks = map(str, labelled_folders)
     val = {"fraction": 0.5}
     with pytest.raises(MissingFileError, match="nowhere"):
         load(train={"images": f"{tmp_path}/nowhere", "masks": masks}, val=val)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(DataError, match=r"no pairs: 5 images .* 0 masks"):
+    with pytest.raises(DataError, match=r"no image has a mask: 5 images .* 0 masks"):
         load(train={"images": images, "masks": f"{tmp_path}/empty"}, val=val)
     Image.new("L", (5, 4)).save(tmp_path / "empty" / "0.jpg")
-    with pytest.raises(DataError, match=r"0 masks .*; 1 JPEG files are there, which blur class values: make the masks"):
+    with pytest.raises(
+        DataError, match=r"0 masks .*; found 1 JPEG files, whose compression changes class values: create"
+    ):
         load(train={"images": images, "masks": f"{tmp_path}/empty"}, val=val)
     Path(masks, "2.png").unlink()
-    with pytest.raises(DataError, match=r"1 files without a partner .*images/2\.png: no mask of this name"):
+    with pytest.raises(
+        DataError, match=r"1 files have no matching mask or image .*images/2\.png: no mask of this name"
+    ):
         load(train={"images": images, "masks": masks}, val=val)
     Path(images, "2.png").rename(f"{images}/3.jpg")
     Path(images, "4.png").rename(f"{images}/3.png")
-    with pytest.raises(DataError, match=r"3\.jpg and .*3\.png have one name"):
+    with pytest.raises(DataError, match=r"3\.jpg and .*3\.png have the same name"):
         load(train={"images": images, "masks": masks}, val=val)
 
 
-def test_bad_manifests_are_named(tmp_path: Path) -> None:
+def test_errors_say_what_is_wrong_with_a_manifest(tmp_path: Path) -> None:
     path = tmp_path / "manifest.csv"
     path.write_text("image_uri,split\na,train\n")
     with pytest.raises(DataError, match="missing: mask_uri"):
         load(train={"manifest": str(path)}, val={"manifest": str(path)})
     path.write_text("image_uri,mask_uri,split\na,m,training\n")
-    with pytest.raises(DataError, match="no rows with split 'train'; the column holds: training"):
+    with pytest.raises(DataError, match="no rows with split 'train'; the column split holds: training"):
         load(train={"manifest": str(path)}, val={"manifest": str(path)})
     path.write_text("image_uri,mask_uri,split\na,m,train\na,n,train\n")
-    with pytest.raises(DataError, match="names an image twice"):
+    with pytest.raises(DataError, match="lists an image twice"):
         load(train={"manifest": str(path)}, val={"manifest": str(path)})
     path.write_text("image_uri,mask_uri,split\na,,train\n")
-    with pytest.raises(DataError, match="a row without image_uri or mask_uri"):
+    with pytest.raises(DataError, match="a row has no image_uri or mask_uri"):
         load(train={"manifest": str(path)}, val={"manifest": str(path)})
     broken = tmp_path / "manifest.parquet"
     broken.write_bytes(b"no")

@@ -1,4 +1,4 @@
-"""One image from where it is stored: what is its own fault, and what is the world's."""
+"""Reading one image or mask by URI: which errors are faults of the image, and which are environment errors."""
 
 import copy
 from pathlib import Path
@@ -18,7 +18,7 @@ def get_kind(act: object, *arguments: object) -> FaultKind:
     return caught.value.kind
 
 
-def test_a_removed_or_changed_file_is_the_images_fault(tmp_path: Path) -> None:
+def test_a_removed_or_changed_file_is_a_fault_of_the_image(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.new("L", (5, 4), 1).save(path)
     found = find_file(str(path))
@@ -33,26 +33,28 @@ def test_a_removed_or_changed_file_is_the_images_fault(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("name", ["x" * 300 + ".png", "folder", "nul\0.png"])
-def test_a_name_that_cannot_be_opened_is_the_images_fault(tmp_path: Path, name: str) -> None:
+def test_a_name_that_cannot_be_opened_is_a_fault_of_the_image(tmp_path: Path, name: str) -> None:
     (tmp_path / "folder").mkdir()
     assert get_kind(read_image, f"{tmp_path}/{name}") == FaultKind.UNSUPPORTED
     assert get_kind(read_truth, f"{tmp_path}/{name}", None, PET_CLASSES) == FaultKind.MASK_MISMATCH
 
 
-def test_a_folder_that_this_node_does_not_see_is_the_worlds(tmp_path: Path) -> None:
+def test_a_folder_that_is_missing_on_this_node_is_an_environment_error(tmp_path: Path) -> None:
     uri = f"{tmp_path}/disk/sub/a.png"
     for act in (lambda etag: read_image(uri, etag=etag), lambda etag: read_truth(uri, None, PET_CLASSES, etag=etag)):
-        with pytest.raises(StorageError, match=r"this node sees no folder .*/disk/sub; mount it on every node"):
-            act("seen by a listing")
-    assert get_kind(read_image, uri) == FaultKind.MISSING  # only named, in a list
+        with pytest.raises(
+            StorageError, match=r"the folder .*/disk/sub does not exist on this node; mount it on every"
+        ):
+            act("entity tag of a listing")
+    assert get_kind(read_image, uri) == FaultKind.MISSING  # Without an entity tag: a list may name it wrongly.
     assert get_kind(read_truth, uri, None, PET_CLASSES) == FaultKind.MASK_MISSING
 
 
-def test_a_fault_travels_between_processes_with_its_remedy(tmp_path: Path) -> None:
+def test_a_fault_keeps_its_kind_and_remedy_when_it_is_copied(tmp_path: Path) -> None:
     path = tmp_path / "a.png"
     Image.new("L", (5, 4), 1).save(path)
     with pytest.raises(ImageFault) as caught:
         read_truth(str(path), (4, 6), PET_CLASSES)
-    fault = copy.copy(caught.value)  # the way of pickle
+    fault = copy.copy(caught.value)  # A copy is made in the same way as pickle does it.
     assert (fault.kind, fault.message) == (FaultKind.MASK_MISMATCH, "mask of 5x4 pixels for an image of 6x4")
     assert str(fault) == f"{fault.message}; {fault.remedy}" == str(caught.value)

@@ -1,1 +1,1 @@
-"""Runs against a real object store with faults put in between."""
+"""Tests that inject faults between segray and a real object store."""

@@ -1,7 +1,8 @@
-"""Holds a Ray cluster of a head and two more nodes on this machine, until its standard input ends.
+"""Run a Ray cluster of a head and more nodes on this machine until standard input is closed.
 
-A process of its own, as Ray reads its settings once: ``python -m tests.faults.cluster_host NUM_NODES``. It prints one
-line of JSON: the cluster's address, and the process ids of the head's servers and of each other node's raylet.
+It is a separate process because Ray reads its settings only once: ``python -m tests.faults.cluster_host NUM_NODES``. It
+prints one line of JSON: the cluster's address, and the process ids of the head's servers and of each other node's
+raylet.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""One bucket and one cluster for all faults, a proxy for each, and the fault-free run that they are held to."""
+"""Fixtures of the fault tests: a shared bucket and cluster, a proxy per test, and a fault-free run to compare with."""
 
 import re
 from collections.abc import Iterator
@@ -48,5 +48,5 @@ def scene(store: ObjectStore, proxy: FaultProxy, cluster: Cluster, tmp_path: Pat
 
 @pytest.fixture
 def output(request: pytest.FixtureRequest) -> str:
-    """A run folder of the test's own."""
+    """Return a run folder for this test, as a key in the bucket."""
     return "runs/" + re.sub(r"\W+", "-", request.node.name)

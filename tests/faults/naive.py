@@ -1,7 +1,7 @@
-"""The control: what one would write in five lines of Ray Data. It shows that the faults are real.
+"""The control experiment: a segmentation in five lines of Ray Data, which shows that the faults have an effect.
 
-``python -m tests.faults.naive IMAGES OUTPUT [MAX_ERRORED_BLOCKS]`` prints, as JSON, the number of rows and of distinct
-images that lie in OUTPUT afterwards.
+``python -m tests.faults.naive IMAGES OUTPUT [MAX_ERRORED_BLOCKS]`` prints the number of rows and of distinct images in
+OUTPUT afterwards, as JSON.
 """
 
 import json
@@ -17,7 +17,7 @@ from ray.data import DataContext
 
 
 def segment(batch: dict[str, Any]) -> dict[str, Any]:
-    """Stand in for a model: the control is about rows, not about masks."""
+    """Return pixel counts in place of a model's masks: only the rows matter here."""
     masks = [np.asarray(image)[..., 0] > 127 for image in batch["image"]]
     return {"uri": batch["path"], "pixel_count": [int(mask.sum()) for mask in masks]}
 

@@ -1,4 +1,4 @@
-"""A real S3-compatible object store: OpenStack Swift with its s3api, which checks every signature."""
+"""Run a real S3-compatible object store: OpenStack Swift with s3api, which checks every signature."""
 
 import ctypes
 import os
@@ -21,11 +21,11 @@ from botocore.config import Config
 
 ACCOUNT, USER, SECRET_KEY = "segray", "tests", "not-a-secret"
 REGION = "us-east-1"
-BACKENDS = ("account", "container", "object")  # their ports follow the proxy's, in this order
+BACKENDS = ("account", "container", "object")  # Their ports follow the proxy's, in this order.
 START_TIMEOUT_S = 30
 STOP_TIMEOUT_S = 10
 
-LIBC = ctypes.CDLL(None, use_errno=True)  # loaded here: nothing may be imported between fork and exec
+LIBC = ctypes.CDLL(None, use_errno=True)  # Loaded here because nothing may be imported between fork and exec.
 PR_SET_PDEATHSIG = 1
 
 COMMON_SETTINGS = """\
@@ -39,9 +39,9 @@ log_level = WARNING
 log_address = {root}/no-syslog
 """
 
-# There is one replica: on a busy machine a slow answer must be waited for, as nobody else can be asked, no updater
-# would bring a late entry into the listing, and a server once held to be broken would be left alone for a minute.
-PATIENCE = """\
+# There is only one replica, so a slow response on a busy machine must be waited for: no other server can answer, no
+# updater adds late entries to listings, and a server that is considered broken would not be used for a minute.
+TIMEOUT_SETTINGS = """\
 conn_timeout = 10
 node_timeout = 60
 container_update_timeout = 60
@@ -90,7 +90,7 @@ name = only
 default = yes
 """
 
-# what swift-ring-builder would do in nine runs
+# Does the work of nine runs of swift-ring-builder.
 MAKE_RINGS = """\
 import sys
 from swift.common.ring import RingBuilder
@@ -103,19 +103,21 @@ for name, port in zip(sys.argv[2::2], sys.argv[3::2]):
 
 
 def find_swift() -> Path:
-    """Return the folder of Swift's commands; it has an environment of its own, as its dependencies are not ours."""
+    """Return the folder of Swift's commands, in an environment of their own because their dependencies conflict."""
     folder = Path(__file__).parents[2] / ".venv-swift" / "bin"
     if not (folder / "swift-proxy-server").exists():
         raise FileNotFoundError(
-            f"no object store for the tests: Swift is not in {folder.parent}; make test installs it"
+            f"no object store for the tests: Swift is not installed in {folder.parent}; run make test to install it"
         )
     return folder
 
 
 class ObjectStore:
-    """The store's servers, run below one folder that is theirs, from `__enter__` to `__exit__`.
+    """The store's servers, which run from `__enter__` to `__exit__`.
 
-    They listen at one address: loopback, or one in a network of the tests' own.
+    Args:
+        root: An empty folder for their files.
+        address: Where they listen: on loopback, or at an address in the tests' own network.
     """
 
     def __init__(self, root: Path, address: str = "127.0.0.1") -> None:
@@ -127,12 +129,12 @@ class ObjectStore:
 
     @property
     def endpoint(self) -> str:
-        """Where the store itself listens."""
+        """URL at which the store listens."""
         return f"http://{self._address}:{self._port}"
 
     @property
     def environment(self) -> dict[str, str]:
-        """What a client process has to be given to find the store and to be let in."""
+        """Environment variables with which a client finds the store and its credentials."""
         return {
             "AWS_ACCESS_KEY_ID": f"{ACCOUNT}:{USER}",
             "AWS_SECRET_ACCESS_KEY": SECRET_KEY,
@@ -153,7 +155,7 @@ class ObjectStore:
         self._stop()
 
     def client(self, endpoint: str | None = None, **changes: Any) -> Any:
-        """Return a boto3 client that asks once, of the store itself or of what stands before it at `endpoint`."""
+        """Return a boto3 client without retries, for the store itself or for the proxy at `endpoint`."""
         config = Config(
             s3={"addressing_style": "path"},
             retries={"total_max_attempts": 1},
@@ -169,11 +171,11 @@ class ObjectStore:
         return boto3.client("s3", config=config, **{**settings, **changes})
 
     def make_bucket(self, name: str) -> None:
-        """Make a bucket; the store takes names of 3 to 63 lower-case letters, digits, dots and dashes."""
+        """Create a bucket; names have 3 to 63 lower-case letters, digits, dots and dashes."""
         self.client().create_bucket(Bucket=name)
 
     def _start(self) -> None:
-        cache_port = self._port + len(BACKENDS) + 1  # without memcached nothing listens there, which is only slower
+        cache_port = self._port + len(BACKENDS) + 1  # Without memcached nothing listens there, which is only slower.
         values = {
             "root": self.root,
             "address": self._address,
@@ -189,7 +191,7 @@ class ObjectStore:
         (self.root / "swift.conf").write_text(SWIFT_SETTINGS)
         for name, port in ports.items():
             own = PROXY_SETTINGS if name == "proxy" else BACKEND_SETTINGS
-            text = (COMMON_SETTINGS + own + PATIENCE).format(name=name, port=port, **values)
+            text = (COMMON_SETTINGS + own + TIMEOUT_SETTINGS).format(name=name, port=port, **values)
             if name == "proxy":
                 text += "".join(f"[filter:{plain}]\nuse = egg:swift#{plain}\n" for plain in PLAIN_FILTERS.split(", "))
             (self.root / f"{name}.conf").write_text(text)
@@ -206,10 +208,10 @@ class ObjectStore:
         self._wait_until_healthy()
 
     def _environ(self) -> dict[str, str]:
-        return {"PATH": f"{self._bin}:{os.environ['PATH']}", "LANG": "C.UTF-8"}  # not our PYTHONPATH
+        return {"PATH": f"{self._bin}:{os.environ['PATH']}", "LANG": "C.UTF-8"}  # Without the tests' PYTHONPATH.
 
     def _spawn(self, name: str, command: Sequence[str], user: str | None = None) -> None:
-        # The user is changed by Popen and not by the program, for whom the kernel would forget the parent-death signal.
+        # Popen changes the user, because the kernel clears the parent-death signal of a program that does so itself.
         with (self.root / f"{name}.log").open("wb") as log:
             process = subprocess.Popen(
                 command,
@@ -252,18 +254,18 @@ class ObjectStore:
 
 
 def prepare_child() -> None:
-    """Run between fork and exec: end the child with its parent, and let it have as many sockets as it may."""
+    """Prepare a child between fork and exec: end it with its parent, and raise its limit of open sockets."""
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
     _, most = resource.getrlimit(resource.RLIMIT_NOFILE)
     resource.setrlimit(resource.RLIMIT_NOFILE, (min(most, 32768), most))
 
 
 def find_free_ports(count: int) -> int:
-    """Return the first of so many free ports in a row, below those that outgoing connections and Ray's workers take."""
+    """Return the first of `count` consecutive free ports, below those of outgoing connections and Ray's workers."""
     for _ in range(100):
         first = random.SystemRandom().randrange(20_000, 32_000)
         with ExitStack() as probes, suppress(OSError):
             for port in range(first, first + count):
                 probes.enter_context(socket.socket()).bind(("127.0.0.1", port))
             return first
-    raise RuntimeError(f"no {count} free ports in a row")
+    raise RuntimeError(f"found no {count} consecutive free ports")

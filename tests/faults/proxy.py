@@ -1,4 +1,4 @@
-"""An HTTP proxy before the object store: by rule it does what stores and networks do on a bad day, and keeps count."""
+"""An HTTP proxy in front of the object store that injects faults of stores and networks by rule and counts requests."""
 
 import http.client
 import os
@@ -26,16 +26,16 @@ KILL_TIMEOUT_S = 30
 
 
 class Action(Enum):
-    """What a rule can do to a request, beside calling a hook."""
+    """What a rule does to a request, unless it calls a hook."""
 
-    UNAVAILABLE = auto()  # 503 SlowDown, nothing forwarded
-    FORBIDDEN = auto()  # 403 AccessDenied, nothing forwarded
-    EXPIRED = auto()  # 400 ExpiredToken, nothing forwarded
-    NOT_IMPLEMENTED = auto()  # 501 NotImplemented, nothing forwarded
-    RESET = auto()  # the connection reset, nothing forwarded
-    CUT_BODY = auto()  # the true headers and half of the answer's body, then the end; a reset where there is no body
-    FLIP_BYTE = auto()  # one bit of the middle byte is wrong: of what PUT sends, else of what is answered
-    LOST_ANSWER = auto()  # the store does it, the client sees a reset
+    UNAVAILABLE = auto()  # Respond 503 SlowDown without forwarding.
+    FORBIDDEN = auto()  # Respond 403 AccessDenied without forwarding.
+    EXPIRED = auto()  # Respond 400 ExpiredToken without forwarding.
+    NOT_IMPLEMENTED = auto()  # Respond 501 NotImplemented without forwarding.
+    RESET = auto()  # Reset the connection without forwarding.
+    CUT_BODY = auto()  # Send the headers and half of the response body, then close; reset if there is no body.
+    FLIP_BYTE = auto()  # Flip one bit of the middle byte: of the body of a PUT, otherwise of the response.
+    LOST_ANSWER = auto()  # Forward the request, then reset the connection instead of responding.
 
 
 REFUSALS = {
@@ -52,20 +52,20 @@ REFUSALS = {
 
 @dataclass(frozen=True)
 class Request:
-    """A request as it is counted; `status` is None until it is answered, and for ever if it never is."""
+    """A counted request; `status` is None until it is answered."""
 
     operation: Operation
-    key: str  # percent-decoded, without the bucket; "" for what is asked of the bucket
+    key: str  # Percent-decoded, without the bucket; "" for requests to the bucket itself.
     peer_port: int
     proxy_port: int
     status: int | None = None
 
     def find_peer_pid(self) -> int | None:
-        """Return the process that sent this; None if its connection is closed."""
+        """Return the id of the process that sent the request, or None if its connection is closed."""
         return find_peer_pid(self.peer_port, self.proxy_port)
 
     def kill_peer(self) -> None:
-        """Kill the process that sent this, and return when its connection is no longer open."""
+        """Kill the process that sent the request, and wait until its connection is closed."""
         pid = self.find_peer_pid()
         if pid is None or pid == os.getpid():
             raise ProcessLookupError(f"no other process holds the connection from port {self.peer_port}")
@@ -79,7 +79,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Call:
-    """Call a hook: before anything is read, with half of the body received, or with an answer that nobody has seen."""
+    """Call a hook: before the body is read, after half of it, or between the store's response and the client's."""
 
     hook: Callable[[Request], None]
     point: Point = "before"
@@ -87,18 +87,18 @@ class Call:
 
 @dataclass(frozen=True)
 class Rule:
-    """Which requests are struck, and by what; of several rules that would fire for a request the first does."""
+    """Which requests are affected, and how. If several rules match a request, the first one applies."""
 
     action: Action | Call
     operation: Operation | None = None
-    key: str = ""  # searched for in the key, as a regular expression
-    nth: int | None = None  # only the n-th request that matches, from 1
-    times: int | None = None  # at most so often
+    key: str = ""  # Regular expression, searched for in the key.
+    nth: int | None = None  # Affect only the n-th matching request, counted from 1.
+    times: int | None = None  # Affect at most this many requests.
     probability: float = 1.0
 
 
 class FaultProxy:
-    """The proxy, from `__enter__` to `__exit__`; at the end it raises what a hook, or reaching the store, raised."""
+    """The proxy, which runs from `__enter__` to `__exit__`; the latter raises the first error of hooks or the store."""
 
     def __init__(self, upstream_endpoint: str, rules: Iterable[Rule] = (), seed: int = 0) -> None:
         self.upstream = urlsplit(upstream_endpoint).netloc
@@ -113,40 +113,40 @@ class FaultProxy:
 
     @property
     def port(self) -> int:
-        """The port that it listens on, of 127.0.0.1."""
+        """The port on 127.0.0.1 at which it listens."""
         return self._server.server_port
 
     @property
     def endpoint(self) -> str:
-        """Where clients are to find the store."""
+        """The URL that clients use as the store's."""
         return f"http://127.0.0.1:{self.port}"
 
     @property
     def requests(self) -> list[Request]:
-        """All requests since the start or since `forget`, in the order of their arrival."""
+        """All requests since the start or the last `forget`, in order of arrival."""
         with self._lock:
             return list(self._requests.values())
 
     def count(self, operation: Operation, pattern: str = r".*") -> int:
-        """Return how many such requests there were for keys in which the pattern is found."""
+        """Return the number of requests of an operation for keys that match a pattern."""
         return len([seen for seen in self.requests if seen.operation == operation and re.search(pattern, seen.key)])
 
     def forget(self) -> None:
-        """Drop the requests counted so far; the rules' own counts stay."""
+        """Drop the recorded requests; the counts of the rules are kept."""
         with self._lock:
             self._requests.clear()
 
     def set_rules(self, *rules: Rule) -> None:
-        """Replace the rules; their counts start again."""
+        """Replace the rules; their counts start at zero."""
         with self._lock:
             self._rules = [_RuleState(rule) for rule in rules]
 
     def clear(self) -> None:
-        """Drop all rules."""
+        """Remove all rules."""
         self.set_rules()
 
     def begin(self, request: Request) -> tuple[int, Action | Call | None]:
-        """Count a request; return the number under which its answer is to be noted, and what is to be done to it."""
+        """Record a request; return its number, for `record_status`, and the action to apply to it."""
         with self._lock:
             self._num_seen += 1
             self._requests[self._num_seen] = request
@@ -156,10 +156,10 @@ class FaultProxy:
             firing[0].num_fired += 1
             return self._num_seen, firing[0].rule.action
 
-    def note_status(self, number: int, status: int) -> None:
-        """Note what a request is about to be answered."""
+    def record_status(self, number: int, status: int) -> None:
+        """Record the status of the response to a request."""
         with self._lock:
-            if number in self._requests:  # not forgotten meanwhile
+            if number in self._requests:  # Not dropped by `forget` in the meantime.
                 self._requests[number] = replace(self._requests[number], status=status)
 
     def __enter__(self) -> Self:
@@ -192,7 +192,7 @@ class _RuleState:
 
 
 def find_peer_pid(peer_port: int, proxy_port: int) -> int | None:
-    """Return the process at the other end of a connection to the proxy; None if no process has it open any more."""
+    """Return the id of the process at the other end of a connection to the proxy, or None if it is closed there."""
     for connection in psutil.net_connections(kind="tcp"):
         near, far = connection.laddr, connection.raddr
         if near and far and (near.port, far.port) == (peer_port, proxy_port):
@@ -204,7 +204,7 @@ OPERATIONS: dict[str, Operation] = {"GET": "GET", "HEAD": "HEAD", "PUT": "PUT", 
 
 
 def classify(method: str, target: str) -> tuple[Operation, str]:
-    """Return what a request does, and the key to which, from its method and its path as sent."""
+    """Return the operation and the key of a request from its method and its path as sent."""
     _, _, key = target.partition("?")[0].removeprefix("/").partition("/")
     operation = OPERATIONS.get(method, "POST")
     return ("LIST" if operation == "GET" and not key else operation), unquote(key)
@@ -234,7 +234,9 @@ class _Server(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         error = sys.exception()
-        if isinstance(error, Exception) and not isinstance(error, ConnectionError):  # a client may go when it likes
+        if isinstance(error, Exception) and not isinstance(
+            error, ConnectionError
+        ):  # Clients may disconnect at any time.
             self.proxy.errors.append(error)
 
     def close_connections(self) -> None:
@@ -244,11 +246,13 @@ class _Server(ThreadingHTTPServer):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    """One connection of a client, and one to the store for it; every request and answer is held whole in memory."""
+    """One connection of a client and one to the store; whole requests and responses are held in memory."""
 
     server: _Server
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = True  # else the body of an answer waits 40 ms for the client to acknowledge the headers
+    disable_nagle_algorithm = (
+        True  # Otherwise the body of a response waits 40 ms for the acknowledgement of the headers.
+    )
 
     def setup(self) -> None:
         super().setup()
@@ -259,19 +263,19 @@ class _Handler(BaseHTTPRequestHandler):
         super().finish()
 
     def log_message(self, format: str, *args: Any) -> None:
-        """Say nothing."""
+        """Print nothing."""
 
     def handle_expect_100(self) -> bool:
-        return True  # it is said when the body is wanted
+        return True  # `read_body` sends the status 100 when it reads the body.
 
     def __getattr__(self, name: str) -> Callable[[], None]:
-        if name.startswith("do_"):  # any method
+        if name.startswith("do_"):  # Any HTTP method.
             return self.serve
         raise AttributeError(name)
 
     def serve(self) -> None:
         proxy = self.server.proxy
-        target = self.requestline.split(" ")[1]  # self.path would have lost one of two leading slashes
+        target = self.requestline.split(" ")[1]  # self.path loses one of two leading slashes.
         request = Request(*classify(self.command, target), self.client_address[1], proxy.port)
         number, action = proxy.begin(request)
         if action is Action.RESET:
@@ -283,7 +287,7 @@ class _Handler(BaseHTTPRequestHandler):
             status, code, message = REFUSALS[action]
             answer = f'<?xml version="1.0"?><Error><Code>{code}</Code><Message>{message}</Message></Error>'.encode()
             headers = [("Content-Type", "application/xml"), ("Content-Length", str(len(answer)))]
-            proxy.note_status(number, status)
+            proxy.record_status(number, status)
             self.answer(status, code, headers, answer)
             return
         if action is Action.FLIP_BYTE and self.command == "PUT":
@@ -301,7 +305,7 @@ class _Handler(BaseHTTPRequestHandler):
             answer = answer[: len(answer) // 2]
         elif action is Action.FLIP_BYTE and self.command != "PUT":
             answer = flip_bit(answer)
-        proxy.note_status(number, response.status)  # before the client can look
+        proxy.record_status(number, response.status)  # Before the client receives the response.
         self.answer(response.status, response.reason, headers, answer)
 
     def call_hook(self, action: Action | Call | None, point: Point, request: Request) -> None:
@@ -312,8 +316,8 @@ class _Handler(BaseHTTPRequestHandler):
         except Exception as error:
             self.server.proxy.errors.append(error)
             raise ConnectionAbortedError from error
-        if request.find_peer_pid() is None:  # the socket would not tell while there is something left to read from it
-            raise ConnectionAbortedError("the client is gone")
+        if request.find_peer_pid() is None:  # The socket does not report this while it has unread data.
+            raise ConnectionAbortedError("the client has disconnected")
 
     def read_body(self, action: Action | Call | None, request: Request) -> bytes:
         if self.headers.get("Expect", "").lower() == "100-continue":
@@ -327,7 +331,7 @@ class _Handler(BaseHTTPRequestHandler):
         return b"".join(pieces)
 
     def read_pieces(self) -> Iterator[bytes]:
-        """Read two halves, or the chunks of a body whose length was not said."""
+        """Read the body in two halves or, if it has no length, in its chunks."""
         if not self.is_chunked():
             length = int(self.headers.get("Content-Length", 0))
             yield self.read_exactly(length // 2)
@@ -336,7 +340,7 @@ class _Handler(BaseHTTPRequestHandler):
         while size := int(self.rfile.readline().partition(b";")[0] or b"0", 16):
             yield self.read_exactly(size)
             self.rfile.readline()
-        if not self.rfile.readline():  # the empty line after the last chunk
+        if not self.rfile.readline():  # The empty line after the last chunk.
             raise ConnectionAbortedError("the body ends early")
 
     def read_exactly(self, length: int) -> bytes:
@@ -351,14 +355,14 @@ class _Handler(BaseHTTPRequestHandler):
     def forward(self, target: str, body: bytes) -> tuple[http.client.HTTPResponse, bytes]:
         try:
             if self.upstream.sock and select.select([self.upstream.sock], [], [], 0)[0]:
-                self.upstream.close()  # by the store, while idle; it is opened again of itself
+                self.upstream.close()  # The store closed the idle connection; the next request reopens it.
             self.upstream.putrequest(self.command, target, skip_host=True, skip_accept_encoding=True)
             for name, value in self.headers.items():
                 self.upstream.putheader(name, value)
             self.upstream.endheaders()
             if self.is_chunked():
                 body = (b"%x\r\n%s\r\n" % (len(body), body) if body else b"") + b"0\r\n\r\n"
-            with suppress(ConnectionError):  # refused before it was read: the answer says why
+            with suppress(ConnectionError):  # The store refused the request without reading it; see its response.
                 self.upstream.send(body)
             response = self.upstream.getresponse()
             return response, response.read()
@@ -375,8 +379,8 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def reset(self) -> None:
-        """Close with an RST: unlike an orderly end, it is never taken for the end of an answer."""
+        """Close with an RST, which unlike an orderly close is never mistaken for the end of a response."""
         self.close_connection = True
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        self.rfile.close()  # it holds the socket open too
+        self.rfile.close()  # It also holds the socket open.
         self.connection.close()

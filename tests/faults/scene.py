@@ -1,4 +1,4 @@
-"""The scene of the fault tests: a bucket with a model and images, clusters, and segray as people start it."""
+"""Set-up of the fault tests: a bucket with a model and images, Ray clusters, and segray started as a command."""
 
 import io
 import json
@@ -41,7 +41,7 @@ SETTINGS = {
 
 
 def fill_bucket(store: ObjectStore, bundle: Path) -> None:
-    """Put a model, images with odd names and broken ones among them, and masks into the bucket."""
+    """Upload a model, images (some with odd names, some broken) and masks to the bucket."""
     store.make_bucket(BUCKET)
     client = store.client()
     for path in bundle.rglob("*"):
@@ -69,7 +69,7 @@ def encode_png(pixels: np.ndarray[Any, Any]) -> bytes:
 
 
 def pick_poison() -> dict[str, bytes]:
-    """Return some of the broken files by key, one of each kind."""
+    """Return broken files by key, one of each kind."""
     chosen: dict[object, tuple[str, bytes]] = {}
     for poison in build_poison():
         if poison.kind is not None and poison.name.lower().endswith(IMAGE_EXTENSIONS):
@@ -79,7 +79,15 @@ def pick_poison() -> dict[str, bytes]:
 
 @dataclass
 class Cluster:
-    """A Ray cluster of a head and more nodes, each with its raylet, in processes of its own."""
+    """A Ray cluster of a head and more nodes, which runs in other processes from `__enter__` to `__exit__`.
+
+    Attributes:
+        environment: Additional environment variables of the cluster.
+        num_nodes: Number of nodes besides the head.
+        address: For RAY_ADDRESS.
+        head: Process ids of the head's control store and raylet.
+        raylets: Process ids of the other nodes' raylets.
+    """
 
     environment: dict[str, str]
     num_nodes: int = 2
@@ -115,7 +123,7 @@ class Cluster:
                 process.kill()
 
     def find_workers(self, title: str) -> list[int]:
-        """Return the cluster's worker processes whose title has this in it, such as the class of an actor."""
+        """Return the ids of worker processes whose command line contains a text, such as the class of an actor."""
         found = []
         for process in psutil.Process(self._host.pid).children(recursive=True):
             try:
@@ -127,22 +135,22 @@ class Cluster:
 
 
 def build_environment(**more: str) -> dict[str, str]:
-    """Return the environment of a user who has set nothing of Ray but the token."""
+    """Return the environment of a user who has set no variable of Ray but the token."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))}
     ray = {
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
         "RAY_BACKEND_LOG_LEVEL": "fatal",
         "RAY_USAGE_STATS_ENABLED": "0",
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # the switch by which Ray keeps a whole cluster on loopback
-        "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # a head that does not come back is given up after 5 s, not 60
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Keeps a whole cluster on loopback.
+        "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # Give up a lost head after 5 s instead of 60 s.
     }
     return {**inherited, **ray, **more}
 
 
 @dataclass
 class Scene:
-    """A bucket behind a proxy, and a cluster to work on it."""
+    """A bucket behind a proxy, and a cluster that processes it."""
 
     store: ObjectStore
     proxy: FaultProxy
@@ -151,7 +159,7 @@ class Scene:
     running: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
     def start(self, output: str, *arguments: str, images: str = "images", **settings: object) -> "Run":
-        """Start `segray segment` on the bucket; a cluster of None means a private Ray."""
+        """Start `segray segment` on the bucket, on the cluster or, if it is None, on a private Ray."""
         where = f"s3://{BUCKET}"
         output_uri = output if output.startswith("/") else f"{where}/{output}"
         command = [str(Path(sys.executable).parent / "segray"), "segment", "--bundle", f"{where}/bundle"]
@@ -169,37 +177,37 @@ class Scene:
         return Run(process, out, err)
 
     def run(self, output: str, *arguments: str, **settings: Any) -> "Run":
-        """Run `segray segment` to its end."""
+        """Run `segray segment` and wait for its end."""
         run = self.start(output, *arguments, **settings)
         run.wait()
         return run
 
     def end(self) -> None:
-        """End what still runs, with the private Rays that belong to it."""
+        """Kill the commands that still run, with their private Rays."""
         for process in self.running:
             if process.poll() is None:
                 os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
 
     def wait_for_silence(self) -> None:
-        """Wait until the workers of a killed driver are gone: nothing was asked of the store for two seconds."""
+        """Wait until the workers of a killed driver are gone: the store gets no request for two seconds."""
         number = -1
         while len(self.proxy.requests) != number:
             number = len(self.proxy.requests)
             time.sleep(2)
 
     def read_files(self, output: str) -> dict[str, bytes]:
-        """Return the rows' files and the summary, straight from the store."""
+        """Return the Parquet files of a run without its plan, read directly from the store."""
         return read_files(self.store, output)
 
     def read_json(self, output: str) -> Any:
-        """Return the content of a run's run.json."""
+        """Return the content of a run's `run.json`."""
         return json.loads(self.store.client().get_object(Bucket=BUCKET, Key=f"{output}/run.json")["Body"].read())
 
 
 @dataclass
 class Run:
-    """One call of `segray segment`."""
+    """One process of `segray segment`."""
 
     process: "subprocess.Popen[bytes]"
     out: Path
@@ -207,28 +215,28 @@ class Run:
     started_s: float = field(default_factory=time.monotonic)
 
     def wait(self) -> int:
-        """Wait for its end, and return its exit code."""
+        """Wait for the end of the process and return its exit code."""
         return self.process.wait(TIMEOUT_S)
 
     def kill(self) -> None:
-        """Kill the driver, and it alone."""
+        """Kill only the driver."""
         self.process.kill()
         self.process.wait()
 
     @property
     def text(self) -> str:
-        """All that it said."""
+        """Everything that it printed."""
         return self.out.read_text() + self.err.read_text()
 
     @property
     def error(self) -> str:
-        """Its error line."""
+        """Its error line, or an empty string."""
         return next((line for line in self.err.read_text().splitlines() if line.startswith("error: ")), "")
 
 
 @dataclass(frozen=True)
 class Clean:
-    """The fault-free run: its files, and what it asked of the store."""
+    """The fault-free run: its files, and the number of its requests to the store."""
 
     files: dict[str, bytes]
     num_requests: int
@@ -237,7 +245,7 @@ class Clean:
 
 
 def read_files(store: ObjectStore, output: str) -> dict[str, bytes]:
-    """Return the rows' files and the summary of a run, by path below its folder."""
+    """Return the Parquet files of a run without its plan, by path below its folder."""
     client = store.client()
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{output}/")
     keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
@@ -252,12 +260,17 @@ def read_table(files: dict[str, bytes]) -> pa.Table:
 
 
 def require_invariant(files: dict[str, bytes], clean: dict[str, bytes], except_for: Sequence[str] = ()) -> None:
-    """Hold a run to the fault-free one: every image once, every byte of every row, masks included, and the summary.
+    """Assert that a run equals the fault-free one: each image once, and every byte of all rows, masks and the summary.
 
-    ``except_for`` are the keys of images whose rows are meant to differ; then only the rows of the others are compared.
+    Args:
+        files: Files of the run.
+        clean: Files of the fault-free run.
+        except_for: Keys of images whose rows may differ. With any, only the rows of the other images are compared.
     """
     rows, expected = read_table(files).to_pylist(), read_table(clean).to_pylist()
-    assert [row["uri"] for row in rows] == [row["uri"] for row in expected]  # each once, none lost, none doubled
+    assert [row["uri"] for row in rows] == [
+        row["uri"] for row in expected
+    ]  # Each image once: none lost, none duplicated.
     excluded = {f"s3://{BUCKET}/{key}" for key in except_for}
     assert excluded <= {row["uri"] for row in rows}
     for row, other in zip(rows, expected, strict=True):
@@ -265,4 +278,4 @@ def require_invariant(files: dict[str, bytes], clean: dict[str, bytes], except_f
     if not excluded:
         assert files.keys() == clean.keys()
         for name, content in files.items():
-            assert content == clean[name], f"{name} is not the fault-free run's file"
+            assert content == clean[name], f"{name} differs from the fault-free run's file"

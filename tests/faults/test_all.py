@@ -1,4 +1,4 @@
-"""Every fault of docs/reliability.md that `make test` has no time for; each is held to the fault-free run."""
+"""The slow fault tests of docs/guides/faults.md, each compared with the fault-free run."""
 
 import os
 import random
@@ -22,7 +22,7 @@ NUM_DRIVER_KILLS = 10
 
 @pytest.fixture
 def own_cluster(store: ObjectStore, proxy: FaultProxy, tmp_path: Path) -> Iterator[Scene]:
-    """A scene whose cluster may be broken."""
+    """A scene with its own cluster, which the test may break."""
     with Cluster(store.environment) as cluster:
         scene = Scene(store, proxy, cluster, tmp_path)
         try:
@@ -32,7 +32,7 @@ def own_cluster(store: ObjectStore, proxy: FaultProxy, tmp_path: Path) -> Iterat
 
 
 @pytest.mark.parametrize("point", ["before", "after"])
-def test_a_killed_decode_task_changes_no_bit(scene: Scene, clean: Clean, output: str, point: Point) -> None:
+def test_rows_are_identical_after_a_killed_decode_task(scene: Scene, clean: Clean, output: str, point: Point) -> None:
     scene.proxy.set_rules(Rule(Call(Request.kill_peer, point), "GET", r"^images/", nth=5))
     run = scene.run(output)
     assert run.process.returncode == 0, run.text
@@ -40,7 +40,7 @@ def test_a_killed_decode_task_changes_no_bit(scene: Scene, clean: Clean, output:
 
 
 @pytest.mark.parametrize("written", [0, 3])
-def test_a_killed_predictor_changes_no_bit(scene: Scene, clean: Clean, output: str, written: int) -> None:
+def test_rows_are_identical_after_a_killed_predictor(scene: Scene, clean: Clean, output: str, written: int) -> None:
     killed = []
 
     def kill(_: Request) -> None:
@@ -57,7 +57,7 @@ def test_a_killed_predictor_changes_no_bit(scene: Scene, clean: Clean, output: s
 
 
 @pytest.mark.parametrize("point", ["before", "during", "after"])
-def test_a_killed_writer_changes_no_bit(scene: Scene, clean: Clean, output: str, point: Point) -> None:
+def test_rows_are_identical_after_a_killed_writer(scene: Scene, clean: Clean, output: str, point: Point) -> None:
     scene.proxy.set_rules(Rule(Call(Request.kill_peer, point), "PUT", r"part-00000002", nth=1))
     run = scene.run(output)
     assert run.process.returncode == 0, run.text
@@ -66,27 +66,33 @@ def test_a_killed_writer_changes_no_bit(scene: Scene, clean: Clean, output: str,
 
 
 @pytest.mark.parametrize(
-    ("action", "operation", "key", "message"),
+    ("rule", "message"),
     [
-        (Action.FORBIDDEN, "GET", r"^images/image-14", "/images/image-14.png: permission denied (AccessDenied); check"),
-        (Action.EXPIRED, "PUT", r"part-00000003", "/part-00000003.parquet: the credentials have expired; renew them"),
+        (
+            Rule(Action.FORBIDDEN, "GET", r"^images/image-14"),
+            "/images/image-14.png: permission denied (AccessDenied); check",
+        ),
+        (
+            Rule(Action.EXPIRED, "PUT", r"part-00000003"),
+            "/part-00000003.parquet: the credentials have expired; renew them",
+        ),
     ],
     ids=["forbidden", "expired"],
 )
-def test_a_refusal_stops_the_run_and_the_next_call_goes_on(
-    scene: Scene, clean: Clean, output: str, action: Action, operation: Operation, key: str, message: str
+def test_a_refusal_stops_the_run_and_a_rerun_completes_it(
+    scene: Scene, clean: Clean, output: str, rule: Rule, message: str
 ) -> None:
-    scene.proxy.set_rules(Rule(action, operation, key))
+    scene.proxy.set_rules(rule)
     run = scene.run(output)
     assert run.process.returncode == 4, run.text
     assert message in run.error
-    assert run.err.read_text().count("\n") <= 2  # Ray has a line of its own
+    assert run.err.read_text().count("\n") <= 2  # Ray may print one more line.
     scene.proxy.clear()
     assert scene.run(output).process.returncode == 0
     require_invariant(scene.read_files(output), clean.files)
 
 
-def test_a_store_that_goes_down_is_reported_within_a_minute(scene: Scene, clean: Clean, output: str) -> None:
+def test_an_unavailable_store_is_reported_within_a_minute(scene: Scene, clean: Clean, output: str) -> None:
     down_s: list[float] = []
 
     def go_down(_: Request) -> None:
@@ -105,8 +111,10 @@ def test_a_store_that_goes_down_is_reported_within_a_minute(scene: Scene, clean:
 
 
 @pytest.mark.parametrize("operation", ["LIST", "PUT"])
-def test_a_killed_raylet_changes_no_bit(own_cluster: Scene, clean: Clean, output: str, operation: Operation) -> None:
-    """While the listing is made, and while fragments are: both worker nodes, one after the other."""
+def test_rows_are_identical_after_killed_raylets(
+    own_cluster: Scene, clean: Clean, output: str, operation: Operation
+) -> None:
+    """Kill both worker nodes one after the other, during the listing or during the fragments."""
     scene = own_cluster
     assert scene.cluster is not None
     raylets = iter(scene.cluster.raylets)
@@ -123,7 +131,9 @@ def test_a_killed_raylet_changes_no_bit(own_cluster: Scene, clean: Clean, output
 
 
 @pytest.mark.parametrize("number", range(NUM_DRIVER_KILLS))
-def test_a_driver_killed_at_any_point_is_gone_on_with(scene: Scene, clean: Clean, output: str, number: int) -> None:
+def test_a_rerun_completes_a_run_whose_driver_was_killed_at_any_point(
+    scene: Scene, clean: Clean, output: str, number: int
+) -> None:
     share = (number + random.Random(number).random()) / NUM_DRIVER_KILLS
     nth = 1 + int(share * clean.num_requests)
     run = scene.start(output)
@@ -136,7 +146,9 @@ def test_a_driver_killed_at_any_point_is_gone_on_with(scene: Scene, clean: Clean
     require_invariant(scene.read_files(output), clean.files)
 
 
-def test_a_killed_head_is_replaced_and_the_next_call_goes_on(own_cluster: Scene, clean: Clean, output: str) -> None:
+def test_a_rerun_on_a_new_cluster_completes_a_run_whose_head_was_killed(
+    own_cluster: Scene, clean: Clean, output: str
+) -> None:
     scene = own_cluster
     assert scene.cluster is not None
     head = scene.cluster.head
@@ -156,7 +168,7 @@ def test_a_killed_head_is_replaced_and_the_next_call_goes_on(own_cluster: Scene,
 
 
 @pytest.mark.parametrize("offset_s", [0, 1, 2.5, 5])
-def test_a_job_submitted_twice_has_every_row_once(scene: Scene, clean: Clean, output: str, offset_s: float) -> None:
+def test_a_job_submitted_twice_writes_every_row_once(scene: Scene, clean: Clean, output: str, offset_s: float) -> None:
     first = scene.start(output)
     time.sleep(offset_s)
     second = scene.start(output)
@@ -164,17 +176,17 @@ def test_a_job_submitted_twice_has_every_row_once(scene: Scene, clean: Clean, ou
     require_invariant(scene.read_files(output), clean.files)
 
 
-def test_a_writer_that_wakes_up_after_its_fragment_was_redone_does_no_harm(
+def test_a_writer_that_resumes_after_its_fragment_was_rewritten_changes_nothing(
     scene: Scene, clean: Clean, output: str
 ) -> None:
-    is_stopped, may_go_on = threading.Event(), threading.Event()
+    is_stopped, may_continue = threading.Event(), threading.Event()
 
     def stop(request: Request) -> None:
         pid = request.find_peer_pid()
         assert pid is not None
         os.kill(pid, signal.SIGSTOP)
         is_stopped.set()
-        may_go_on.wait(200)
+        may_continue.wait(200)
         os.kill(pid, signal.SIGCONT)
 
     fragment = rf"{FRAGMENT}00000002"
@@ -184,28 +196,28 @@ def test_a_writer_that_wakes_up_after_its_fragment_was_redone_does_no_harm(
     second = scene.run(output)
     assert second.process.returncode == 0, second.text
     require_invariant(scene.read_files(output), clean.files)
-    may_go_on.set()
+    may_continue.set()
     assert first.wait() == 0, first.text
     assert scene.proxy.count("PUT", fragment) == 2
     require_invariant(scene.read_files(output), clean.files)
 
 
-def test_flipped_bytes_are_seen_and_fetched_again(scene: Scene, clean: Clean, output: str) -> None:
-    """Of images and masks, whose tag is their MD5; of rows, whose pages have checksums; of what is written."""
+def test_corrupted_bytes_are_detected_and_transferred_again(scene: Scene, clean: Clean, output: str) -> None:
+    """Corrupt images and masks, whose entity tag is their MD5; rows, whose pages have checksums; and one write."""
     scene.proxy.set_rules(
         Rule(Action.FLIP_BYTE, "GET", r"^(images|masks)/", probability=0.4),
-        Rule(Action.FLIP_BYTE, "GET", r"part-", probability=0.2),  # of parts of files only the pages have checksums
+        Rule(Action.FLIP_BYTE, "GET", r"part-", probability=0.2),  # Only pages have checksums in range requests.
         Rule(Action.FLIP_BYTE, "PUT", nth=4),
     )
     run = scene.run(output)
     assert run.process.returncode == 0, run.text
     require_invariant(scene.read_files(output), clean.files)
-    # a flipped read is answered 200 all the same: it shows in being asked for again
+    # A corrupted read has status 200 too, so repeated requests are the only sign of it.
     assert scene.proxy.count("GET", r"^(images|masks)/") > 1.2 * clean.num_image_reads
     assert scene.proxy.count("PUT") == clean.num_writes + 1
 
 
-def test_a_write_that_was_applied_without_an_answer_is_done_again(scene: Scene, clean: Clean, output: str) -> None:
+def test_a_write_whose_response_was_lost_is_repeated(scene: Scene, clean: Clean, output: str) -> None:
     scene.proxy.set_rules(Rule(Action.LOST_ANSWER, "PUT", probability=0.5))
     run = scene.run(output)
     assert run.process.returncode == 0, run.text
@@ -213,7 +225,7 @@ def test_a_write_that_was_applied_without_an_answer_is_done_again(scene: Scene, 
     assert scene.proxy.count("PUT") > 1.2 * clean.num_writes
 
 
-def test_a_full_disk_stops_the_run_and_the_next_call_goes_on(scene: Scene, clean: Clean, tmp_path: Path) -> None:
+def test_a_full_disk_stops_the_run_and_a_rerun_completes_it(scene: Scene, clean: Clean, tmp_path: Path) -> None:
     disk = tmp_path / "disk"
     disk.mkdir()
     subprocess.run(["mount", "-t", "tmpfs", "-o", "size=48k", "tmpfs", str(disk)], check=True)

@@ -1,4 +1,4 @@
-"""The control: naive Ray Data on the same images loses and doubles rows, so the invariant can fail."""
+"""The control experiment: naive Ray Data on the same images loses and duplicates rows, so the invariant can fail."""
 
 import json
 import subprocess
@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 
 @pytest.fixture
 def folder(store: ObjectStore, tmp_path: Path) -> Path:
-    """The bucket's images on the disk."""
+    """Copy the bucket's images to a local folder and return it."""
     client = store.client()
     for page in client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix="images/"):
         for entry in page["Contents"]:
@@ -36,11 +36,11 @@ def start(images: Path, output: Path, *arguments: str) -> "subprocess.Popen[str]
 
 def finish(process: "subprocess.Popen[str]") -> dict[str, Any]:
     counts: dict[str, Any] = json.loads(process.communicate(timeout=200)[0].splitlines()[-1])
-    print(f"naive: {counts}")  # for docs/reliability.md; pytest -s shows it
+    print(f"naive: {counts}")  # For docs/guides/faults.md; pytest -s shows it.
     return counts
 
 
-def test_the_naive_pipeline_loses_good_images_to_a_broken_one(folder: Path, tmp_path: Path) -> None:
+def test_the_naive_pipeline_loses_good_images_if_one_is_broken(folder: Path, tmp_path: Path) -> None:
     strict = finish(start(folder, tmp_path / "strict"))
     assert strict["error"]
     assert strict["distinct"] < NUM_GOOD
@@ -48,11 +48,11 @@ def test_the_naive_pipeline_loses_good_images_to_a_broken_one(folder: Path, tmp_
     assert lenient["distinct"] < NUM_GOOD
 
 
-def test_the_naive_pipeline_doubles_rows_when_submitted_twice(folder: Path, tmp_path: Path) -> None:
+def test_the_naive_pipeline_duplicates_rows_if_submitted_twice(folder: Path, tmp_path: Path) -> None:
     for name in pick_poison():
         (folder / name).unlink()
     both = [start(folder, tmp_path / "rows") for _ in range(2)]
     counts = [finish(process) for process in both]
     last = max(counts, key=lambda count: int(count["rows"]))
     assert last["rows"] == 2 * last["distinct"]
-    assert 0 < last["distinct"] < NUM_GOOD  # it passes over .dot, _under and g?h, silently
+    assert 0 < last["distinct"] < NUM_GOOD  # It silently skips .dot, _under and g?h.

@@ -1,4 +1,4 @@
-"""Faults that `make test` tries each time: one of every family."""
+"""Fault tests that `make test` includes: one fault of every family."""
 
 from tests.faults.proxy import Action, Call, Request, Rule
 from tests.faults.scene import BUCKET, FRAGMENT_SIZE, NUM_GOOD, Clean, Scene, pick_poison, read_table, require_invariant
@@ -16,10 +16,12 @@ def test_the_fault_free_run_has_a_row_for_every_image(clean: Clean) -> None:
     assert all(len(row["mask"]) == row["height"] * row["width"] for row in rows if row["status"] == "ok")
 
 
-def test_a_third_of_all_requests_failing_changes_no_bit(scene: Scene, clean: Clean, output: str) -> None:
+def test_rows_are_identical_if_a_third_of_all_requests_fail(scene: Scene, clean: Clean, output: str) -> None:
     scene.proxy.set_rules(
         *(
-            Rule(action, operation, probability=0.12)  # of what the rules before it let through: 30% in all
+            Rule(
+                action, operation, probability=0.12
+            )  # Of the requests that the earlier rules did not match: 30% in all.
             for operation in ("GET", "PUT", "LIST")
             for action in (Action.UNAVAILABLE, Action.RESET, Action.CUT_BODY)
         )
@@ -28,10 +30,10 @@ def test_a_third_of_all_requests_failing_changes_no_bit(scene: Scene, clean: Cle
     assert run.process.returncode == 0, run.text
     require_invariant(scene.read_files(output), clean.files)
     failed = [request for request in scene.proxy.requests if request.status in (503, None)]
-    assert len(failed) > 0.1 * len(scene.proxy.requests)  # cut bodies, which begin with 200, are not among them
+    assert len(failed) > 0.1 * len(scene.proxy.requests)  # Without cut bodies, whose status is 200.
 
 
-def test_a_killed_driver_goes_on_and_reads_nothing_twice(scene: Scene, clean: Clean, output: str) -> None:
+def test_a_rerun_after_a_killed_driver_reads_only_the_remaining_images(scene: Scene, clean: Clean, output: str) -> None:
     run = scene.start(output)
     scene.proxy.set_rules(Rule(Call(lambda _: run.kill(), "after"), "PUT", r"images/part-", nth=3))
     run.wait()
@@ -48,13 +50,15 @@ def test_a_killed_driver_goes_on_and_reads_nothing_twice(scene: Scene, clean: Cl
     read = [f"s3://{BUCKET}/{request.key}" for request in scene.proxy.requests if request.operation == "GET"]
     assert not set(rows) & set(read)
     images = [uri for uri in read if "/images/" in uri and "/runs/" not in uri]
-    assert sorted(images) == sorted(set(read_table(clean.files)["uri"].to_pylist()) - set(rows))  # and the others once
+    assert sorted(images) == sorted(
+        set(read_table(clean.files)["uri"].to_pylist()) - set(rows)
+    )  # Each of the others once.
     scene.proxy.forget()
     assert scene.run(output).process.returncode == 0
     assert scene.proxy.count("PUT") == 0
 
 
-def test_an_image_that_kills_its_worker_is_one_failed_row(scene: Scene, clean: Clean, output: str) -> None:
+def test_an_image_that_kills_its_worker_becomes_one_error_row(scene: Scene, clean: Clean, output: str) -> None:
     scene.proxy.set_rules(Rule(Call(Request.kill_peer), "GET", r"^images/image-12\.png"))
     run = scene.run(output)
     assert run.process.returncode == 0, run.text
@@ -63,12 +67,10 @@ def test_an_image_that_kills_its_worker_is_one_failed_row(scene: Scene, clean: C
     (row,) = [row for row in read_table(files).to_pylist() if row["uri"].endswith("/image-12.png")]
     assert (row["status"], row["error_kind"], row["mask"]) == ("error", "failed", None)
     assert "died 3 times" in row["error_message"]
-    assert scene.proxy.count("GET", r"^images/image-12\.png") == 4  # once at full speed, three times with care
+    assert scene.proxy.count("GET", r"^images/image-12\.png") == 4  # Once in the normal way, three times in isolation.
 
 
-def test_objects_changed_or_deleted_after_planning_are_rows_that_say_so(
-    scene: Scene, clean: Clean, output: str
-) -> None:
+def test_objects_changed_or_deleted_after_planning_become_error_rows(scene: Scene, clean: Clean, output: str) -> None:
     client = scene.store.client()
     changed, deleted, mask = "images/image-13.png", "images/image-15.png", "masks/image-11.png"
     contents = {key: client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in (changed, deleted, mask)}
@@ -89,7 +91,7 @@ def test_objects_changed_or_deleted_after_planning_are_rows_that_say_so(
     require_invariant(files, clean.files, except_for=[changed, deleted, "images/image-11.png"])
     kinds = {row["uri"].rpartition("/")[2]: row["error_kind"] for row in read_table(files).to_pylist()}
     assert [kinds[f"image-{n}.png"] for n in (13, 15, 11, 14)] == ["changed", "missing", "changed", None]
-    # they are as they were again: the error rows' fragments alone are made once more
+    # The objects have been restored, so a rerun processes only the fragments with error rows.
     scene.proxy.clear()
     scene.proxy.forget()
     again = scene.run(output, retry_errors="true")

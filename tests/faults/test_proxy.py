@@ -1,4 +1,4 @@
-"""The proxy before the real store: what goes through unchanged, and what each fault looks like to a client."""
+"""Tests of the fault proxy in front of the real store: what passes unchanged, and what clients see of each fault."""
 
 import signal
 import subprocess
@@ -13,7 +13,7 @@ import pytest
 from botocore.exceptions import ClientError, ConnectionClosedError, ResponseStreamingError
 
 from tests.faults.object_store import ObjectStore
-from tests.faults.proxy import Action, Call, FaultProxy, Point, Request, Rule
+from tests.faults.proxy import REFUSALS, Action, Call, FaultProxy, Point, Request, Rule
 
 ODD_KEYS = ["a b", "a#b", "a%20b", "a?b", "ü/.x", "_y", "a//b", "/c", "d/", "e+f", "g&h=i"]
 BODY = bytes(range(256)) * 1000
@@ -38,7 +38,7 @@ def bucket(object_store: ObjectStore) -> str:
 
 @pytest.fixture
 def list_stored(object_store: ObjectStore, bucket: str) -> Callable[[], set[str]]:
-    """What the store has, by its own word."""
+    """Return a function that lists the keys in the store, bypassing the proxy."""
     direct = object_store.client()
     return lambda: {entry["Key"] for entry in direct.list_objects_v2(Bucket=bucket).get("Contents", ())}
 
@@ -49,7 +49,7 @@ def read(client: Any, bucket: str, key: str) -> bytes:
 
 
 def put_unsigned(client: Any, bucket: str, key: str, body: bytes | Iterable[bytes]) -> None:
-    """Put what no signature speaks of, as boto3 itself does not."""
+    """Put a body that the signature does not cover, which boto3 itself never does."""
     parameters = {"Bucket": bucket, "Key": key, "ContentType": "text/plain"}
     url = client.generate_presigned_url("put_object", parameters)
     urllib.request.urlopen(
@@ -57,7 +57,7 @@ def put_unsigned(client: Any, bucket: str, key: str, body: bytes | Iterable[byte
     ).close()
 
 
-def test_odd_keys_go_through_unchanged(proxy: FaultProxy, client: Any, bucket: str) -> None:
+def test_odd_keys_pass_unchanged(proxy: FaultProxy, client: Any, bucket: str) -> None:
     for key in ODD_KEYS:
         client.put_object(Bucket=bucket, Key=key, Body=key.encode() * 1000)
     listed = client.list_objects_v2(Bucket=bucket)["Contents"]
@@ -76,7 +76,7 @@ def test_odd_keys_go_through_unchanged(proxy: FaultProxy, client: Any, bucket: s
     assert [request.key for request in proxy.requests if request.operation == "LIST"] == ["", ""]
 
 
-def test_what_the_store_refuses_comes_through(object_store: ObjectStore, proxy: FaultProxy, bucket: str) -> None:
+def test_errors_of_the_store_pass_unchanged(object_store: ObjectStore, proxy: FaultProxy, bucket: str) -> None:
     client = object_store.client(proxy.endpoint)
     client.put_object(Bucket=bucket, Key="k", Body=BODY)
     with pytest.raises(ClientError, match="PreconditionFailed"):
@@ -90,38 +90,26 @@ def test_what_the_store_refuses_comes_through(object_store: ObjectStore, proxy: 
     assert read(client, bucket, "k") == BODY
 
 
-def test_a_body_in_chunks_is_stored_whole(object_store: ObjectStore, proxy: FaultProxy, bucket: str) -> None:
+def test_a_chunked_body_is_stored_completely(object_store: ObjectStore, proxy: FaultProxy, bucket: str) -> None:
     parts = [b"first", b"second" * 20_000, b"last"]
-    put_unsigned(object_store.client(proxy.endpoint), bucket, "k", iter(parts))  # no length is known of this
+    put_unsigned(object_store.client(proxy.endpoint), bucket, "k", iter(parts))  # An iterator has no known length.
     assert read(object_store.client(), bucket, "k") == b"".join(parts)
 
 
-@pytest.mark.parametrize(
-    ("action", "status", "code"),
-    [
-        (Action.UNAVAILABLE, 503, "SlowDown"),
-        (Action.FORBIDDEN, 403, "AccessDenied"),
-        (Action.EXPIRED, 400, "ExpiredToken"),
-    ],
-)
-def test_refusals(
-    action: Action,
-    status: int,
-    code: str,
-    proxy: FaultProxy,
-    client: Any,
-    bucket: str,
-    list_stored: Callable[[], set[str]],
+@pytest.mark.parametrize("action", [Action.UNAVAILABLE, Action.FORBIDDEN, Action.EXPIRED])
+def test_refused_requests_do_not_reach_the_store(
+    action: Action, proxy: FaultProxy, client: Any, bucket: str, list_stored: Callable[[], set[str]]
 ) -> None:
+    status, code, _ = REFUSALS[action]
     proxy.set_rules(Rule(action))
-    asked: list[tuple[Callable[..., object], dict[str, Any]]] = [
+    requests: list[tuple[Callable[..., object], dict[str, Any]]] = [
         (client.put_object, {"Key": "k", "Body": BODY}),
         (client.get_object, {"Key": "k"}),
         (client.list_objects_v2, {}),
     ]
-    for ask, arguments in asked:
+    for send, arguments in requests:
         with pytest.raises(ClientError) as caught:
-            ask(Bucket=bucket, **arguments)
+            send(Bucket=bucket, **arguments)
         assert caught.value.response["Error"]["Code"] == code
         assert caught.value.response["ResponseMetadata"]["HTTPStatusCode"] == status
     with pytest.raises(ClientError, match=str(status)):
@@ -130,10 +118,10 @@ def test_refusals(
     proxy.clear()
     assert list_stored() == set()
     client.put_object(Bucket=bucket, Key="k", Body=BODY)
-    assert len({request.peer_port for request in proxy.requests}) == 1  # one connection outlives the refusals
+    assert len({request.peer_port for request in proxy.requests}) == 1  # The connection stays open after refusals.
 
 
-def test_a_reset_comes_before_the_store_is_asked(
+def test_a_reset_request_does_not_reach_the_store(
     proxy: FaultProxy, client: Any, bucket: str, list_stored: Callable[[], set[str]]
 ) -> None:
     proxy.set_rules(Rule(Action.RESET))
@@ -144,7 +132,7 @@ def test_a_reset_comes_before_the_store_is_asked(
     assert [request.status for request in proxy.requests] == [None]
 
 
-def test_a_lost_answer_leaves_the_object(
+def test_a_write_with_a_lost_response_is_stored(
     proxy: FaultProxy, client: Any, bucket: str, list_stored: Callable[[], set[str]]
 ) -> None:
     proxy.set_rules(Rule(Action.LOST_ANSWER, "PUT"))
@@ -155,7 +143,7 @@ def test_a_lost_answer_leaves_the_object(
     assert read(client, bucket, "k") == BODY
 
 
-def test_a_cut_body_is_seen_as_one(proxy: FaultProxy, client: Any, bucket: str) -> None:
+def test_clients_detect_a_cut_body(proxy: FaultProxy, client: Any, bucket: str) -> None:
     client.put_object(Bucket=bucket, Key="k", Body=BODY)
     proxy.set_rules(Rule(Action.CUT_BODY))
     body = client.get_object(Bucket=bucket, Key="k")["Body"]
@@ -166,13 +154,15 @@ def test_a_cut_body_is_seen_as_one(proxy: FaultProxy, client: Any, bucket: str) 
         client.head_object(Bucket=bucket, Key="k")
 
 
-def test_a_flipped_bit_is_one_bit(object_store: ObjectStore, proxy: FaultProxy, client: Any, bucket: str) -> None:
+def test_a_flipped_byte_differs_in_one_byte(
+    object_store: ObjectStore, proxy: FaultProxy, client: Any, bucket: str
+) -> None:
     client.put_object(Bucket=bucket, Key="k", Body=BODY)
     proxy.set_rules(Rule(Action.FLIP_BYTE, key="k"))
     got = read(client, bucket, "k")
     assert [index for index in range(len(BODY)) if got[index] != BODY[index]] == [len(BODY) // 2]
     assert len(got) == len(BODY)
-    with pytest.raises(ClientError, match="XAmzContentSHA256Mismatch"):  # boto3 signs what it sends
+    with pytest.raises(ClientError, match="XAmzContentSHA256Mismatch"):  # boto3's signature covers the body.
         client.put_object(Bucket=bucket, Key="k", Body=BODY)
     assert read(object_store.client(), bucket, "k") == BODY
 
@@ -180,8 +170,8 @@ def test_a_flipped_bit_is_one_bit(object_store: ObjectStore, proxy: FaultProxy, 
     assert read(object_store.client(), bucket, "k") == got
 
 
-def test_a_rule_chooses_its_requests(proxy: FaultProxy, client: Any, bucket: str) -> None:
-    def find_struck(keys: list[str]) -> list[str]:
+def test_rules_affect_only_matching_requests(proxy: FaultProxy, client: Any, bucket: str) -> None:
+    def find_affected(keys: list[str]) -> list[str]:
         proxy.forget()
         for key in keys:
             with suppress(ClientError):
@@ -190,12 +180,12 @@ def test_a_rule_chooses_its_requests(proxy: FaultProxy, client: Any, bucket: str
 
     keys = [f"{kind}{index}" for index in range(5) for kind in "ab"]
     proxy.set_rules(Rule(Action.UNAVAILABLE, "PUT", "^a", nth=2))
-    assert find_struck(keys) == ["a1"]
+    assert find_affected(keys) == ["a1"]
     assert proxy.count("PUT") == 10
     assert proxy.count("PUT", "^b") == 5
     assert proxy.count("GET") == 0
     proxy.set_rules(Rule(Action.UNAVAILABLE, key="b[1-9]", times=2), Rule(Action.UNAVAILABLE, "GET"))
-    assert find_struck(keys) == ["b1", "b2"]
+    assert find_affected(keys) == ["b1", "b2"]
     rule = Rule(Action.UNAVAILABLE, probability=0.3)
     with FaultProxy(f"http://{proxy.upstream}", [rule], seed=1) as one, FaultProxy("", [rule], seed=1) as other:
         decisions = [[p.begin(Request("GET", "k", 0, 0))[1] for _ in range(1000)] for p in (one, other)]
@@ -203,7 +193,7 @@ def test_a_rule_chooses_its_requests(proxy: FaultProxy, client: Any, bucket: str
     assert 250 < decisions[0].count(Action.UNAVAILABLE) < 350
 
 
-def test_a_client_killed_within_a_put_leaves_nothing(
+def test_a_put_of_a_killed_client_stores_nothing(
     object_store: ObjectStore, proxy: FaultProxy, bucket: str, list_stored: Callable[[], set[str]]
 ) -> None:
     found = []
@@ -222,7 +212,7 @@ def test_a_client_killed_within_a_put_leaves_nothing(
     assert list_stored() == set()
 
 
-def test_hooks_see_the_store_before_and_after(
+def test_hooks_run_before_during_and_after_a_request(
     object_store: ObjectStore, proxy: FaultProxy, client: Any, bucket: str, list_stored: Callable[[], set[str]]
 ) -> None:
     seen: list[tuple[int | None, set[str]]] = []
@@ -235,7 +225,7 @@ def test_hooks_see_the_store_before_and_after(
         object_store.client().delete_object(Bucket=bucket, Key="k")
 
 
-def test_an_error_of_a_hook_is_raised_at_the_end(object_store: ObjectStore, bucket: str) -> None:
+def test_an_error_in_a_hook_is_raised_on_exit(object_store: ObjectStore, bucket: str) -> None:
     def fail(request: Request) -> None:
         raise ValueError(f"not {request.key}")
 

@@ -1,4 +1,4 @@
-"""Boundary pixels against erosion step by step; what ignored pixels and the image's edge do to them."""
+"""Boundary counts compared with step-by-step erosion, and the effect of ignored pixels and of the image's edge."""
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +13,7 @@ Array = npt.NDArray[np.integer]
 
 
 def erode(region: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Keep the pixels whose 8 neighbours are all of the region; outside of the image is not."""
+    """Keep the pixels whose 8 neighbours are all in the region; pixels outside the image are not."""
     padded = np.pad(region, 1)
     shifts = [(row, column) for row in range(3) for column in range(3)]
     height, width = region.shape
@@ -23,7 +23,7 @@ def erode(region: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
 
 
 def find_boundary(region: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Return what erosions take away, as many as 2% of the diagonal has pixels: the way of the paper's authors."""
+    """Return the pixels that erosion removes, repeated for 2% of the diagonal in pixels, as the paper's authors do."""
     eroded = region
     for _ in range(max(1, round(0.02 * float(np.hypot(*region.shape))))):
         eroded = erode(eroded)
@@ -40,57 +40,57 @@ def draw_regions(size: tuple[int, int], num_classes: int, block_px: int, seed: i
 
 
 @pytest.mark.parametrize("size", [(20, 30), (120, 160), (97, 301), (7, 400), (1, 1), (2, 1)])
-def test_boundaries_are_what_erosion_takes_away(size: tuple[int, int]) -> None:
+def test_boundaries_are_the_pixels_that_erosion_removes(size: tuple[int, int]) -> None:
     rng = np.random.default_rng(0)
     truth, mask = draw_regions(size, 4, 31, seed=1), draw_regions(size, 4, 23, seed=2)
-    truth[rng.random(size) < 0.002] = 3  # specks, whose neighbours are boundary
+    truth[rng.random(size) < 0.002] = 3  # Specks, whose neighbours are boundary pixels.
     truth[size[0] // 3 : size[0] // 2, size[1] // 3 :] = IGNORE
     expected = np.zeros((2, NUM_CLASSES), np.int64)
     for index in range(NUM_CLASSES):
-        of_truth, of_mask = (find_boundary(indices == index) & (truth != IGNORE) for indices in (truth, mask))
-        expected[:, index] = (of_truth & of_mask).sum(), (of_truth | of_mask).sum()
+        in_truth, in_mask = (find_boundary(indices == index) & (truth != IGNORE) for indices in (truth, mask))
+        expected[:, index] = (in_truth & in_mask).sum(), (in_truth | in_mask).sum()
     got = count(truth, mask)
     np.testing.assert_array_equal(got, expected)
     assert got.dtype == np.int64
 
 
-def test_a_square_in_the_middle_has_the_boundary_computed_by_hand() -> None:
-    truth = np.zeros((60, 80), np.uint8)  # a diagonal of 100: boundaries are 2 pixels wide
+def test_the_boundary_of_a_square_equals_that_computed_by_hand() -> None:
+    truth = np.zeros((60, 80), np.uint8)  # The diagonal is 100, so boundaries are 2 pixels wide.
     truth[20:40, 20:40] = 1
     moved = np.roll(truth, 1, axis=1)
     ring = 20**2 - 16**2
     np.testing.assert_array_equal(count(truth, truth)[:, 1], [ring, ring])
-    both = 2 * 2 * 19 + 2 * 1 * 16  # the upper and lower sides but for their ends, and one column of each other side
+    both = 2 * 2 * 19 + 2 * 1 * 16  # The upper and lower sides without their ends, and a column of each other side.
     np.testing.assert_array_equal(count(truth, moved)[:, 1], [both, 2 * ring - both])
 
 
-def test_the_image_has_a_boundary_along_its_edge() -> None:
+def test_a_class_that_fills_the_image_has_its_boundary_at_the_edge() -> None:
     whole = np.zeros((60, 80), np.uint8)
     ring = 60 * 80 - 56 * 76
     np.testing.assert_array_equal(count(whole, whole), [[ring, 0, 0, 0, 0]] * 2)
 
 
-def test_ignored_pixels_are_counted_nowhere_whatever_is_predicted_there() -> None:
+def test_ignored_pixels_are_not_counted_whatever_is_predicted_there() -> None:
     truth, mask = draw_regions((60, 80), 3, 17, seed=1), draw_regions((60, 80), 3, 13, seed=2)
     truth[:, 40:] = IGNORE
     got = count(truth, mask)
     elsewhere = mask.copy()
-    elsewhere[:, 50:] = 4  # so far from what is scored that no scored boundary moves
+    elsewhere[:, 50:] = 4  # Far enough from scored pixels not to move any scored boundary.
     np.testing.assert_array_equal(count(truth, elsewhere), got)
     np.testing.assert_array_equal(count(np.full_like(truth, IGNORE), mask), np.zeros((2, NUM_CLASSES)))
     assert got[1].sum() > 0
 
 
-def test_boundary_iou_falls_faster_than_iou() -> None:
+def test_boundary_iou_drops_faster_than_iou() -> None:
     truth = np.zeros((120, 160), np.uint8)
     truth[20:100, 20:100] = 1
     counts = count(truth, np.roll(truth, 2, axis=1))
     iou = (80 * 78) / (80 * 82)
     assert 0 < divide(counts[0], counts[1])[1] < 0.7 * iou
-    assert np.isnan(divide(counts[0], counts[1])[2])  # a class in neither
+    assert np.isnan(divide(counts[0], counts[1])[2])  # A class in neither mask.
 
 
-def test_classes_past_a_byte_are_counted_alike() -> None:
+def test_more_than_256_classes_give_the_same_counts() -> None:
     truth, mask = draw_regions((60, 80), 3, 17, seed=1), draw_regions((60, 80), 3, 13, seed=2)
     truth[:5, :5] = IGNORE
     renamed = np.array([0, 1, 299], np.uint16)

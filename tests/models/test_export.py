@@ -1,4 +1,4 @@
-"""Exported files: the same masks as the bundle's, without segray, at any batch size and at an image's own size."""
+"""Exported files give the masks of the original model, without segray, at any batch size and image size."""
 
 import logging
 import re
@@ -22,7 +22,7 @@ from segray.data.synthetic import draw_shape
 from segray.errors import BundleError, ConfigError
 from segray.models import export, fcn
 from segray.models.build import build_model
-from segray.models.bundle import Bundle, load_bundle, save_bundle
+from segray.models.bundle import Bundle, BundleDescription, load_bundle, save_bundle
 from segray.models.export import TOLERANCE, DeployableModel, compute_agreement, export_bundle
 from segray.models.prediction import compute_mask
 from tests.conftest import PET_CLASSES, SHAPE_SIZE
@@ -30,12 +30,12 @@ from tests.test_cli import run
 
 Program = Callable[[torch.Tensor], torch.Tensor]
 ONNX, TORCH_EXPORT = ExportFormat.ONNX, ExportFormat.TORCH_EXPORT
-README = Path(__file__).parent.parent / "README.md"
-PREPROCESSING = Preprocessing(mean=(120.0, 100.0, 80.0), std=(60.0, 50.0, 70.0))  # not the default one
+GUIDE = Path(__file__).parents[2] / "docs/guides/export.md"
+PREPROCESSING = Preprocessing(mean=(120.0, 100.0, 80.0), std=(60.0, 50.0, 70.0))  # Not the default.
 
 _RUN_WITHOUT_SEGRAY = """
 import sys
-sys.modules["segray"] = None  # as if it were not installed
+sys.modules["segray"] = None  # As if segray were not installed.
 import numpy as np, torch
 program = torch.export.load(sys.argv[1]).module()
 np.save(sys.argv[3], program(torch.from_numpy(np.load(sys.argv[2]))).numpy())
@@ -69,7 +69,7 @@ def compute_logits(bundle: Bundle, image_nhwc: torch.Tensor) -> torch.Tensor:
 
 
 def assert_equal_where_decided(mask: torch.Tensor, logits_chw: torch.Tensor, size: tuple[int, int]) -> None:
-    """Assert that a mask is the one of the logits resized to its size, wherever their two highest differ."""
+    """Assert that a mask equals that of the resized logits wherever their two highest values differ enough."""
     expected = compute_mask(logits_chw, size)
     resized = torch.nn.functional.interpolate(logits_chw[None], size=size, mode="bilinear")[0]
     highest, second = resized.topk(2, 0).values
@@ -79,7 +79,7 @@ def assert_equal_where_decided(mask: torch.Tensor, logits_chw: torch.Tensor, siz
 
 
 def save_mixed_bundle(folder: Path, size: tuple[int, int], **model: object) -> None:
-    """Write a bundle of random weights whose masks have all classes: the last bias takes each class's mean logit."""
+    """Write a bundle of random weights; subtracting mean logits in the last bias makes all classes occur in masks."""
     config = ModelConfig.model_validate({"encoder_name": "vgg11_bn", **model})
     torch.manual_seed(1)
     network = build_model(config, PET_CLASSES.num_classes)
@@ -91,29 +91,19 @@ def save_mixed_bundle(folder: Path, size: tuple[int, int], **model: object) -> N
         for _ in range(2):
             network.train()(images)
         bias -= network.eval()(images).mean((0, 2, 3))
-    save_bundle(
-        str(folder),
-        weights=network.state_dict(),
-        model=config,
-        classes=PET_CLASSES,
-        image_size=size,
-        preprocessing=PREPROCESSING,
-        metrics={},
-        config={},
-        files={},
-    )
+    save_bundle(str(folder), network.state_dict(), BundleDescription(config, PET_CLASSES, size, PREPROCESSING))
 
 
 @pytest.fixture
 def short_lived_folder() -> Iterator[Path]:
-    """A folder that does not outlive the test, as pytest's own would."""
+    """A folder that is deleted after the test, unlike pytest's own, because bundles are large."""
     with tempfile.TemporaryDirectory() as folder:
         yield Path(folder)
 
 
 @pytest.fixture(scope="module")
 def unet_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A U-Net in a bundle, in both formats; its image size is no multiple of the network's stride."""
+    """A U-Net bundle exported to both formats; its image size is not a multiple of the network's stride."""
     folder = tmp_path_factory.mktemp("unet")
     save_mixed_bundle(folder, (72, 104), arch="unet", encoder_name="resnet18")
     for export_format in ExportFormat:
@@ -128,14 +118,14 @@ def unet_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
         {"arch": "deeplabv3plus", "encoder_name": "resnet18"},
         {"arch": "classic_unet", "widths": [4, 8, 16]},
         {"arch": "segnet", "encoder_name": "vgg11_bn"},
-        {"arch": "segformer", "encoder_name": "mit_b0"},  # a transformer
+        {"arch": "segformer", "encoder_name": "mit_b0"},  # A transformer.
     ],
     ids=lambda model: model["arch"],
 )
-def test_an_architecture_gives_the_bundles_masks(
+def test_every_kind_of_architecture_gives_the_original_masks(
     short_lived_folder: Path, model: dict[str, object], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fcn, "_CLASSIFIER_CHANNELS", 64)  # of 4096 channels, it is half a gigabyte
+    monkeypatch.setattr(fcn, "_CLASSIFIER_CHANNELS", 64)  # With 4096 channels, it takes half a gigabyte.
     size = (64, 96)
     save_mixed_bundle(short_lived_folder, size, **model)
     bundle, images = load_bundle(str(short_lived_folder)), draw(2, size)
@@ -146,7 +136,7 @@ def test_an_architecture_gives_the_bundles_masks(
         found = OPEN[export_format](Path(exported.uri))(images)
         agreement = compute_agreement(found, expected)
         assert exported.agreement.num_pixels == 4 * size[0] * size[1]
-        if model["arch"] == "segnet" and export_format is ONNX:  # pooling indices jump between values that tie
+        if model["arch"] == "segnet" and export_format is ONNX:  # Pooling indices differ where values tie.
             assert max(agreement.num_off, agreement.num_other_class) < 0.05 * agreement.num_pixels
             continue
         assert (agreement.num_off, exported.agreement.num_off) == (0, 0)
@@ -156,7 +146,7 @@ def test_an_architecture_gives_the_bundles_masks(
 
 @pytest.mark.parametrize("export_format", ExportFormat)
 @pytest.mark.parametrize("num_images", [1, 2, 5])
-def test_any_number_of_images_goes_from_files_size_to_masks_of_that_size(
+def test_any_batch_size_gives_masks_at_the_images_own_sizes(
     unet_dir: Path, export_format: ExportFormat, num_images: int
 ) -> None:
     bundle, program = load_bundle(str(unet_dir)), OPEN[export_format](unet_dir / export_format.file_name)
@@ -172,10 +162,10 @@ def test_any_number_of_images_goes_from_files_size_to_masks_of_that_size(
 
 
 @pytest.mark.parametrize("size", [(150, 131), (40, 60), (72, 104)])
-def test_the_readmes_lines_make_the_masks_of_segray(
+def test_the_code_in_the_export_guide_gives_the_masks_of_segray(
     unet_dir: Path, size: tuple[int, int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (code,) = re.findall(r"```python\n([^`]*onnxruntime[^`]*)```", README.read_text())
+    (code,) = re.findall(r"```python\n([^`]*onnxruntime[^`]*)```", GUIDE.read_text())
     (tmp_path / "model.onnx").symlink_to(unet_dir / "model.onnx")
     image = draw(1, size)[0]
     Image.fromarray(image.numpy()).save(tmp_path / "photo.png")
@@ -188,7 +178,7 @@ def test_the_readmes_lines_make_the_masks_of_segray(
     assert_equal_where_decided(torch.from_numpy(names["mask"]), expected, size)
 
 
-def test_the_normalisation_is_inside_and_the_bundles_own(unet_dir: Path) -> None:
+def test_exported_files_include_the_bundles_normalisation(unet_dir: Path) -> None:
     bundle, images = load_bundle(str(unet_dir)), draw(1, (72, 104))
     with torch.inference_mode():
         other = bundle.model(Preprocessing().apply(images))
@@ -198,7 +188,7 @@ def test_the_normalisation_is_inside_and_the_bundles_own(unet_dir: Path) -> None
         assert compute_agreement(found, other).num_off > 0.5 * other[:, 0].numel()
 
 
-def test_an_onnx_file_says_what_it_takes_and_is_a_single_file(unet_dir: Path) -> None:
+def test_an_onnx_export_is_one_file_with_named_inputs_and_outputs(unet_dir: Path) -> None:
     session = onnxruntime.InferenceSession(str(unet_dir / "model.onnx"), providers=["CPUExecutionProvider"])
     (image,), (logits,) = session.get_inputs(), session.get_outputs()
     assert (image.name, image.type, image.shape) == ("image", "tensor(uint8)", ["batch", 72, 104, 3])
@@ -206,7 +196,7 @@ def test_an_onnx_file_says_what_it_takes_and_is_a_single_file(unet_dir: Path) ->
     assert {path.name for path in unet_dir.iterdir()} == {"model.onnx", "model.pt2", "model.safetensors", "bundle.json"}
 
 
-def test_a_torch_file_runs_where_there_is_no_segray(unet_dir: Path, tmp_path: Path) -> None:
+def test_a_torch_export_file_runs_without_segray(unet_dir: Path, tmp_path: Path) -> None:
     images = draw(3, (72, 104))
     np.save(tmp_path / "images.npy", images.numpy())
     paths = [str(unet_dir / "model.pt2"), str(tmp_path / "images.npy"), str(tmp_path / "logits.npy")]
@@ -215,18 +205,18 @@ def test_a_torch_file_runs_where_there_is_no_segray(unet_dir: Path, tmp_path: Pa
     assert compute_agreement(torch.from_numpy(np.load(tmp_path / "logits.npy")), expected).num_off == 0
 
 
-def test_agreement_counts_pixels_that_are_off_and_masks_that_differ() -> None:
+def test_agreement_counts_pixels_beyond_the_tolerance_and_differing_masks() -> None:
     expected = torch.tensor([[10.0, 4.0], [0.0, 5.0]])[None, :, None]  # two classes, two pixels
     assert compute_agreement(expected + 0.009, expected)[:3] == (2, 0, 0)
     assert compute_agreement(expected - torch.tensor([0.02, 0.0]), expected)[:3] == (2, 1, 0)
     assert compute_agreement(expected.flip(1), expected)[:3] == (2, 2, 2)
     assert compute_agreement(expected * torch.tensor([torch.nan, 1.0]), expected).num_off == 1
-    with pytest.raises(ValueError, match=r"logits of shape \(1, 2, 1, 1\) instead of \(1, 2, 1, 2\)"):
+    with pytest.raises(ValueError, match=r"logits have shape \(1, 2, 1, 1\), expected \(1, 2, 1, 2\)"):
         compute_agreement(expected[..., :1], expected)
 
 
 @pytest.mark.parametrize("export_format", ExportFormat)
-def test_a_program_that_is_not_equal_is_not_written(
+def test_a_program_that_does_not_match_the_original_is_not_written(
     bundle_dir: Path, tmp_path: Path, export_format: ExportFormat, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def forget_to_normalise(model: DeployableModel, image: torch.Tensor) -> torch.Tensor:
@@ -234,13 +224,15 @@ def test_a_program_that_is_not_equal_is_not_written(
         return logits_nchw
 
     monkeypatch.setattr(DeployableModel, "forward", forget_to_normalise)
-    with pytest.raises(BundleError, match=r"unet on resnet18 exported to .* is not equal .*; nothing is written; try"):
+    with pytest.raises(
+        BundleError, match=r"unet on resnet18 exported to .* does not match .*; nothing was written; try"
+    ):
         export_bundle(str(bundle_dir), export_format, str(tmp_path / "file"))
     assert not (tmp_path / "file").exists()
 
 
 @pytest.mark.parametrize("export_format", ExportFormat)
-def test_what_cannot_be_exported_is_named_in_one_line(
+def test_a_model_that_cannot_be_exported_is_one_error_line(
     bundle_dir: Path,
     tmp_path: Path,
     export_format: ExportFormat,
@@ -261,12 +253,12 @@ def test_what_cannot_be_exported_is_named_in_one_line(
     assert not (tmp_path / "file").exists()
 
 
-def test_nothing_that_exporters_say_reaches_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
+def test_output_of_the_exporters_does_not_reach_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
     logger = logging.getLogger("some.exporter")
-    handler = logging.StreamHandler()  # torch's has hold of the terminal since torch was imported
+    handler = logging.StreamHandler()  # Like torch's handler, it refers to the terminal from the start.
     logger.addHandler(handler)
     with export._silenced():
-        print("said")
+        print("printed")
         warnings.warn("warned", stacklevel=1)
         logger.error("logged")
     assert capfd.readouterr() == ("", "")
@@ -275,14 +267,14 @@ def test_nothing_that_exporters_say_reaches_the_terminal(capfd: pytest.CaptureFi
     assert capfd.readouterr().err == "logged later\n"
 
 
-def test_weights_past_what_an_onnx_file_holds_are_refused(bundle_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_weights_too_large_for_an_onnx_file_raise(bundle_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(export, "_MAX_ONNX_BYTES", 1_000_000)
-    with pytest.raises(BundleError, match=r"0\.1 GB of weights are more than the 2 GB .*; try --format torch_export"):
+    with pytest.raises(BundleError, match=r"0\.1 GB of weights exceed the 2 GB .*; try --format torch_export"):
         export_bundle(str(bundle_dir), ONNX, "/nowhere/model.onnx")
 
 
 @pytest.mark.parametrize("package", ["onnx", "onnxscript", "onnxruntime"])
-def test_a_missing_package_is_named_and_only_onnx_needs_it(
+def test_a_missing_package_is_named_and_only_needed_for_onnx(
     package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
@@ -293,7 +285,7 @@ def test_a_missing_package_is_named_and_only_onnx_needs_it(
 
 
 @pytest.mark.parametrize("export_format", ExportFormat)
-def test_the_command_prints_one_line_of_what_it_wrote(
+def test_the_command_prints_one_line_about_the_file(
     bundle_dir: Path, tmp_path: Path, export_format: ExportFormat, capfd: pytest.CaptureFixture[str]
 ) -> None:
     path = tmp_path / "new" / "a model"
@@ -304,7 +296,7 @@ def test_the_command_prints_one_line_of_what_it_wrote(
     kind = r"ONNX opset \d+" if export_format is ONNX else r"torch\.export of torch \S+"
     size_mb, num_pixels = f"{path.stat().st_size / 1e6:.1f}", 4 * SHAPE_SIZE**2
     assert re.fullmatch(
-        rf"exported: {output} \({size_mb} MB, {kind}\), checked against the bundle at "
+        rf"exported: {output} \({size_mb} MB, {kind}\), compared with the original model at "
         rf"{num_pixels} pixels: masks (equal|differ at \d), logits differ by at most \d\.\de.\d\d\n",
         printed.out,
     )

@@ -1,4 +1,4 @@
-"""Normalisations folded into convolutions: the same logits from fewer modules."""
+"""Folding BatchNorm into convolutions gives the same logits with fewer modules."""
 
 import pytest
 import torch
@@ -12,8 +12,8 @@ from segray.models.fuse_batchnorm import fold_norms
 SIZE = (96, 160)
 
 
-def build_settled(arch: str, encoder_name: str) -> SegmentationModel:
-    """Build a model whose normalisations have something to say."""
+def build_with_random_norms(arch: str, encoder_name: str) -> SegmentationModel:
+    """Build a model with random BatchNorm statistics and weights."""
     torch.manual_seed(0)
     model = build_model(ModelConfig(arch=arch, encoder_name=encoder_name), 5).eval()
     for module in model.modules():
@@ -32,23 +32,23 @@ def count_norms(model: nn.Module) -> int:
     ("arch", "encoder_name"), [("unet", "resnet18"), ("classic_unet", ""), ("fpn", "vgg11_bn"), ("segformer", "mit_b0")]
 )
 @torch.inference_mode()
-def test_logits_stay_the_same(arch: str, encoder_name: str) -> None:
-    model = build_settled(arch, encoder_name or "resnet18")
+def test_folding_does_not_change_the_logits(arch: str, encoder_name: str) -> None:
+    model = build_with_random_norms(arch, encoder_name or "resnet18")
     image = torch.randn(2, 3, *SIZE)
     expected = model(image)
     torch.testing.assert_close(fold_norms(model, SIZE)(image), expected, rtol=1e-4, atol=1e-4 * expected.abs().max())
 
 
-def test_a_unets_norms_are_all_folded_and_any_size_still_fits() -> None:
-    model = build_settled("unet", "resnet18")
+def test_all_norms_of_a_unet_are_folded_and_any_image_size_works() -> None:
+    model = build_with_random_norms("unet", "resnet18")
     assert count_norms(model) > 20
     folded = fold_norms(model, SIZE)
     assert count_norms(folded) == 0
     assert folded(torch.zeros(1, 3, 50, 70)).shape == (1, 5, 50, 70)
 
 
-def test_a_network_that_comes_out_differently_stays_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = build_settled("unet", "resnet18")
+def test_a_network_whose_logits_would_change_is_left_unchanged(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = build_with_random_norms("unet", "resnet18")
     network = model.network
-    monkeypatch.setattr(folding, "fuse", lambda own: build_settled("unet", "resnet34").network)
+    monkeypatch.setattr(folding, "fuse", lambda own: build_with_random_norms("unet", "resnet34").network)
     assert fold_norms(model, SIZE).network is network

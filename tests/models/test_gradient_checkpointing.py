@@ -1,4 +1,4 @@
-"""Blocks that are computed again: the same gradients, statistics counted once, less remembered."""
+"""Gradient checkpointing: the same gradients, BatchNorm statistics updated once, less memory."""
 
 import copy
 from pathlib import Path
@@ -18,9 +18,9 @@ CONFIGS = [
     ModelConfig(encoder_name="resnet18"),
     ModelConfig(encoder_name="resnet18", freeze_encoder=True),
     ModelConfig(encoder_name="densenet121"),
-    ModelConfig(encoder_name="efficientnet-b0"),  # drops blocks at random
+    ModelConfig(encoder_name="efficientnet-b0"),  # Drops blocks at random.
     ModelConfig(encoder_name="mobilenet_v2"),
-    ModelConfig(arch="fpn", encoder_name="mit_b0"),  # blocks that take the sizes too
+    ModelConfig(arch="fpn", encoder_name="mit_b0"),  # Its blocks also take sizes.
     ModelConfig(encoder_name="tu-resnet10t"),
     ModelConfig(arch="dpt", encoder_name="tu-vit_tiny_patch16_224"),
     ModelConfig(arch="classic_unet", widths=(8, 16, 32)),
@@ -28,7 +28,7 @@ CONFIGS = [
 
 
 def build_pair(config: ModelConfig) -> tuple[SegmentationModel, SegmentationModel]:
-    """Return a model and its copy that computes again."""
+    """Return a model and a copy that recomputes its encoder."""
     torch.manual_seed(0)
     plain = build_model(config, 3).train()
     again = copy.deepcopy(plain)
@@ -37,7 +37,7 @@ def build_pair(config: ModelConfig) -> tuple[SegmentationModel, SegmentationMode
 
 
 def learn(model: SegmentationModel) -> tuple[torch.Tensor, int]:
-    """Return logits, and the bytes that the forward pass kept for the backward pass, gradients being added up."""
+    """Run a forward and a backward pass; return the logits and the bytes saved for the backward pass."""
     kept: dict[int, int] = {}
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
@@ -52,7 +52,7 @@ def learn(model: SegmentationModel) -> tuple[torch.Tensor, int]:
 
 
 @pytest.mark.parametrize("config", CONFIGS, ids=lambda config: f"{config.arch}-{config.encoder_name}")
-def test_gradients_and_statistics_are_those_without(config: ModelConfig) -> None:
+def test_gradients_and_statistics_equal_those_without_checkpointing(config: ModelConfig) -> None:
     plain, again = build_pair(config)
     for _ in range(2):
         logits, _ = learn(plain)
@@ -65,12 +65,12 @@ def test_gradients_and_statistics_are_those_without(config: ModelConfig) -> None
         torch.testing.assert_close(again.eval()(image), plain.eval()(image))
 
 
-def test_less_is_remembered() -> None:
+def test_less_memory_is_saved_for_the_backward_pass() -> None:
     plain, again = build_pair(ModelConfig(encoder_name="resnet34"))
     assert learn(again)[1] < 0.75 * learn(plain)[1]
 
 
-def test_all_residual_blocks_of_a_resnet_are_computed_twice_and_nothing_else_is() -> None:
+def test_only_the_residual_blocks_of_a_resnet_are_computed_twice() -> None:
     model = build_model(ModelConfig(encoder_name="resnet18"), 3).train()
     num_calls: dict[nn.Module, int] = {}
     for module in model.modules():
@@ -87,7 +87,7 @@ def test_all_residual_blocks_of_a_resnet_are_computed_twice_and_nothing_else_is(
     assert set(convolutions.values()) == {1, 2}
 
 
-def test_synchronised_statistics_are_counted_once_too(tmp_path: Path) -> None:
+def test_synchronised_statistics_are_also_updated_once(tmp_path: Path) -> None:
     plain = build_model(ModelConfig(encoder_name="resnet18"), 3).train()
     again = copy.deepcopy(plain)
     synchronise_norms(again, torch.device("cpu"))
@@ -101,9 +101,9 @@ def test_synchronised_statistics_are_counted_once_too(tmp_path: Path) -> None:
     torch.testing.assert_close(again.state_dict(), plain.state_dict(), rtol=1e-4, atol=1e-4)
 
 
-def test_a_compiled_model_takes_it() -> None:
+def test_a_compiled_model_gives_the_same_gradients() -> None:
     plain, again = build_pair(ModelConfig(arch="classic_unet", widths=(4, 8, 16)))
-    again.network.compile(backend="aot_eager")  # all of torch.compile but for the generated code
+    again.network.compile(backend="aot_eager")  # This is torch.compile without generated code.
     torch.testing.assert_close(learn(again)[0], learn(plain)[0])
     for got, expected in zip(again.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(got.grad, expected.grad)
@@ -111,7 +111,7 @@ def test_a_compiled_model_takes_it() -> None:
 
 
 class BlockWithOption(nn.Module):
-    """A block that is called with a keyword, like those of timm's transformers with rotary positions."""
+    """A block called with a keyword argument, like those of timm's transformers with rotary positions."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class BlockWithOption(nn.Module):
 
 
 class NetworkOfBlocks(nn.Module):
-    """Two of them."""
+    """A network of two blocks that are called with a keyword argument."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -135,7 +135,7 @@ class NetworkOfBlocks(nn.Module):
         return image_nchw
 
 
-def test_blocks_may_be_called_with_keywords() -> None:
+def test_blocks_can_be_called_with_keyword_arguments() -> None:
     torch.manual_seed(0)
     plain = SegmentationModel(NetworkOfBlocks())
     again = copy.deepcopy(plain)
@@ -145,7 +145,7 @@ def test_blocks_may_be_called_with_keywords() -> None:
         torch.testing.assert_close(got.grad, expected.grad)
 
 
-def test_weights_keep_their_names_and_a_copy_is_a_model_of_its_own() -> None:
+def test_weights_keep_their_names_and_a_copy_is_independent() -> None:
     plain, again = build_pair(ModelConfig())
     assert list(again.state_dict()) == list(plain.state_dict())
     independent = copy.deepcopy(again)
@@ -158,6 +158,6 @@ def test_weights_keep_their_names_and_a_copy_is_a_model_of_its_own() -> None:
 @pytest.mark.parametrize(
     "config", [ModelConfig(arch="fcn8s", encoder_name="vgg11"), ModelConfig(encoder_name="vgg16_bn")]
 )
-def test_an_encoder_without_blocks_is_refused(config: ModelConfig) -> None:
+def test_an_encoder_without_blocks_raises(config: ModelConfig) -> None:
     with pytest.raises(ConfigError, match=r"train\.gradient_checkpointing: this encoder has no blocks .*set false"):
         recompute_encoder(build_model(config, 3))

@@ -1,4 +1,4 @@
-"""Losses against torch, segmentation-models-pytorch and plain loops; what ignored pixels and shares of a batch add."""
+"""Losses compared with torch, segmentation-models-pytorch and plain loops; ignored pixels; parts of a batch."""
 
 import math
 from collections.abc import Callable
@@ -15,13 +15,14 @@ from segray.models.losses import SegmentationLoss, compute_median_frequency_weig
 
 NUM_CLASSES, IGNORE = 4, 255
 CLASS_WEIGHTS = np.array([0.5, 2.0, 1.0, 0.25])
-OVERLAPS = {"dice": (0.5, 0.5), "jaccard": (1.0, 1.0), "tversky": (0.2, 0.9)}  # weights of false positives, negatives
+# Weights of false positives and of false negatives.
+OVERLAPS = {"dice": (0.5, 0.5), "jaccard": (1.0, 1.0), "tversky": (0.2, 0.9)}
 ALL_TOGETHER: dict[str, object] = {name: 1.0 + number for number, name in enumerate(LOSS_TERMS)}
 EACH_AND_ALL = [*({name: 1.0} for name in LOSS_TERMS), ALL_TOGETHER]
 
 
 def draw(seed: int = 0) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return logits and truth of three images: one holds all classes, one two of them; ignored are 0, 30 and 60%."""
+    """Return logits and truth of three images with 4, 3 and 2 classes, in which 0, 30 and 60% of pixels are ignored."""
     rng = np.random.default_rng(seed)
     truth = np.stack([rng.integers(0, high, (9, 11)) for high in (NUM_CLASSES, NUM_CLASSES - 1, 2)])
     truth[rng.random(truth.shape) < np.array([0.0, 0.3, 0.6])[:, None, None]] = IGNORE
@@ -47,12 +48,15 @@ def iterate_scored(
     """Return softmax (pixels, C) and classes (pixels,) of the scored pixels of each image."""
     exponential = np.exp(logits.detach().double().numpy())
     probability = np.moveaxis(exponential / exponential.sum(1, keepdims=True), 1, 3)
-    return [(image[of != IGNORE], of[of != IGNORE]) for image, of in zip(probability, truth.numpy(), strict=True)]
+    return [
+        (image[classes != IGNORE], classes[classes != IGNORE])
+        for image, classes in zip(probability, truth.numpy(), strict=True)
+    ]
 
 
 @pytest.mark.parametrize("class_weights", [None, CLASS_WEIGHTS])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
-def test_cross_entropy_and_its_gradient_are_torchs(
+def test_cross_entropy_and_its_gradient_equal_torchs(
     label_smoothing: float, class_weights: npt.NDArray[np.float64] | None
 ) -> None:
     logits, truth = draw()
@@ -67,7 +71,7 @@ def test_cross_entropy_and_its_gradient_are_torchs(
 
 @pytest.mark.parametrize("class_weights", [None, CLASS_WEIGHTS])
 @pytest.mark.parametrize("gamma", [1.0, 2.0, 3.5])
-def test_focal_loss_is_its_formula(gamma: float, class_weights: npt.NDArray[np.float64] | None) -> None:
+def test_focal_loss_equals_its_formula(gamma: float, class_weights: npt.NDArray[np.float64] | None) -> None:
     logits, truth = draw()
     total = total_weight = 0.0
     for probability, classes in iterate_scored(logits, truth):
@@ -80,27 +84,27 @@ def test_focal_loss_is_its_formula(gamma: float, class_weights: npt.NDArray[np.f
 
 
 @pytest.mark.parametrize("term", OVERLAPS)
-def test_overlap_losses_are_averaged_over_images_and_the_classes_in_them(term: str) -> None:
+def test_overlap_losses_are_means_over_images_and_their_present_classes(term: str) -> None:
     logits, truth = draw()
     alpha, beta = OVERLAPS[term]
-    of_images = []
+    image_losses = []
     for probability, classes in iterate_scored(logits, truth):
-        of_classes = []
+        class_losses = []
         for index in np.unique(classes):
-            of_class = probability[:, index]
-            tp, fp = of_class[classes == index].sum(), of_class[classes != index].sum()
-            fn = (1 - of_class[classes == index]).sum()
-            of_classes.append(1 - tp / (tp + alpha * fp + beta * fn))
-        of_images.append(np.mean(of_classes))
+            class_probability = probability[:, index]
+            tp, fp = class_probability[classes == index].sum(), class_probability[classes != index].sum()
+            fn = (1 - class_probability[classes == index]).sum()
+            class_losses.append(1 - tp / (tp + alpha * fp + beta * fn))
+        image_losses.append(np.mean(class_losses))
     got = compute(build({term: 1.0, "tversky_alpha": 0.2, "tversky_beta": 0.9}, CLASS_WEIGHTS), logits, truth)
-    assert got.item() == pytest.approx(np.mean(of_images), rel=1e-5)
+    assert got.item() == pytest.approx(np.mean(image_losses), rel=1e-5)
 
 
-def test_lovasz_loss_is_the_extension_of_the_jaccard_loss() -> None:
+def test_lovasz_loss_is_the_lovasz_extension_of_the_jaccard_loss() -> None:
     logits, truth = draw()
-    of_images = []
+    image_losses = []
     for probability, classes in iterate_scored(logits, truth):
-        of_classes = []
+        class_losses = []
         for index in np.unique(classes):
             is_class = classes == index
             error = np.abs(is_class - probability[:, index])
@@ -108,12 +112,12 @@ def test_lovasz_loss_is_the_extension_of_the_jaccard_loss() -> None:
             for number in range(1, len(error) + 1):
                 wrong = np.zeros(len(error), bool)
                 wrong[worst_first[:number]] = True
-                loss = 1 - (is_class & ~wrong).sum() / (is_class | wrong).sum()  # Jaccard loss if these were wrong
+                loss = 1 - (is_class & ~wrong).sum() / (is_class | wrong).sum()  # The Jaccard loss if these are wrong.
                 extension += error[worst_first[number - 1]] * (loss - before)
                 before = loss
-            of_classes.append(extension)
-        of_images.append(np.mean(of_classes))
-    assert compute(build({"lovasz": 1.0}), logits, truth).item() == pytest.approx(np.mean(of_images), rel=1e-5)
+            class_losses.append(extension)
+        image_losses.append(np.mean(class_losses))
+    assert compute(build({"lovasz": 1.0}), logits, truth).item() == pytest.approx(np.mean(image_losses), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -125,7 +129,7 @@ def test_lovasz_loss_is_the_extension_of_the_jaccard_loss() -> None:
         ("lovasz", smp.losses.LovaszLoss),
     ],
 )
-def test_of_one_image_with_all_classes_the_loss_and_its_gradient_are_smps(
+def test_loss_and_gradient_of_one_image_with_all_classes_equal_smps(
     term: str, build_reference: Callable[..., torch.nn.Module]
 ) -> None:
     logits, truth = (tensor[:1] for tensor in draw())
@@ -139,22 +143,26 @@ def test_of_one_image_with_all_classes_the_loss_and_its_gradient_are_smps(
 
 @pytest.mark.parametrize("class_weights", [None, CLASS_WEIGHTS])
 @pytest.mark.parametrize(("threshold", "min_kept"), [(0.7, 0.05), (0.01, 0.3), (0.3, 1.0)])
-def test_hard_examples_are_those_of_a_plain_loop(
+def test_hard_example_loss_equals_that_of_a_plain_loop(
     threshold: float, min_kept: float, class_weights: npt.NDArray[np.float64] | None
 ) -> None:
     logits, truth = draw()
-    of_images = []
+    image_losses = []
     for probability, classes in iterate_scored(logits, truth):
-        of_truth = probability[np.arange(len(classes)), classes]
-        hardest = set(np.argsort(of_truth)[: math.ceil(min_kept * len(classes))].tolist())
-        hard = [number for number, value in enumerate(of_truth) if value < threshold or number in hardest]
+        true_probability = probability[np.arange(len(classes)), classes]
+        hardest = set(np.argsort(true_probability)[: math.ceil(min_kept * len(classes))].tolist())
+        hard = [number for number, value in enumerate(true_probability) if value < threshold or number in hardest]
         weights = np.ones(NUM_CLASSES) if class_weights is None else class_weights
-        of_images.append(np.mean([-weights[classes[number]] * math.log(of_truth[number]) for number in hard]))
+        image_losses.append(
+            np.mean([-weights[classes[number]] * math.log(true_probability[number]) for number in hard])
+        )
     settings: dict[str, object] = {"ohem": 1.0, "ohem_threshold": threshold, "ohem_min_kept": min_kept}
-    assert compute(build(settings, class_weights), logits, truth).item() == pytest.approx(np.mean(of_images), rel=1e-5)
+    assert compute(build(settings, class_weights), logits, truth).item() == pytest.approx(
+        np.mean(image_losses), rel=1e-5
+    )
 
 
-def test_kept_pixels_that_are_certain_count_but_ignored_ones_do_not() -> None:
+def test_certain_pixels_that_are_kept_count_and_ignored_ones_do_not() -> None:
     logits, truth = (tensor[2:] for tensor in draw())
     right = torch.where(torch.arange(NUM_CLASSES)[:, None, None] == truth[:, None], 1e3, -1e3)
     half_right = torch.where(torch.arange(11) < 6, right, logits)
@@ -162,7 +170,7 @@ def test_kept_pixels_that_are_certain_count_but_ignored_ones_do_not() -> None:
     torch.testing.assert_close(compute(build({"ohem": 1.0, "ohem_min_kept": 1.0}), half_right, truth), expected)
 
 
-def test_easy_examples_have_no_gradient() -> None:
+def test_easy_pixels_have_no_gradient() -> None:
     logits, truth = draw()
     loss = compute(build({"ohem": 1.0, "ohem_threshold": 0.01, "ohem_min_kept": 0.1}), logits, truth)
     learned = compute_gradient(loss, logits).any(1).sum((1, 2))
@@ -172,7 +180,7 @@ def test_easy_examples_have_no_gradient() -> None:
 
 
 @pytest.mark.parametrize("settings", EACH_AND_ALL)
-def test_ignored_pixels_change_nothing(settings: dict[str, object]) -> None:
+def test_ignored_pixels_do_not_affect_loss_or_gradient(settings: dict[str, object]) -> None:
     loss, (logits, truth) = build(settings, CLASS_WEIGHTS), draw()
     before = compute(loss, logits, truth)
     changed = torch.where((truth == IGNORE)[:, None], 5 - 3 * logits.detach(), logits.detach()).requires_grad_()
@@ -184,7 +192,7 @@ def test_ignored_pixels_change_nothing(settings: dict[str, object]) -> None:
 
 
 @pytest.mark.parametrize("settings", EACH_AND_ALL)
-def test_a_batch_that_is_all_ignored_adds_nothing(settings: dict[str, object]) -> None:
+def test_a_batch_in_which_every_pixel_is_ignored_adds_0(settings: dict[str, object]) -> None:
     loss, (logits, truth) = build(settings, CLASS_WEIGHTS), draw()
     nothing = compute(loss, logits, torch.full_like(truth, IGNORE))
     assert nothing.item() == 0
@@ -198,7 +206,7 @@ def test_a_batch_that_is_all_ignored_adds_nothing(settings: dict[str, object]) -
     assert torch.equal(gradient[2], torch.zeros_like(gradient[2]))
 
 
-def test_pixels_of_classes_that_weigh_nothing_are_a_loss_of_zero() -> None:
+def test_classes_with_weight_0_give_a_loss_of_0() -> None:
     logits, truth = draw()
     loss = compute(build({"ce": 1.0, "focal": 1.0, "ohem": 1.0}, np.array([0.0, 0.0, 1.0, 1.0])), logits, truth % 2)
     assert loss.item() == 0
@@ -207,7 +215,7 @@ def test_pixels_of_classes_that_weigh_nothing_are_a_loss_of_zero() -> None:
 
 @pytest.mark.parametrize("class_weights", [None, CLASS_WEIGHTS])
 @pytest.mark.parametrize("settings", EACH_AND_ALL)
-def test_parts_of_a_batch_add_up_to_the_whole(
+def test_parts_of_a_batch_sum_to_the_whole(
     settings: dict[str, object], class_weights: npt.NDArray[np.float64] | None
 ) -> None:
     loss, (logits, truth) = build(settings, class_weights), draw()
@@ -230,7 +238,7 @@ def test_the_loss_is_the_weighted_sum_of_its_terms() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_logits_in_half_precision_are_computed_in_single(dtype: torch.dtype) -> None:
+def test_half_precision_logits_are_computed_in_float32(dtype: torch.dtype) -> None:
     logits, truth = draw()
     half, loss = logits.to(dtype), build(ALL_TOGETHER, CLASS_WEIGHTS)
     assert loss.sum(half, truth).dtype == torch.float32
@@ -249,9 +257,9 @@ def test_extreme_logits_have_a_finite_gradient(settings: dict[str, object]) -> N
     assert compute(loss, right, truth).item() == pytest.approx(0, abs=1e-6)
 
 
-def test_median_frequency_weights_are_those_computed_by_hand() -> None:
-    # three images of 100 labelled pixels; class 0 is in all, 1 in two, 2 in one, 3 in none
+def test_median_frequency_weights_equal_those_computed_by_hand() -> None:
+    # Three images of 100 labelled pixels: class 0 is in all of them, 1 in two, 2 in one, 3 in none.
     pixel_count, image_px = np.array([240, 50, 10, 0]), np.array([300, 200, 100, 0])
-    # frequencies 0.8, 0.25 and 0.1, of which 0.25 is the median
+    # The frequencies are 0.8, 0.25 and 0.1, and their median is 0.25.
     expected = [0.25 / 0.8, 1, 2.5, 1]
     np.testing.assert_allclose(compute_median_frequency_weights(pixel_count, image_px), expected)

@@ -1,12 +1,15 @@
-"""One contract for every architecture; FCN, SegNet and the U-Net of the paper against what they are taken from."""
+"""One contract for all architectures; FCN, SegNet and the original U-Net compared with their sources."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
+import segmentation_models_pytorch as smp
 import torch
 from safetensors.torch import save_file
 from torch import nn
@@ -16,7 +19,13 @@ from torchvision.models import vgg16
 from segray.config import ModelConfig
 from segray.data.preprocessing import Preprocessing
 from segray.errors import ConfigError
-from segray.models.build import ARCHITECTURES, build_model, check_model, freeze_unused_parameters
+from segray.models.build import (
+    ARCHITECTURES,
+    SMP_ARCHITECTURES,
+    build_model,
+    check_model,
+    freeze_unused_parameters,
+)
 from segray.models.fcn import FCN, build_bilinear_upsampling
 from segray.models.segnet import SegNet
 
@@ -28,10 +37,29 @@ ENCODERS = {
     "segnet": "vgg11_bn",
     "dpt": "tu-vit_tiny_patch16_224",
 }
+_BUILD_CLASSIC_UNET = """
+import sys
+from segray.config import ModelConfig
+from segray.models import build, bundle, export, fuse_batchnorm, losses
+config = ModelConfig(arch="classic_unet", widths=(4, 8))
+build.check_model(config, 2)
+build.build_model(config, 2)
+print(*sys.modules)
+"""
+
+
+def test_building_a_classic_unet_imports_neither_smp_nor_timm() -> None:
+    code = [sys.executable, "-c", _BUILD_CLASSIC_UNET]
+    loaded = subprocess.run(code, check=True, capture_output=True, text=True).stdout.split()
+    assert not {"segmentation_models_pytorch", "timm", "torchvision"} & set(loaded)
+
+
+def test_the_listed_smp_architectures_are_all_that_smp_has() -> None:
+    assert tuple(smp.MODEL_ARCHITECTURES_MAPPING) == SMP_ARCHITECTURES
 
 
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_every_architecture_maps_any_size_to_logits_of_that_size_and_learns(arch: str) -> None:
+def test_every_architecture_maps_any_size_to_logits_of_that_size_and_has_gradients(arch: str) -> None:
     config = ModelConfig(arch=arch, encoder_name=ENCODERS.get(arch, "resnet18"))
     torch.manual_seed(0)
     model = build_model(config, NUM_CLASSES).train()
@@ -41,7 +69,7 @@ def test_every_architecture_maps_any_size_to_logits_of_that_size_and_learns(arch
     assert logits.shape == (2, NUM_CLASSES, 129, 161)
     logits.square().mean().backward()
     without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
-    assert without == []  # DistributedDataParallel waits for ever for a gradient that never comes
+    assert without == []  # DistributedDataParallel would wait forever for a missing gradient.
     model.eval()
     with torch.no_grad():
         assert torch.isfinite(model(image)).all()
@@ -49,13 +77,13 @@ def test_every_architecture_maps_any_size_to_logits_of_that_size_and_learns(arch
 
 
 @pytest.mark.parametrize("encoder_name", ["vgg16", "vgg16_bn", "mobilenet_v2", "efficientnet-b0"])
-def test_a_unet_takes_other_encoders(encoder_name: str) -> None:
+def test_a_unet_supports_other_encoders(encoder_name: str) -> None:
     model = build_model(ModelConfig(encoder_name=encoder_name), NUM_CLASSES).eval()
     with torch.no_grad():
         assert model(torch.randn(1, 3, 40, 33)).shape == (1, NUM_CLASSES, 40, 33)
 
 
-def test_another_size_is_padded_with_its_own_edge() -> None:
+def test_an_image_of_another_size_is_padded_with_its_edge_pixels() -> None:
     model = build_model(ModelConfig(), NUM_CLASSES).eval()
     image = torch.randn(1, 3, 40, 33)
     padded = torch.from_numpy(np.pad(image.numpy(), ((0, 0), (0, 0), (0, 24), (0, 31)), mode="edge"))
@@ -63,14 +91,14 @@ def test_another_size_is_padded_with_its_own_edge() -> None:
         assert torch.equal(model(image), model.network(padded)[..., :40, :33])
 
 
-def test_padding_does_not_touch_a_size_that_fits() -> None:
+def test_an_image_whose_size_fits_is_not_padded() -> None:
     model = build_model(ModelConfig(), NUM_CLASSES).eval()
     image = torch.randn(1, 3, 64, 96)
     with torch.no_grad():
         assert torch.equal(model(image), model.network(image))
 
 
-def test_fcn_taps_are_torchvisions_pooled_features() -> None:
+def test_fcn_taps_equal_torchvisions_pooled_features() -> None:
     reference = vgg16(weights=None).eval()
     network = build_model(ModelConfig(arch="fcn8s", encoder_name="vgg16"), NUM_CLASSES).eval().network
     assert isinstance(network, FCN)
@@ -94,11 +122,11 @@ def test_fcn_has_the_skips_of_its_name(arch: str, num_skips: int) -> None:
     skips = [name for name, _ in model.network.named_children() if name.startswith("score_pool")]
     assert len(skips) == num_skips
     freeze_unused_parameters(model)
-    assert all(parameter.requires_grad for parameter in model.parameters())  # each skip reaches the logits
+    assert all(parameter.requires_grad for parameter in model.parameters())  # Each skip contributes to the logits.
 
 
 @pytest.mark.parametrize("factor", [2, 8])
-def test_fcn_upsampling_starts_bilinear(factor: int) -> None:
+def test_fcn_upsampling_is_initialised_to_bilinear_interpolation(factor: int) -> None:
     scores = torch.randn(1, 3, 5, 6)
     with torch.no_grad():
         upsampled = build_bilinear_upsampling(3, factor)(scores)
@@ -125,7 +153,7 @@ def test_segnets_decoder_mirrors_its_encoder(encoder_name: str) -> None:
     assert sum(isinstance(layer, nn.BatchNorm2d) for layer in network.decoder.modules()) == len(decoder) - 1
 
 
-def test_segnet_unpools_each_value_to_where_the_maximum_came_from() -> None:
+def test_segnet_unpools_each_value_to_the_position_of_the_maximum() -> None:
     torch.manual_seed(0)
     network = build_segnet("vgg11_bn").eval()
     pooled: list[torch.Tensor] = []
@@ -144,14 +172,14 @@ def test_segnet_unpools_each_value_to_where_the_maximum_came_from() -> None:
         highest = functional.max_pool2d(source, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
         assert got.any()
         assert (source == highest)[got != 0].all()
-        assert functional.avg_pool2d((got != 0).float(), 2).max() == 0.25  # one value of each four
+        assert functional.avg_pool2d((got != 0).float(), 2).max() == 0.25  # One value of each four.
     deepest = pooled[-1]
     assert torch.equal(unpooled[0][unpooled[0] != 0], deepest[unpooled[0] != 0])
     assert torch.equal(functional.max_pool2d(unpooled[0], 2), features)
 
 
 def compute_classic_unet(weights: dict[str, torch.Tensor], image: torch.Tensor, depth: int) -> torch.Tensor:
-    """Return the logits of the paper's network, written out."""
+    """Compute the logits of the original U-Net with plain functions."""
 
     def convolve_twice(features: torch.Tensor, name: str) -> torch.Tensor:
         for number in (0, 3):
@@ -176,12 +204,12 @@ def compute_classic_unet(weights: dict[str, torch.Tensor], image: torch.Tensor, 
 
 
 @pytest.mark.parametrize("widths", [(4, 8), (4, 8, 12, 16), (2, 3, 4, 5, 6, 7)])
-def test_the_classic_unet_is_the_papers_with_the_widths_that_are_set(widths: tuple[int, ...]) -> None:
+def test_the_classic_unet_equals_the_papers_network_with_the_configured_widths(widths: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     network = build_model(ModelConfig(arch="classic_unet", widths=widths), NUM_CLASSES).network
     image = torch.randn(2, 3, 64, 96)
     with torch.no_grad():
-        network.train()(image)  # BatchNorm statistics that are not those of its start
+        network.train()(image)  # This changes the BatchNorm statistics from their initial values.
         expected = compute_classic_unet(network.state_dict(), image, len(widths))
         torch.testing.assert_close(network.eval()(image), expected)
     for name, expected_widths in (("encoder", widths), ("decoder", widths[-2::-1])):
@@ -189,13 +217,13 @@ def test_the_classic_unet_is_the_papers_with_the_widths_that_are_set(widths: tup
         assert tuple(level.get_parameter("0.weight").shape[0] for level in levels) == expected_widths
 
 
-def test_the_classic_unet_has_as_many_weights_as_the_tutorials() -> None:
+def test_the_classic_unet_has_the_number_of_weights_of_the_tutorials() -> None:
     with torch.device("meta"):
         model = build_model(ModelConfig(arch="classic_unet"), 2)
     widths, num_weights = (3, 64, 128, 256, 512, 1024), 2 * 64 + 2
     for before, width in pairwise(widths):
         num_weights += 9 * (before * width + width * width) + 2 * 2 * width
-        if before > 3:  # on the way up: to half the channels, which are joined by as many
+        if before > 3:  # On the way up: halve the channels, then concatenate the skip with as many.
             num_weights += 4 * width * before + before + 9 * (width * before + before * before) + 2 * 2 * before
     assert sum(parameter.numel() for parameter in model.parameters()) == num_weights == 31_037_698
 
@@ -213,7 +241,7 @@ def test_a_frozen_encoder_keeps_weights_and_batchnorm_statistics(arch: str, enco
     assert all(module.training for name, module in model.network.named_children() if name != "encoder")
 
 
-def test_pretrained_weights_land_in_the_encoder(make_hub_snapshot: Callable[..., Path]) -> None:
+def test_pretrained_weights_are_loaded_into_the_encoder(make_hub_snapshot: Callable[..., Path]) -> None:
     snapshot = make_hub_snapshot("vgg16", "imagenet")
     reference = vgg16(weights=None)
     save_file(reference.state_dict(), snapshot / "model.safetensors")
@@ -238,20 +266,20 @@ def test_pretrained_weights_land_in_the_encoder(make_hub_snapshot: Callable[...,
         (ModelConfig(arch="segnet", encoder_name="resnet18"), r"segnet needs a VGG encoder, got .*vgg16_bn"),
         (
             ModelConfig(arch="classic_unet", encoder_weights="imagenet"),
-            r"model: classic_unet learns its own encoder; set encoder_weights: null .*or arch: unet",
+            r"model: classic_unet trains its own encoder; set encoder_weights: null .*or arch: unet",
         ),
         (
             ModelConfig(arch="classic_unet", freeze_encoder=True),
-            r"model: classic_unet learns its own encoder; .*freeze_encoder: false",
+            r"model: classic_unet trains its own encoder; .*freeze_encoder: false",
         ),
     ],
 )
-def test_an_unknown_name_says_what_can_be_had(config: ModelConfig, message: str) -> None:
+def test_an_unknown_name_raises_with_the_accepted_values(config: ModelConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check_model(config, NUM_CLASSES)
 
 
-def test_what_an_architecture_cannot_take_is_named() -> None:
+def test_an_unsupported_combination_raises() -> None:
     with pytest.raises(ConfigError, match="deeplabv3 cannot be built on vgg11"):
         check_model(ModelConfig(arch="deeplabv3", encoder_name="vgg11"), NUM_CLASSES)
     with pytest.raises(ConfigError, match="has no weights 'imagnet'; choose from imagenet"):
@@ -259,10 +287,10 @@ def test_what_an_architecture_cannot_take_is_named() -> None:
 
 
 @pytest.mark.usefixtures("make_hub_snapshot")
-def test_weights_that_cannot_be_reached_are_named() -> None:
+def test_weights_that_cannot_be_downloaded_raise() -> None:
     config = ModelConfig(encoder_weights="imagenet")
     check_model(config, NUM_CLASSES)
     with pytest.raises(ConfigError, match=r"model\.encoder_weights: cannot load 'imagenet' .*or set null"):
         build_model(config, NUM_CLASSES)
-    with pytest.raises(ConfigError, match=r"model\.encoder_weights: cannot learn what 'imagenet'"):
+    with pytest.raises(ConfigError, match=r"model\.encoder_weights: cannot look up what 'imagenet'"):
         Preprocessing.of_encoder(config)

@@ -1,4 +1,4 @@
-"""Masks and statistics from logits, against torch and numpy done plainly."""
+"""Masks and statistics from logits, compared with plain torch and numpy."""
 
 import numpy as np
 import pytest
@@ -13,16 +13,16 @@ SIZES = [(12, 20), (45, 77), (7, 9), (1, 1), (100, 3)]
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_mask_is_the_argmax_of_resized_logits(size: tuple[int, int]) -> None:
+def test_the_mask_is_the_argmax_of_the_resized_logits(size: tuple[int, int]) -> None:
     resized = functional.interpolate(LOGITS[None], size=size, mode="bilinear", align_corners=False)[0]
     assert torch.equal(compute_mask(LOGITS, size), resized.argmax(0))
 
 
 @pytest.mark.parametrize("size", SIZES)
-def test_bands_give_what_the_whole_gives(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bands_give_the_same_result_as_the_whole_image(size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(prediction.MAX_BAND_VALUES, "cpu", 2**20)
     whole = predict_image(LOGITS, size)
-    monkeypatch.setitem(prediction.MAX_BAND_VALUES, "cpu", 5 * size[1] * 4)  # four rows at a time
+    monkeypatch.setitem(prediction.MAX_BAND_VALUES, "cpu", 5 * size[1] * 4)  # Four rows at a time.
     banded = predict_image(LOGITS, size)
     assert torch.equal(banded.mask, whole.mask)
     assert torch.equal(banded.pixel_count, whole.pixel_count)
@@ -42,7 +42,7 @@ def test_statistics_equal_numpy() -> None:
     assert got.entropy_sum.item() == pytest.approx(-(probability * np.log(probability)).sum(), rel=1e-6)
 
 
-def test_certain_logits_have_no_entropy() -> None:
+def test_certain_predictions_have_entropy_0() -> None:
     logits = torch.full((3, 4, 4), -200.0)
     logits[1] = 200.0
     got = predict_image(logits, (8, 8))
@@ -50,16 +50,16 @@ def test_certain_logits_have_no_entropy() -> None:
     assert got.confidence_sum.tolist() == [0, 64, 0]
 
 
-def test_half_precision_logits_are_resized_in_single() -> None:
+def test_half_precision_logits_are_resized_in_float32() -> None:
     half = LOGITS.bfloat16()
     assert torch.equal(compute_mask(half, (45, 77)), compute_mask(half.float(), (45, 77)))
 
 
 @pytest.mark.parametrize("num_classes", [2, 128, 129, 300])
-def test_any_number_of_classes_and_the_first_of_equal_ones(num_classes: int) -> None:
+def test_ties_go_to_the_first_class_for_any_number_of_classes(num_classes: int) -> None:
     generator = torch.Generator().manual_seed(num_classes)
-    logits = torch.randint(0, 4, (num_classes, 9, 11), generator=generator).float()  # many are equal
-    expected = np.argmax(logits.numpy(), 0)  # the first, numpy's documentation says
+    logits = torch.randint(0, 4, (num_classes, 9, 11), generator=generator).float()  # Many values are equal.
+    expected = np.argmax(logits.numpy(), 0)  # numpy documents that this is the first.
     got = predict_image(logits, (9, 11))
     assert got.mask.dtype == (torch.uint8 if num_classes <= 256 else torch.int32)
     assert np.array_equal(got.mask.numpy(), expected)
@@ -68,24 +68,24 @@ def test_any_number_of_classes_and_the_first_of_equal_ones(num_classes: int) -> 
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
-def test_a_logit_that_is_not_finite_spoils_its_pixel_and_leaves_no_statistics(value: float) -> None:
+def test_a_non_finite_logit_affects_only_its_pixel_and_makes_statistics_nan(value: float) -> None:
     logits = LOGITS.clone()
     logits[2, 3, 4] = value
     got = predict_image(logits, (12, 20))
     assert int(got.mask.max()) < len(LOGITS)
     assert got.entropy_sum.isnan()
     assert got.confidence_sum.isnan().any()
-    is_spoiled = got.mask.long() != LOGITS.argmax(0)
-    assert is_spoiled.nonzero().tolist() in ([], [[3, 4]])
+    is_changed = got.mask.long() != LOGITS.argmax(0)
+    assert is_changed.nonzero().tolist() in ([], [[3, 4]])
 
 
 @pytest.mark.parametrize("num_classes", [2, 200, 300])
-def test_what_a_gpu_sums_by_comparing_is_what_bins_give(num_classes: int) -> None:
+def test_sums_by_comparing_equal_sums_by_bin(num_classes: int) -> None:
     generator = torch.Generator().manual_seed(0)
-    mask = torch.randint(0, num_classes - 1, (8, 9), generator=generator)  # of the last class there is no pixel
+    mask = torch.randint(0, num_classes - 1, (8, 9), generator=generator)  # The last class has no pixel.
     mask = mask.to(torch.uint8 if num_classes <= 128 else torch.int32)
     steps = torch.randint(0, 2**24, (8, 9), generator=generator).float()
-    witnesses = sum_by_bin(mask, steps, num_classes)
-    for got, expected in zip(sum_by_comparing(mask, steps, num_classes), witnesses, strict=True):
+    expected_sums = sum_by_bin(mask, steps, num_classes)
+    for got, expected in zip(sum_by_comparing(mask, steps, num_classes), expected_sums, strict=True):
         assert got.dtype == expected.dtype
         assert torch.equal(got, expected)

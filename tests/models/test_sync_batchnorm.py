@@ -1,4 +1,4 @@
-"""BatchNorm over two and three real ranks, with unequal shares, against one over the whole batch."""
+"""BatchNorm over two and three processes with unequal shares, compared with BatchNorm over the whole batch."""
 
 import copy
 from collections.abc import Iterator
@@ -14,17 +14,19 @@ from segray.errors import ConfigError
 from segray.models.sync_batchnorm import GlobalBatchNorm2d, synchronise_norms
 
 CPU, NUM_CHANNELS, NUM_STEPS = torch.device("cpu"), 5, 3
-SHARES = {2: [1, 4], 3: [2, 1, 3]}  # images of each rank
+SHARES = {2: [1, 4], 3: [2, 1, 3]}  # Number of images of each rank, by world size.
 
 
 class NormWithActivation(nn.BatchNorm2d):
-    """Like timm's BatchNormAct2d, whose import every rank would wait for."""
+    """Stands for timm's BatchNormAct2d, whose import would slow down every rank."""
 
 
 def draw_batch(num_images: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return images (N, C, 6, 7) far from mean 0, and what their logits are multiplied with to make a loss."""
+    """Return images (N, C, 6, 7) whose mean is far from 0, and factors of the logits in the loss."""
     generator = torch.Generator().manual_seed(step)
-    scale = torch.arange(1, num_images + 1)[:, None, None, None]  # images that differ much: a share is not the batch
+    scale = torch.arange(1, num_images + 1)[
+        :, None, None, None
+    ]  # Images differ, so no share has the batch's statistics.
     images = torch.randn(num_images, NUM_CHANNELS, 6, 7, generator=generator) * scale + 3 * scale
     return images, torch.randn(num_images, NUM_CHANNELS, 6, 7, generator=generator)
 
@@ -39,7 +41,7 @@ def build_network() -> nn.Module:
 
 
 def learn(network: nn.Module, shares: list[int], rank: int | None) -> dict[str, Any]:
-    """Return outputs, gradients and state after steps on a rank's shares, or on whole batches."""
+    """Train on a rank's shares, or on whole batches if ``rank`` is None; return outputs, gradients and state."""
     outputs, gradients = [], []
     for step in range(NUM_STEPS):
         images, direction = draw_batch(sum(shares), step)
@@ -49,13 +51,13 @@ def learn(network: nn.Module, shares: list[int], rank: int | None) -> dict[str, 
         (logits * direction).sum().backward()
         outputs.append(logits.detach())
         gradients.append(images.grad)
-    of_weights = {name: parameter.grad for name, parameter in network.named_parameters()}
+    weight_gradients = {name: parameter.grad for name, parameter in network.named_parameters()}
     evaluated = network.eval()(draw_batch(2, NUM_STEPS)[0]).detach()
     plain = network.module if isinstance(network, DistributedDataParallel) else network
     return {
         "outputs": outputs,
         "gradients": gradients,
-        "of_weights": of_weights,
+        "weight_gradients": weight_gradients,
         "evaluated": evaluated,
         "state": plain.state_dict(),
     }
@@ -102,34 +104,34 @@ def assert_equal(got: Any, expected: Any) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_ranks_compute_what_one_process_computes_of_the_whole_batch(ranks: list[dict[str, Any]]) -> None:
+def test_ranks_together_compute_what_one_process_computes(ranks: list[dict[str, Any]]) -> None:
     expected = learn(build_network(), SHARES[len(ranks)], None)
     results = [rank["plain"] for rank in ranks]
     for step in range(NUM_STEPS):
         assert_equal(torch.cat([result["outputs"][step] for result in results]), expected["outputs"][step])
         assert_equal(torch.cat([result["gradients"][step] for result in results]), expected["gradients"][step])
-    for name, gradient in expected["of_weights"].items():
-        assert_equal(torch.stack([result["of_weights"][name] for result in results]).sum(0), gradient)
+    for name, gradient in expected["weight_gradients"].items():
+        assert_equal(torch.stack([result["weight_gradients"][name] for result in results]).sum(0), gradient)
     for result in results:
         assert_equal(result["state"], expected["state"])
         assert_equal(result["evaluated"], expected["evaluated"])
 
 
-def test_data_parallelism_takes_it_and_averages_the_same_gradients(ranks: list[dict[str, Any]]) -> None:
+def test_distributed_data_parallel_averages_the_same_gradients(ranks: list[dict[str, Any]]) -> None:
     expected = learn(build_network(), SHARES[len(ranks)], None)
     for rank in ranks:
         assert_equal(rank["parallel"]["state"], expected["state"])
-        for name, gradient in expected["of_weights"].items():
-            assert_equal(rank["parallel"]["of_weights"][f"module.{name}"] * len(ranks), gradient)
+        for name, gradient in expected["weight_gradients"].items():
+            assert_equal(rank["parallel"]["weight_gradients"][f"module.{name}"] * len(ranks), gradient)
 
 
-def test_alone_it_is_plain_batchnorm() -> None:
+def test_a_single_process_computes_plain_batchnorm() -> None:
     synchronised = build_network()
     synchronise_norms(synchronised, CPU)
     assert_equal(learn(synchronised, [4], None), learn(build_network(), [4], None))
 
 
-def test_one_value_has_no_variance() -> None:
+def test_one_value_per_channel_raises_in_training() -> None:
     norm = GlobalBatchNorm2d(3)
     with pytest.raises(ValueError, match="expected more than 1 value per channel"):
         norm(torch.randn(1, 3, 1, 1))
@@ -139,7 +141,7 @@ def test_one_value_has_no_variance() -> None:
 
 @pytest.mark.usefixtures("group_of_one")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_dtype_and_memory_layout_stay(dtype: torch.dtype) -> None:
+def test_dtype_and_memory_layout_are_kept(dtype: torch.dtype) -> None:
     images = draw_batch(4, 0)[0].to(dtype, memory_format=torch.channels_last)
     normalised = GlobalBatchNorm2d(NUM_CHANNELS)(images)
     assert normalised.dtype == dtype
@@ -151,7 +153,7 @@ def test_dtype_and_memory_layout_stay(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize(
     ("device", "kind"), [(CPU, GlobalBatchNorm2d), (torch.device("cuda"), nn.SyncBatchNorm)], ids=["cpu", "cuda"]
 )
-def test_norms_are_replaced_and_names_values_and_frozenness_stay(device: torch.device, kind: type[nn.Module]) -> None:
+def test_replaced_norms_keep_names_values_and_frozen_parameters(device: torch.device, kind: type[nn.Module]) -> None:
     network = nn.Sequential(build_network(), nn.ModuleDict({"inner": nn.Sequential(nn.BatchNorm2d(2), nn.ReLU())}))
     network[0](draw_batch(3, 0)[0])
     network.get_parameter("0.2.weight").requires_grad_(False)
@@ -183,7 +185,9 @@ def test_norms_are_replaced_and_names_values_and_frozenness_stay(device: torch.d
         nn.BatchNorm2d(4, track_running_stats=False),
     ],
 )
-def test_a_norm_that_would_become_another_is_refused(norm: nn.Module) -> None:
-    message = rf"train\.sync_batchnorm: this network normalises with {type(norm).__name__} .*set false"
+def test_a_norm_that_cannot_be_replaced_exactly_raises(norm: nn.Module) -> None:
+    message = (
+        rf"train\.sync_batchnorm: this network uses a {type(norm).__name__} that cannot be synchronised; set false"
+    )
     with pytest.raises(ConfigError, match=message):
         synchronise_norms(nn.Sequential(nn.Sequential(norm)), CPU)

@@ -1,4 +1,4 @@
-"""`segray status`: what it says of a run that is finished, under way, or not there."""
+"""Progress of a run that is complete, in progress, just started, or missing."""
 
 import io
 import os
@@ -23,7 +23,7 @@ def show(output: Path) -> str:
 
 @pytest.fixture
 def run(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the finished run: fragments of 4, 4 and 2 images, written 10 s apart."""
+    """A copy of the complete run: fragments of 4, 4 and 2 images, written 10 s apart."""
     copy = Path(shutil.copytree(finished, tmp_path / "run"))
     for number, path in enumerate(sorted(copy.glob("images/*.parquet"))):
         at = time.time() - 100 + 10 * number
@@ -31,7 +31,7 @@ def run(finished: Path, tmp_path: Path) -> Path:
     return copy
 
 
-def test_a_finished_run(run: Path) -> None:
+def test_a_complete_run(run: Path) -> None:
     status = read_status(str(run))
     assert (status.num_planned, status.num_done, status.num_remaining) == (NUM_IMAGES, NUM_IMAGES, 0)
     assert dict(status.rows) == {"ok": NUM_IMAGES}
@@ -43,9 +43,9 @@ def test_a_finished_run(run: Path) -> None:
     assert "last written" not in text
 
 
-def test_a_run_under_way(run: Path) -> None:
+def test_a_run_in_progress(run: Path) -> None:
     (run / "images" / "part-00000000.parquet").unlink()
-    (run / "images" / "part-99999999.parquet").write_bytes(b"of nobody")
+    (run / "images" / "part-99999999.parquet").write_bytes(b"not in the plan")
     path = run / "images" / "part-00000001.parquet"
     rows = pq.read_table(path).to_pylist()
     for row, kind in zip(rows, ("truncated", "truncated", "missing"), strict=False):
@@ -64,17 +64,17 @@ def test_a_run_under_way(run: Path) -> None:
     assert "3 (1 missing, 2 truncated)" in text
     assert "4 images" in text
     assert "80 s ago" in text
-    assert "0.2 images/s, 0.3 min to go at that rate" in text
+    assert "0.2 images/s, 0.3 min remaining at this rate" in text
 
 
-def test_a_run_that_has_just_begun(run: Path) -> None:
+def test_a_run_without_any_fragment(run: Path) -> None:
     shutil.rmtree(run / "images")
     status = read_status(str(run))
     assert (status.num_done, status.images_per_s, status.idle_s) == (0, None, None)
     assert "0 images (0.0%) in 0 fragments" in show(run)
 
 
-def test_no_run_is_named(run: Path, tmp_path: Path) -> None:
+def test_a_missing_or_invalid_run_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(MissingFileError, match=r"no run at .*: there is no run\.json; give the --output"):
         read_status(str(tmp_path / "none"))
     for content in ("{", "[]", '{"fingerprint": {}, "counts": {}}'):
@@ -83,7 +83,7 @@ def test_no_run_is_named(run: Path, tmp_path: Path) -> None:
             read_status(str(run))
 
 
-def test_a_damaged_fragment_is_named_with_the_way_on(run: Path) -> None:
+def test_a_damaged_fragment_is_named_with_the_remedy(run: Path) -> None:
     path = run / "images" / "part-00000001.parquet"
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(StorageError, match=r"part-00000001\.parquet: damaged, or not a Parquet file.*remove it"):

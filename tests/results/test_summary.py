@@ -1,4 +1,4 @@
-"""The summary of made-up rows, computed by hand: classes that are nowhere, images without a class, error rows."""
+"""The summary of hand-made rows, compared with scores computed by hand: absent classes, error rows, no ground truth."""
 
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,7 @@ def save_fragment(output: Path, fragment: int, rows: list[dict[str, Any]]) -> No
     pq.write_table(pa.Table.from_pylist(rows, schema=IMAGES_SCHEMA), path)
 
 
-def test_counts_are_pooled_and_what_is_undefined_is_left_out(tmp_path: Path) -> None:
+def test_dataset_scores_pool_counts_and_undefined_scores_are_excluded(tmp_path: Path) -> None:
     error = {"uri": "x", "status": "error", "error_kind": "truncated", "error_message": "short"}
     save_fragment(tmp_path, 0, [make_row("1", [6, 0, 0], [0, 2, 0], [2, 0, 0]), error])
     save_fragment(tmp_path, 1, [error])
@@ -52,7 +52,7 @@ def test_counts_are_pooled_and_what_is_undefined_is_left_out(tmp_path: Path) -> 
     assert {c[name] for name in ("dataset_iou", "dataset_dice", "precision", "recall", "mean_image_iou")} == {None}
 
 
-def test_without_ground_truth_there_are_pixels_and_no_scores(tmp_path: Path) -> None:
+def test_without_ground_truth_pixels_are_counted_and_scores_are_null(tmp_path: Path) -> None:
     save_fragment(tmp_path, 0, [{"uri": "1", "status": "ok", "pixel_count": [4, 0, 5]}])
     tally = tally_fragments(str(tmp_path), [0], CLASSES.num_classes)
     rows = build_summary(tally, CLASSES).to_pylist()
@@ -61,7 +61,7 @@ def test_without_ground_truth_there_are_pixels_and_no_scores(tmp_path: Path) -> 
     assert {row[name] for row in rows for name in ("tp_px", "fn_px", "dataset_iou", "mean_image_dice")} == {None}
 
 
-def test_a_run_of_errors_alone_has_a_summary(tmp_path: Path) -> None:
+def test_a_run_with_error_rows_only_has_a_summary(tmp_path: Path) -> None:
     save_fragment(tmp_path, 0, [{"uri": "x", "status": "error", "error_kind": "missing"}])
     rows = build_summary(tally_fragments(str(tmp_path), [0], CLASSES.num_classes), CLASSES).to_pylist()
     assert [(row["class_name"], row["image_count"], row["dataset_iou"]) for row in rows] == [

@@ -1,4 +1,4 @@
-"""The plan: every image once, in order, in fragments bounded in images and in bytes; bound to one listing."""
+"""The plan of a run: division into fragments, hashes, and storage."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -22,7 +22,6 @@ from segray.runs.plan import (
     spool_plan,
 )
 from segray.schema import PLAN_SCHEMA
-from segray.segmentation.planning.changes import Changes, merge_listings
 
 SIZES_BYTES = {"a": 30, "b": 30, "c": 40, "d": 1, "e": 500, "f": 1, "g": 1, "h": 1}
 IMAGES = [ListedImage(name, size, f"tag {name}", f"mask {name}", None) for name, size in SIZES_BYTES.items()]
@@ -32,12 +31,12 @@ IMAGES = [ListedImage(name, size, f"tag {name}", f"mask {name}", None) for name,
     ("fragment_size", "fragment_bytes", "expected"),
     [
         (3, 10**6, ["abc", "def", "gh"]),
-        (8, 100, ["abc", "d", "e", "fgh"]),  # 100 bytes fit to the last; what is larger by itself is alone
+        (8, 100, ["abc", "d", "e", "fgh"]),  # exactly 100 bytes fit; a larger image has its own fragment
         (2, 60, ["ab", "cd", "e", "fg", "h"]),
         (8, 1, list("abcdefgh")),
     ],
 )
-def test_fragments_keep_both_bounds(fragment_size: int, fragment_bytes: int, expected: list[str]) -> None:
+def test_fragments_keep_both_limits(fragment_size: int, fragment_bytes: int, expected: list[str]) -> None:
     settings = SegmentSettings(fragment_size=fragment_size, fragment_bytes=fragment_bytes)
     fragments: dict[int, str] = {}
     for image, fragment in cut_fragments(IMAGES, settings):
@@ -45,7 +44,7 @@ def test_fragments_keep_both_bounds(fragment_size: int, fragment_bytes: int, exp
     assert list(fragments.items()) == list(enumerate(expected))
 
 
-def test_images_of_unknown_size_are_cut_by_number() -> None:
+def test_images_of_unknown_size_are_divided_by_count() -> None:
     images = [ListedImage(str(number)) for number in range(5)]
     assert [fragment for _, fragment in cut_fragments(images, SegmentSettings(fragment_size=2))] == [0, 0, 1, 1, 2]
 
@@ -61,12 +60,12 @@ def spool(images: list[ListedImage], folder: Path, size: int = 3) -> Plan:
 
 
 @pytest.mark.usefixtures("small_files")
-def test_a_saved_plan_gives_each_fragment_back(tmp_path: Path) -> None:
+def test_a_saved_plan_returns_every_fragment(tmp_path: Path) -> None:
     plan = spool(IMAGES, tmp_path / "spool")
     output = tmp_path / "run"
     (output / "plan").mkdir(parents=True)
-    (output / "plan" / "plan-0123456789abcdef-00000.parquet").write_bytes(b"of another listing")
-    in_flight = output / "plan" / ".plan-0123456789abcdef-00000.parquet.x.tmp"  # of another driver at this moment
+    (output / "plan" / "plan-0123456789abcdef-00000.parquet").write_bytes(b"another plan")
+    in_flight = output / "plan" / ".plan-0123456789abcdef-00000.parquet.x.tmp"  # being written by another driver
     in_flight.touch()
     save_plan(str(output), plan, tmp_path / "spool")
     remove_other_plans(str(output), plan)
@@ -85,7 +84,7 @@ def test_a_saved_plan_gives_each_fragment_back(tmp_path: Path) -> None:
         assert list(stream) == list(zip(IMAGES, [0, 0, 0, 1, 1, 1, 2, 2], strict=True))
 
 
-def test_a_plan_that_is_there_is_not_written_again(tmp_path: Path) -> None:
+def test_existing_plan_files_are_not_written_again(tmp_path: Path) -> None:
     plan = spool(IMAGES, tmp_path / "spool")
     save_plan(str(tmp_path), plan, tmp_path / "spool")
     (path,) = (tmp_path / "plan").iterdir()
@@ -94,7 +93,7 @@ def test_a_plan_that_is_there_is_not_written_again(tmp_path: Path) -> None:
     assert path.stat().st_mtime_ns == before
 
 
-def test_every_part_of_a_listing_is_in_its_sha256_and_the_cut_is_not(tmp_path: Path) -> None:
+def test_the_plan_hash_covers_all_columns_but_not_the_fragments(tmp_path: Path) -> None:
     def compute(name: str, images: list[ListedImage], size: int = 3) -> str:
         return spool(images, tmp_path / name, size).sha256
 
@@ -110,40 +109,13 @@ def test_every_part_of_a_listing_is_in_its_sha256_and_the_cut_is_not(tmp_path: P
 
 
 @pytest.mark.usefixtures("small_files")
-def test_planning_holds_one_file_at_a_time(tmp_path: Path) -> None:
+def test_spooling_keeps_one_file_in_memory_at_a_time(tmp_path: Path) -> None:
     def generate() -> Iterator[ListedImage]:
         for number in range(20):
             yield ListedImage(f"{number:02d}")
-            if number >= 8:  # two fragments of two images make a file
+            if number >= 8:  # a file holds two fragments of two images
                 assert (tmp_path / "0").exists()
 
     plan = spool_plan(cut_fragments(generate(), SegmentSettings(fragment_size=2)), tmp_path)
     assert plan.num_files == 5
     assert [len(pq.read_table(tmp_path / str(number))) for number in range(5)] == [4] * 5
-
-
-def merge(present: list[ListedImage], mendable: set[str]) -> tuple[list[tuple[ListedImage, int]], Changes]:
-    frozen = [(image, index // 3) for index, image in enumerate(IMAGES)]
-    changes = Changes()
-    return list(merge_listings(frozen, [(image, 99) for image in present], mendable, changes)), changes
-
-
-def test_a_listing_of_today_is_held_against_the_frozen_one() -> None:
-    new = [ListedImage("0"), ListedImage("bb"), ListedImage("z")]
-    present = sorted([*IMAGES[:2], *IMAGES[3:6], IMAGES[6]._replace(etag="other"), *new])
-    merged, changes = merge(present, set())
-    assert dict(changes.counts) == {"added": 3, "removed": 2, "changed": 1}
-    assert str(changes) == "another listing: 3 added, 2 removed, 1 changed; 0 was added"
-    assert [(image.uri, fragment) for image, fragment in merged] == [
-        (name, index // 3) for index, name in enumerate(SIZES_BYTES)
-    ]
-
-
-def test_only_error_rows_take_the_present_state_and_none_is_dropped() -> None:
-    mended = [IMAGES[0]._replace(etag="mended", size_bytes=10**6), *IMAGES[2:]]
-    merged, changes = merge(mended, {"a", "b"})
-    assert changes.first is None
-    assert [image for image, _ in merged] == [mended[0], IMAGES[1], *IMAGES[2:]]
-    assert [fragment for _, fragment in merged] == [0, 0, 0, 1, 1, 1, 2, 2]
-    _, changes = merge(mended, {"a"})
-    assert changes.first == "b was removed"

@@ -1,4 +1,4 @@
-"""What a cluster has room for, now and when it has grown; worked out by hand for small ones."""
+"""Tests of segray.runtime.capacity: what small clusters can hold before and after growing, computed by hand."""
 
 import math
 from pathlib import Path
@@ -19,47 +19,47 @@ PLAIN = NodeType("plain", {"CPU": 16, "memory": math.inf}, 3)
 @pytest.mark.parametrize(
     ("each", "now", "later"),
     [
-        ({"CPU": 1}, 4, 4 + 16 + 16),  # two nodes more, of the type that holds most
+        ({"CPU": 1}, 4, 4 + 16 + 16),  # Two more nodes, of the type that holds most.
         ({"GPU": 1}, 0, 4),
         ({"CPU": 1, "GPU": 1}, 0, 4),
-        ({"CPU": 5, "GPU": 1}, 0, 2),  # 8 CPUs have room for one of them
+        ({"CPU": 5, "GPU": 1}, 0, 2),  # 8 CPUs hold one of them.
         ({"GPU": 0.5}, 0, 8),
-        ({"GPU": 0.6}, 0, 4),  # none has parts of two GPUs
+        ({"GPU": 0.6}, 0, 4),  # A task never uses parts of two GPUs.
         ({"GPU": 3}, 0, 0),
         ({"TPU": 1}, 0, 0),
         ({"memory": 5e9}, 1 + 3, math.inf),
     ],
 )
-def test_room_is_counted_on_each_node_by_itself(each: dict[str, float], now: float, later: float) -> None:
+def test_tasks_are_counted_on_each_node_separately(each: dict[str, float], now: float, later: float) -> None:
     capacity = Capacity((HEAD, SMALL), (LARGE, PLAIN), num_more=2)
     assert capacity.count(each, with_more=False) == now
     assert capacity.count(each) == later
 
 
-def test_room_that_nobody_knows_is_not_denied() -> None:
+def test_requests_are_not_refused_if_the_nodes_that_may_be_added_are_unknown() -> None:
     capacity = Capacity((SMALL,), is_open=True)
     assert capacity.count({"GPU": 1}) == math.inf
     assert capacity.count({"GPU": 1}, with_more=False) == 0
     require_placeable(capacity, "worker", {"GPU": 1}, 100, "a setting")
 
 
-def test_what_is_refused_is_named_with_what_there_is() -> None:
+def test_a_refusal_names_the_requested_and_the_available_resources() -> None:
     capacity = Capacity((HEAD, SMALL), (LARGE, PLAIN), num_more=2)
     with pytest.raises(ClusterError) as refused:
         require_placeable(capacity, "training worker", {"GPU": 1}, 5, "train.num_train_workers")
     assert str(refused.value) == (
-        "train.num_train_workers: 5 training workers of 1 GPU each asked for, and 4 can ever be placed: the cluster "
-        "has 4 CPU, 0 GPU on 2 nodes, and may add 2 out of 3 large (8 CPU, 2 GPU), 3 plain (16 CPU, 0 GPU); "
-        "ask for less, or let the cluster have more"
+        "train.num_train_workers: requested 5 training workers with 1 GPU each, but at most 4 can be placed: the "
+        "cluster has 4 CPU, 0 GPU on 2 nodes and may add 2 of: 3 large (8 CPU, 2 GPU), 3 plain (16 CPU, 0 GPU); "
+        "request less, or allow the cluster more nodes"
     )
     wait = describe_wait(capacity, "training worker", {"GPU": 1}, 4)
     assert wait
-    assert wait.startswith("waiting for room for 4 training workers of 1 GPU each: the cluster has 4 CPU, 0 GPU on 2")
+    assert wait.startswith("waiting for nodes for 4 training workers with 1 GPU each: the cluster has 4 CPU, 0 GPU on")
     assert describe_wait(capacity, "predictor", {"CPU": 1}, 4) is None
 
 
 def build_node(resources: dict[str, float], node_type: str = "", *, alive: bool = True) -> dict[str, Any]:
-    """Return a node as ``ray.nodes()`` shows it."""
+    """Return a node in the format of ``ray.nodes()``."""
     labels = {"ray.io/node-id": "0", **({"ray.io/node-group": node_type} if node_type else {})}
     return {"Alive": alive, "Resources": resources, "Labels": labels}
 
@@ -71,17 +71,19 @@ NODES = [
 ]
 
 
-def test_a_cluster_that_nobody_scales_is_what_it_is(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_a_cluster_without_autoscaler_adds_no_nodes(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     capacity = read_capacity(NODES, is_head=True, is_open=False)
     assert capacity.count({"GPU": 1}) == 1
-    assert capacity.describe() == "the cluster has 8 CPU, 1 GPU on 2 nodes, and may add none"
+    assert capacity.describe() == "the cluster has 8 CPU, 1 GPU on 2 nodes and may add no nodes"
     (tmp_path / "ray_bootstrap_config.yaml").write_text("left behind by another cluster")
     assert read_capacity(NODES, is_head=False, is_open=False) == capacity
     assert read_capacity(NODES, is_head=False, is_open=True).count({"GPU": 5}) == math.inf
 
 
-def test_what_ray_up_was_told_says_what_may_come(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_configuration_of_ray_up_defines_which_nodes_may_be_added(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))
     config = {
         "max_workers": 5,
@@ -96,15 +98,16 @@ def test_what_ray_up_was_told_says_what_may_come(monkeypatch: pytest.MonkeyPatch
     assert {node_type.name: node_type.num_more for node_type in capacity.types} == {"spot": 2, "on_demand": 4}
     assert capacity.num_more == 4
     assert capacity.count({"GPU": 1}) == 5
-    assert capacity.count({"memory": 4e9}) == math.inf, "what a type does not tell is not held against it"
+    assert capacity.count({"memory": 4e9}) == math.inf, (
+        "a type that does not state its memory is assumed to have enough"
+    )
     assert capacity.describe() == (
-        "the cluster has 8 CPU, 1 GPU on 2 nodes, and may add 4 out of 2 spot (8 CPU, 1 GPU), "
-        "4 on_demand (8 CPU, 1 GPU)"
+        "the cluster has 8 CPU, 1 GPU on 2 nodes and may add 4 of: 2 spot (8 CPU, 1 GPU), 4 on_demand (8 CPU, 1 GPU)"
     )
 
 
 @pytest.mark.parametrize(("num_alive", "expected"), [(1, math.inf), (2, 0)])
-def test_of_machines_of_ones_own_nobody_knows_until_they_are_there(
+def test_resources_of_on_premises_machines_are_unknown_until_they_have_joined(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path, num_alive: int, expected: float
 ) -> None:
     monkeypatch.setenv("HOME", str(tmp_path))

@@ -1,10 +1,12 @@
-"""One way to Ray: what a private one shows to the network, and what becomes of Ray's errors."""
+"""Tests of segray.runtime.connect: addresses and output of a private Ray, and how Ray's errors are translated."""
 
 import json
+import os
 import resource
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import psutil
 import pytest
@@ -16,31 +18,43 @@ from segray.errors import ClusterError, FaultKind, ImageFault, StorageError
 from segray.runtime import connect as cluster
 from segray.runtime.connect import translated_ray_errors
 
+ROOT = Path(__file__).parents[2]
 
-def work() -> int:
-    return 1
+
+def find_listening_addresses() -> set[str]:
+    """Return the addresses at which this process and the Ray processes that it has started listen for TCP."""
+    pids = {os.getpid(), *(process.pid for process in psutil.Process().children(recursive=True))}
+    assert len(pids) > 4
+    return {
+        connection.laddr[0].removeprefix("::ffff:")
+        for connection in psutil.net_connections("tcp")
+        if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.pid in pids
+    }
 
 
 def fail() -> None:
     raise ImageFault(FaultKind.CHANGED, "one line")
 
 
-@pytest.mark.usefixtures("ray_session")
-def test_a_private_ray_listens_on_loopback_alone() -> None:
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # workers cannot import tests
-    assert ray.get(ray.remote(work).remote()) == 1
-    servers = [child for child in psutil.Process().children() if child.name() in ("raylet", "gcs_server")]
-    pids = {process.pid for server in servers for process in [server, *server.children(recursive=True)]}
-    assert len(pids) > 3
-    listening = {
-        connection.laddr[0].removeprefix("::ffff:")
-        for connection in psutil.net_connections("tcp")
-        if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.pid in pids
-    }
-    assert listening == {"127.0.0.1"}
+@pytest.mark.parametrize("first_import", ["import ray", "import segray"])
+def test_a_private_ray_listens_on_loopback_only(first_import: str) -> None:
+    script = f"""
+{first_import}
+from segray.runtime.connect import connect_ray
+with connect_ray():
+    import ray
+    from tests.runtime.test_connect import find_listening_addresses
+    assert ray.get(ray.remote(lambda: 1).remote()) == 1
+    print(*find_listening_addresses())
+"""
+    unset = ("RAY_ADDRESS", "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER")
+    environment = {name: value for name, value in os.environ.items() if name not in unset}
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "127.0.0.1\n"), done.stderr
 
 
-def test_a_private_ray_leaves_the_terminal_to_what_has_something_to_say() -> None:
+def test_a_private_ray_prints_nothing_but_warnings() -> None:
     script = """
 import sys, ray
 from segray.runtime.connect import connect_ray
@@ -54,7 +68,7 @@ with connect_ray():
 
 
 def count_page_faults() -> int:
-    import numpy as np  # in the worker
+    import numpy as np  # Imported in the worker.
 
     def use_64_mib() -> None:
         np.ones(2**23)
@@ -67,13 +81,13 @@ def count_page_faults() -> int:
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_worker_keeps_the_memory_that_it_has_once_used() -> None:
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
+def test_a_worker_keeps_freed_memory() -> None:
+    cloudpickle.register_pickle_by_value(sys.modules[__name__])  # Workers cannot import tests.
     pages = 5 * 2**26 // resource.getpagesize()
     assert ray.get(ray.remote(count_page_faults).remote()) < pages / 100
 
 
-def test_a_cluster_is_told_what_workers_need_but_not_what_the_job_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_variables_are_forwarded_to_a_cluster_unless_the_job_sets_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_REGION", "eu-central-1")
     monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
     job = {"runtime_env": {"env_vars": {"AWS_REGION": "us-east-1"}}}
@@ -85,14 +99,14 @@ def test_a_cluster_is_told_what_workers_need_but_not_what_the_job_says(monkeypat
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_workers_error_arrives_as_it_was_raised() -> None:
+def test_an_error_of_a_worker_is_raised_unchanged() -> None:
     cloudpickle.register_pickle_by_value(sys.modules[__name__])
     with pytest.raises(ImageFault) as caught, translated_ray_errors("trying"):
         ray.get(ray.remote(fail).remote())
     assert (str(caught.value), caught.value.kind) == ("one line", FaultKind.CHANGED)
 
 
-def test_what_ray_data_adds_to_an_error_is_not_shown() -> None:
+def test_lines_that_ray_data_adds_to_an_error_are_not_shown() -> None:
     error = StorageError("cannot read s3://b/k: permission denied")
     error.args = (f"{error.args[0]}\nFailed to apply UDF transform after 1/1 attempts",)
     assert str(error) == "cannot read s3://b/k: permission denied"
@@ -111,25 +125,25 @@ def test_what_ray_data_adds_to_an_error_is_not_shown() -> None:
     ],
     ids=["full", "crashed", "foreign"],
 )
-def test_rays_own_errors_are_one_line(error: Exception, expected: type[Exception], message: str) -> None:
+def test_errors_of_ray_become_one_line(error: Exception, expected: type[Exception], message: str) -> None:
     with pytest.raises(expected, match=message) as caught, translated_ray_errors("trying"):
         raise error
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("is_skipped", "expected"), [(False, -signal.SIGABRT), (True, 5)])
-def test_exit_handlers_of_libraries_are_skipped_and_the_status_is_kept(is_skipped: bool, expected: int) -> None:
+def test_exit_handlers_of_libraries_are_skipped_and_the_exit_status_is_kept(is_skipped: bool, expected: int) -> None:
     script = """
 import atexit, ctypes, sys
 from segray.runtime.connect import skip_exit_handlers
 libc = ctypes.CDLL(None)
-libc.on_exit(libc.abort, None)  # as Ray's handler goes wrong
+libc.on_exit(libc.abort, None)  # Stands for Ray's handler, which can fail.
 if sys.argv[1] == "True":
     skip_exit_handlers()
-atexit.register(print, "Python's own are called")
+atexit.register(print, "Python's exit handlers run")
 sys.exit(5)
 """
     command = [sys.executable, "-c", script, str(is_skipped)]
     ended = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True)
     assert ended.returncode == expected
-    assert ended.stdout == "Python's own are called\n"
+    assert ended.stdout == "Python's exit handlers run\n"

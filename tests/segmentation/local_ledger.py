@@ -1,23 +1,23 @@
-"""A run's ledger in this process: stages can be tried without Ray."""
+"""A ledger in the test process, to run stages without Ray."""
 
-from segray.segmentation.stages.ledger import Ledger, LedgerClient, Orders
+from segray.segmentation.stages.ledger import AttemptPlan, Ledger, LedgerClient
 
 
 class LocalLedger(LedgerClient):
-    """Calls the real ledger directly."""
+    """Calls a real ``Ledger`` directly instead of through an actor."""
 
     def __init__(self, stage: str, ledger: Ledger | None = None) -> None:
         super().__init__(stage, None)
         self.ledger = ledger or Ledger(num_predictors=1)
 
-    def begin(self, fragment: int) -> Orders:
+    def begin(self, fragment: int) -> AttemptPlan:
         return self.ledger.begin(self._stage, fragment)
 
-    def enter(self, fragment: int, orders: Orders, index: int | None) -> None:
-        self.ledger.enter(self._stage, fragment, orders.attempt, index)
+    def record_image(self, fragment: int, attempt_plan: AttemptPlan, index: int | None) -> None:
+        self.ledger.record_image(self._stage, fragment, attempt_plan.attempt, index)
 
-    def end(self, fragment: int, orders: Orders) -> None:
-        self.ledger.end(self._stage, fragment, orders.attempt)
+    def end(self, fragment: int, attempt_plan: AttemptPlan) -> None:
+        self.ledger.end(self._stage, fragment, attempt_plan.attempt)
 
     def start_predictor(self) -> None:
         self.ledger.start_predictor()

@@ -1,4 +1,4 @@
-"""Where the time went: sums over fragments, and what they say."""
+"""Profile of a run: sums over fragments, and the bottleneck derived from them."""
 
 import io
 import time
@@ -22,7 +22,7 @@ def make_profile(**wall_s: float) -> Profile:
     return profile
 
 
-def test_a_stopwatch_tells_waiting_from_working() -> None:
+def test_a_stopwatch_counts_wall_time_and_cpu_time_separately() -> None:
     watch = Stopwatch()
     with watch.measure(Step.FETCH):
         time.sleep(0.05)
@@ -45,26 +45,26 @@ def test_the_bottleneck_is_named(seconds: dict[str, float], expected: str) -> No
     assert expected in make_profile(**seconds).find_bottleneck()
 
 
-def test_rates_and_shares_are_of_the_sums() -> None:
+def test_rate_and_utilisation_are_computed_from_the_sums() -> None:
     profile = make_profile(predict=3, count=1, wait=1)
     assert profile.busy_share == 0.8
-    assert profile.images_per_s is None  # of one fragment
+    assert profile.images_per_s is None  # undefined for a single fragment
     profile.last_s, profile.first_s = 4.0, 2.0
     profile.num_images += 10
     assert profile.images_per_s == 5
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_run_tells_all_its_steps(bundle_dir: Path, bucket: Path, tmp_path: Path) -> None:
+def test_the_printed_profile_lists_all_steps(bundle_dir: Path, bucket: Path, tmp_path: Path) -> None:
     printed = io.StringIO()
     job = SegmentJob(str(bundle_dir), (str(bucket / "images"),), str(tmp_path / "run"), (), SETTINGS)
     run_segmentation(job, Console(file=printed, width=120), with_profile=True)
     table = {line.split()[3]: line.split()[5] for line in printed.getvalue().splitlines() if line.count("│") == 5}
     assert table.keys() >= {str(step) for step in Step}
-    # of fetching only what decoding waited for is counted, which may be nothing
+    # Fetching counts only the time that decoding waited for it, which may be zero.
     zero = {step for step in ("decode", "pack", "predict", "count", "encode", "write") if not float(table[step])}
     assert not zero, printed.getvalue()
     assert "1 predictor, busy" in printed.getvalue()
     again = io.StringIO()
     run_segmentation(job, Console(file=again, width=120), with_profile=True)
-    assert "nothing is left to do" in again.getvalue()
+    assert "nothing to profile" in again.getvalue()

@@ -1,4 +1,4 @@
-"""Ray Data for real: the same call again goes on, a folder of another run is refused, and nothing is half-written."""
+"""End-to-end tests of resuming on Ray: a rerun resumes a run, and the folder of another run is refused."""
 
 import hashlib
 import json
@@ -22,14 +22,14 @@ def read_files(output: Path) -> dict[str, tuple[str, int]]:
     }
 
 
-def test_a_second_call_writes_nothing(finished: Path, bundle_dir: Path, bucket: Path) -> None:
+def test_rerunning_a_complete_run_writes_nothing(finished: Path, bundle_dir: Path, bucket: Path) -> None:
     before = read_files(finished)
     outcome = segment(bundle_dir, bucket, finished)
     assert read_files(finished) == before
     assert outcome.num_ok == NUM_IMAGES
 
 
-def test_a_lost_fragment_alone_is_made_again_with_the_same_bytes(
+def test_only_a_lost_fragment_is_processed_again_and_gets_the_same_bytes(
     finished: Path, bundle_dir: Path, bucket: Path
 ) -> None:
     before = read_files(finished)
@@ -44,11 +44,11 @@ def test_a_lost_fragment_alone_is_made_again_with_the_same_bytes(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"settings": SETTINGS.model_copy(update={"batch_size": 4})}, r"segment\.batch_size: there 3, here 4"),
-        ({"masks": False}, r"segment\.ground_truth: there True, here False"),
+        ({"settings": SETTINGS.model_copy(update={"batch_size": 4})}, r"segment\.batch_size: the run has 3, got 4"),
+        ({"masks": False}, r"segment\.ground_truth: the run has True, got False"),
     ],
 )
-def test_a_folder_of_another_configuration_is_refused(
+def test_the_folder_of_a_run_with_other_settings_is_refused(
     finished: Path, bundle_dir: Path, bucket: Path, change: dict[str, Any], message: str
 ) -> None:
     before = read_files(finished)
@@ -57,21 +57,23 @@ def test_a_folder_of_another_configuration_is_refused(
     assert read_files(finished) == before
 
 
-def test_a_folder_of_another_model_is_refused(finished: Path, bundle_dir: Path, bucket: Path, tmp_path: Path) -> None:
+def test_the_folder_of_a_run_of_another_bundle_is_refused(
+    finished: Path, bundle_dir: Path, bucket: Path, tmp_path: Path
+) -> None:
     bundle = Path(shutil.copytree(bundle_dir, tmp_path / "bundle"))
     manifest = json.loads((bundle / "bundle.json").read_text())
     (bundle / "bundle.json").write_text(json.dumps({**manifest, "metrics": {"epoch": 2}}))
-    with pytest.raises(RunMismatchError, match=r"another bundle\); choose another --output"):
+    with pytest.raises(RunMismatchError, match=r"belongs to another run \(different bundle\); choose another --output"):
         segment(bundle, bucket, finished)
     run = Path(shutil.copytree(finished, tmp_path / "run"))
     (run / "run.json").unlink()
-    with pytest.raises(RunMismatchError, match="holds rows but no run"):
+    with pytest.raises(RunMismatchError, match=r"holds rows, but no run\.json"):
         segment(bundle_dir, bucket, run)
 
 
 @pytest.fixture
-def own(bundle_dir: Path, bucket: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """A bucket that may be changed, two of its images broken, and its finished run."""
+def run_with_errors(bundle_dir: Path, bucket: Path, tmp_path: Path) -> tuple[Path, Path]:
+    """A copy of the bucket with one damaged image and one missing mask, and its complete run."""
     copy = Path(shutil.copytree(bucket, tmp_path / "bucket"))
     (copy / "images" / "image 4#.png").write_bytes(b"broken")
     (copy / "masks" / "sub" / "image 7#.png").unlink()
@@ -80,63 +82,65 @@ def own(bundle_dir: Path, bucket: Path, tmp_path: Path) -> tuple[Path, Path]:
     return copy, tmp_path / "run"
 
 
-def test_another_listing_is_refused_with_the_difference_or_gone_on_with(
-    own: tuple[Path, Path], bundle_dir: Path
+def test_a_changed_listing_is_refused_with_its_differences_unless_relist_is_off(
+    run_with_errors: tuple[Path, Path], bundle_dir: Path
 ) -> None:
-    images, run = own[0] / "images", own[1]
+    images, run = run_with_errors[0] / "images", run_with_errors[1]
     before = read_files(run)
     shutil.copy(images / "image 2#.png", images / "image 1#.png")
     (images / "sub" / "image 3#.png").unlink()
     (images / "image 2#.png").write_bytes((images / "image 2#.png").read_bytes() + b" ")
     message = (
-        r"another listing: 1 added, 1 removed, 1 changed; .*image 1#\.png was added.*relist=false, or choose another"
+        r"different listing: 1 added, 1 removed, 1 changed; .*image 1#\.png was added.*relist=false, or choose another"
     )
     with pytest.raises(RunMismatchError, match=message):
-        segment(bundle_dir, own[0], run)
+        segment(bundle_dir, run_with_errors[0], run)
     assert read_files(run) == before
     frozen = SETTINGS.model_copy(update={"relist": False})
-    assert segment(bundle_dir, own[0], run, settings=frozen).num_ok == NUM_IMAGES - 2
+    assert segment(bundle_dir, run_with_errors[0], run, settings=frozen).num_ok == NUM_IMAGES - 2
     assert read_files(run) == before
-    with pytest.raises(RunMismatchError, match=r"images: there \[.*\], here \["):
-        segment(bundle_dir, own[0] / "..", run, settings=frozen)
+    with pytest.raises(RunMismatchError, match=r"images: the run has \[.*\], got \["):
+        segment(bundle_dir, run_with_errors[0] / "..", run, settings=frozen)
 
 
-def test_frozen_listings_say_what_has_changed_since(own: tuple[Path, Path], bundle_dir: Path) -> None:
-    images, run = own[0] / "images", own[1]
+def test_images_changed_after_the_listing_was_frozen_become_error_rows(
+    run_with_errors: tuple[Path, Path], bundle_dir: Path
+) -> None:
+    images, run = run_with_errors[0] / "images", run_with_errors[1]
     (images / "image 0#.png").unlink()
     (images / "image 2#.png").write_bytes((images / "image 2#.png").read_bytes() + b" ")
     (run / "images" / "part-00000000.parquet").unlink()
-    outcome = segment(bundle_dir, own[0], run, settings=SETTINGS.model_copy(update={"relist": False}))
+    outcome = segment(bundle_dir, run_with_errors[0], run, settings=SETTINGS.model_copy(update={"relist": False}))
     assert outcome.errors == {"changed": 1, "mask_missing": 1, "missing": 1, "unreadable": 1}
 
 
-def test_mended_images_and_they_alone_are_taken_up_by_retry_errors(
-    own: tuple[Path, Path], finished: Path, bundle_dir: Path, bucket: Path
+def test_retry_errors_accepts_changes_of_error_rows_only(
+    run_with_errors: tuple[Path, Path], finished: Path, bundle_dir: Path, bucket: Path
 ) -> None:
-    images, run = own[0] / "images", own[1]
+    images, run = run_with_errors[0] / "images", run_with_errors[1]
     shutil.copy(bucket / "images" / "image 4#.png", images / "image 4#.png")
-    shutil.copy(bucket / "masks" / "sub" / "image 7#.png", own[0] / "masks" / "sub" / "image 7#.png")
-    with pytest.raises(RunMismatchError, match="another listing: 2 changed"):
-        segment(bundle_dir, own[0], run)
+    shutil.copy(bucket / "masks" / "sub" / "image 7#.png", run_with_errors[0] / "masks" / "sub" / "image 7#.png")
+    with pytest.raises(RunMismatchError, match="different listing: 2 changed"):
+        segment(bundle_dir, run_with_errors[0], run)
     before = read_files(run)
     retry = SETTINGS.model_copy(update={"retry_errors": True})
-    outcome = segment(bundle_dir, own[0], run, settings=retry)
+    outcome = segment(bundle_dir, run_with_errors[0], run, settings=retry)
     assert (outcome.num_ok, outcome.errors) == (NUM_IMAGES, {})
     after = read_files(run)
     parts = [name for name in before if name.startswith("images/")]
     assert [before[name] != after[name] for name in parts] == [True, False, True]
     for row, other in zip(read_rows(run), read_rows(finished), strict=True):
-        assert row.pop("uri").removeprefix(str(own[0])) == other.pop("uri").removeprefix(str(bucket))
+        assert row.pop("uri").removeprefix(str(run_with_errors[0])) == other.pop("uri").removeprefix(str(bucket))
         assert row == other
-    assert segment(bundle_dir, own[0], run).errors == {}  # bound to the mended listing now
-    assert segment(bundle_dir, own[0], run, settings=retry).errors == {}
+    assert segment(bundle_dir, run_with_errors[0], run).errors == {}  # The folder is bound to the new listing now.
+    assert segment(bundle_dir, run_with_errors[0], run, settings=retry).errors == {}
     assert read_files(run) == after
-    (images / "image 4#.png").write_bytes(b"broken again")  # no error row any more: it may not change
-    with pytest.raises(RunMismatchError, match=r"another listing: 1 changed; .*image 4#\.png was changed"):
-        segment(bundle_dir, own[0], run, settings=retry)
+    (images / "image 4#.png").write_bytes(b"broken again")  # It is no error row any more, so it must not change.
+    with pytest.raises(RunMismatchError, match=r"different listing: 1 changed; .*image 4#\.png was changed"):
+        segment(bundle_dir, run_with_errors[0], run, settings=retry)
 
 
-def test_bad_input_is_named_and_nothing_is_written(bundle_dir: Path, bucket: Path, tmp_path: Path) -> None:
+def test_unusable_input_is_named_and_nothing_is_written(bundle_dir: Path, bucket: Path, tmp_path: Path) -> None:
     output = tmp_path / "run"
     with pytest.raises(BundleError, match="no bundle at"):
         segment(tmp_path, bucket, output)
@@ -148,7 +152,7 @@ def test_bad_input_is_named_and_nothing_is_written(bundle_dir: Path, bucket: Pat
     assert not output.exists()
 
 
-def test_damaged_weights_stop_the_run_with_one_line(bundle_dir: Path, bucket: Path, tmp_path: Path) -> None:
+def test_damaged_weights_are_refused_before_anything_is_written(bundle_dir: Path, bucket: Path, tmp_path: Path) -> None:
     bundle = Path(shutil.copytree(bundle_dir, tmp_path / "bundle"))
     weights = bytearray((bundle / "model.safetensors").read_bytes())
     weights[5000] ^= 1
@@ -158,12 +162,12 @@ def test_damaged_weights_stop_the_run_with_one_line(bundle_dir: Path, bucket: Pa
     assert not (tmp_path / "run").exists()
 
 
-def test_a_fault_of_the_world_is_no_error_row_and_the_next_call_goes_on(
+def test_an_environment_error_stops_the_run_and_a_rerun_completes_it(
     finished: Path, bundle_dir: Path, bucket: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
     blocked = output / "images" / "part-00000001.parquet"
-    (blocked / "in the way").mkdir(parents=True)  # a folder where a file has to go: the write fails, whoever we are
+    (blocked / "in the way").mkdir(parents=True)  # A folder in place of the file: writing fails even for root.
     with pytest.raises(StorageError, match=r"cannot write .*part-00000001\.parquet"):
         segment(bundle_dir, bucket, output)
     assert json.loads((output / "run.json").read_text())["status"] == "running"

@@ -1,4 +1,4 @@
-"""Ray Data for real: every planned image is one row, right to the last pixel, whatever happens to the others."""
+"""End-to-end tests on Ray: every planned image is one row with the correct mask, whatever happens to other images."""
 
 import io
 import json
@@ -26,10 +26,10 @@ from tests.conftest import PET_CLASSES, SHAPE_SIZE
 from tests.segmented import NUM_IMAGES, SETTINGS, read_rows, segment
 
 pytestmark = pytest.mark.usefixtures("ray_session")
-IGNORED = -1  # raw mask values start at 1, and 0 is ignored
+IGNORED = -1  # Raw mask values start at 1, and 0 is ignored.
 
 
-def test_every_planned_image_is_one_row_with_the_contracts_columns(finished: Path, bucket: Path) -> None:
+def test_every_planned_image_is_one_row_of_the_documented_schema(finished: Path, bucket: Path) -> None:
     rows = read_rows(finished)
     assert [row["uri"] for row in rows] == sorted(str(path) for path in bucket.rglob("images/**/*.png"))
     assert {row["status"] for row in rows} == {"ok"}
@@ -40,12 +40,12 @@ def test_every_planned_image_is_one_row_with_the_contracts_columns(finished: Pat
     assert plan["fragment"].to_pylist() == [0] * 4 + [1] * 4 + [2] * 2
     assert pq.read_schema(finished / "summary.parquet").equals(SUMMARY_SCHEMA)
     run = json.loads((finished / "run.json").read_text())
-    assert run["status"] == "complete"
+    assert (run["format_version"], run["status"]) == (1, "complete")
     assert run["counts"] == {"planned": NUM_IMAGES, "fragments": 3, "ok": NUM_IMAGES, "errors": {}}
 
 
 def predict(bundle_dir: Path, uri: str) -> npt.NDArray[np.float64]:
-    """Return softmax probabilities (C, H, W) at the image's own size, one image at a time, in plain torch."""
+    """Return softmax probabilities (C, H, W) of one image at its own size, computed in plain torch."""
     bundle = load_bundle(str(bundle_dir))
     image = decode_image(Path(uri).read_bytes())
     pixels = torch.from_numpy(np.array(resize_image(image, bundle.manifest.image_size)))[None]
@@ -61,7 +61,7 @@ def test_masks_and_statistics_equal_plain_torch(finished: Path, bundle_dir: Path
         mask = np.frombuffer(row["mask"], np.uint8).reshape(row["height"], row["width"])
         expected = probability.argmax(0)
         top_two = np.sort(probability, axis=0)[-2:]
-        certain = top_two[1] - top_two[0] > 1e-4  # batches of another size may differ in the last bits
+        certain = top_two[1] - top_two[0] > 1e-4  # another batch size may change the last bits
         assert certain.mean() > 0.99
         np.testing.assert_array_equal(mask[certain], expected[certain])
         assert row["pixel_count"] == np.bincount(mask.ravel(), minlength=3).tolist()
@@ -72,7 +72,7 @@ def test_masks_and_statistics_equal_plain_torch(finished: Path, bundle_dir: Path
             assert confidence is None or confidence == pytest.approx(here.mean(), rel=1e-4)
 
 
-def test_the_summary_equals_an_independent_count_of_the_written_masks(finished: Path) -> None:
+def test_the_summary_equals_scores_computed_from_the_written_masks(finished: Path) -> None:
     confusion = torch.zeros(3, 3, dtype=torch.int64)
     brute = np.zeros((3, 3), np.int64)
     images = read_rows(finished)
@@ -96,7 +96,7 @@ def test_the_summary_equals_an_independent_count_of_the_written_masks(finished: 
         assert row["class_name"] == PET_CLASSES.names[index]
         assert (row["tp_px"], row["fp_px"], row["fn_px"]) == (tp[index], fp, fn)
         assert row["pixel_count"] == sum(image["pixel_count"][index] for image in images)
-        assert row["pixel_count"] > brute[:, index].sum()  # ignored pixels are segmented too, only not scored
+        assert row["pixel_count"] > brute[:, index].sum()  # ignored pixels are segmented, but not scored
         assert row["dataset_iou"] == pytest.approx(tp[index] / (tp[index] + fp + fn), abs=1e-9)
         assert row["dataset_dice"] == pytest.approx(2 * tp[index] / (2 * tp[index] + fp + fn), abs=1e-9)
     for index, row in enumerate(summary):
@@ -105,7 +105,7 @@ def test_the_summary_equals_an_independent_count_of_the_written_masks(finished: 
         assert row["image_count"] == sum(image["pixel_count"][index] > 0 for image in images)
 
 
-def test_broken_images_are_error_rows_and_every_other_row_keeps_its_bits(
+def test_unusable_images_are_error_rows_and_all_other_rows_are_bit_identical(
     finished: Path, bundle_dir: Path, bucket: Path, tmp_path: Path
 ) -> None:
     poisoned = Path(shutil.copytree(bucket, tmp_path / "bucket"))
@@ -131,7 +131,7 @@ def test_broken_images_are_error_rows_and_every_other_row_keeps_its_bits(
             assert row == {key: value for key, value in whole[name].items() if key != "uri"}
 
 
-def test_png_masks_without_truth_read_back_as_the_raw_ones(
+def test_png_masks_equal_raw_masks_and_scores_are_null_without_ground_truth(
     finished: Path, bundle_dir: Path, bucket: Path, tmp_path: Path
 ) -> None:
     settings = SETTINGS.model_copy(update={"mask_encoding": "png", "num_predictors": 2})
@@ -149,7 +149,7 @@ def test_png_masks_without_truth_read_back_as_the_raw_ones(
     assert sum(row["pixel_count"] for row in summary) > 0
 
 
-def test_pandas_and_duckdb_read_the_folder_as_the_readme_says(finished: Path) -> None:
+def test_pandas_and_duckdb_read_the_run_folder_as_documented(finished: Path) -> None:
     frame = pd.read_parquet(finished / "images")
     row = frame.iloc[0]
     mask = np.frombuffer(row["mask"], np.uint8).reshape(row["height"], row["width"])
@@ -158,19 +158,19 @@ def test_pandas_and_duckdb_read_the_folder_as_the_readme_says(finished: Path) ->
     assert duckdb.connect().execute(query).fetchall() == [("ok", NUM_IMAGES, int(frame["mask"].map(len).sum()))]
 
 
-def test_the_report_and_the_terminal_show_the_scores(finished: Path, bundle_dir: Path, bucket: Path) -> None:
+def test_the_report_and_the_printed_summary_show_the_scores(finished: Path, bundle_dir: Path, bucket: Path) -> None:
     html = (finished / "report.html").read_text()
-    assert html.count("data:image/png;base64,") == 3  # two plots, one sheet of pictures
+    assert html.count("data:image/png;base64,") == 3  # two plots and one comparison picture
     outcome = segment(bundle_dir, bucket, finished)
     printed = io.StringIO()
     print_outcome(outcome, Console(file=printed, width=200))
     for row in outcome.summary.to_pylist():
         assert f"{row['dataset_iou']:.4f}" in html
         assert f"{row['dataset_iou']:.4f}" in printed.getvalue()
-    assert f"{NUM_IMAGES} images segmented, 0 not" in printed.getvalue()
+    assert f"{NUM_IMAGES} images segmented, 0 error rows" in printed.getvalue()
 
 
-def test_image_size_of_the_fixture_is_not_that_of_the_images(finished: Path) -> None:
+def test_the_fixture_images_have_different_sizes_from_the_model_input(finished: Path) -> None:
     sizes = {(row["height"], row["width"]) for row in read_rows(finished)}
     assert len(sizes) == NUM_IMAGES
     assert (SHAPE_SIZE, SHAPE_SIZE) not in sizes

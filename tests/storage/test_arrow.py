@@ -1,4 +1,4 @@
-"""Stores that pyarrow reads: the contract of a store on pyarrow's own in memory, and one that cannot be reached."""
+"""Tests of segray.storage.arrow: the interface of a store on pyarrow's in-memory store, and an unreachable store."""
 
 import time
 import uuid
@@ -16,7 +16,7 @@ def base() -> str:
     return f"mock://{uuid.uuid4().hex}/folder"
 
 
-def test_what_is_written_is_read_listed_and_found(base: str) -> None:
+def test_written_files_are_read_listed_and_found(base: str) -> None:
     for name in ("sub/b c#%20.PNG", "sub.txt", "a.png", "späť.png"):
         storage.write_bytes(f"{base}/{name}", name.encode())
     files = list(storage.list_files(base))
@@ -47,7 +47,7 @@ def test_a_file_is_replaced_created_once_and_removed(base: str) -> None:
     found = storage.find_file(uri)
     assert found is not None
     storage.write_bytes(uri, b"longer than that")
-    assert storage.list_names(base) == {"x"}  # nothing is left of what was on the way
+    assert storage.list_names(base) == {"x"}  # No temporary file is left.
     with pytest.raises(ChangedFileError, match="its entity tag was"):
         storage.read_bytes(uri, found.etag)
     for _ in range(2):
@@ -55,27 +55,27 @@ def test_a_file_is_replaced_created_once_and_removed(base: str) -> None:
     assert not storage.exists(uri)
 
 
-def test_what_is_not_there_is_missing(base: str) -> None:
-    with pytest.raises(MissingFileError, match=rf"cannot read {base}/x: nothing is there"):
+def test_a_missing_file_or_folder_is_named(base: str) -> None:
+    with pytest.raises(MissingFileError, match=rf"cannot read {base}/x: no such file or folder"):
         storage.read_bytes(f"{base}/x")
-    with pytest.raises(MissingFileError, match=rf"cannot list {base}/none: nothing is there"):
+    with pytest.raises(MissingFileError, match=rf"cannot list {base}/none: no such file or folder"):
         list(storage.list_files(f"{base}/none"))
     assert storage.list_names(f"{base}/none") == set()
 
 
-def test_a_store_that_cannot_be_reached_is_named_in_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Left to itself, Google's client tries for a quarter of an hour."""
+def test_an_unreachable_store_is_reported_within_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Google's client retries for 15 minutes by default."""
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:1")
     monkeypatch.setattr("segray.storage.arrow.CLIENT_RETRY_FOR_S", 1)
     monkeypatch.setattr("segray.storage.store.RETRY_FOR_S", 1)
     begin = time.monotonic()
-    with pytest.raises(StorageError, match=r"^cannot read gs://anonymous@nobody/x: .*the same call goes on$"):
+    with pytest.raises(StorageError, match=r"^cannot read gs://anonymous@nobody/x: .*rerun the same command$"):
         storage.read_bytes("gs://anonymous@nobody/x")
     assert time.monotonic() - begin < 20
 
 
-def test_a_refusal_that_is_no_error_of_the_system_is_one_line() -> None:
-    """Azure's client raises such a one if it finds no credentials; it looks for them on other machines too."""
+def test_an_arrow_exception_becomes_one_line() -> None:
+    """Azure's client raises one if it finds no credentials; a real one would search for them on other hosts too."""
 
     def refuse() -> None:
         raise pa.ArrowException("Failed to get token\nfrom anywhere")

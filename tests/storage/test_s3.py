@@ -1,4 +1,4 @@
-"""S3 for real: odd keys, whole listings, atomic and conditional writes, checksums, and one line for every refusal."""
+"""Tests of segray.storage.s3 on a real store: odd keys, listings, atomic and conditional writes, checksums, errors."""
 
 import io
 import os
@@ -40,7 +40,7 @@ def bucket(object_store: ObjectStore) -> str:
 
 @pytest.fixture(autouse=True)
 def _client(object_store: ObjectStore, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Clients of this process go through the proxy, and are made anew for each test."""
+    """Make the clients of this process go through the proxy, with new clients for each test."""
     for name, value in {**object_store.environment, "AWS_ENDPOINT_URL": proxy.endpoint}.items():
         monkeypatch.setenv(name, value)
     files._open_store.cache_clear()
@@ -50,7 +50,7 @@ def _client(object_store: ObjectStore, proxy: FaultProxy, monkeypatch: pytest.Mo
 
 def test_odd_keys_are_listed_sorted_and_read(bucket: str) -> None:
     listed = list(storage.list_files(f"{bucket}/in"))
-    assert [file.uri for file in listed] == sorted(f"{bucket}/in/{key}" for key in KEYS)  # no marker of a folder
+    assert [file.uri for file in listed] == sorted(f"{bucket}/in/{key}" for key in KEYS)  # Without folder markers.
     for file in listed:
         assert storage.read_bytes(file.uri, file.etag).decode() == file.uri.removeprefix(f"{bucket}/in/")
         assert storage.find_file(file.uri) == file
@@ -69,7 +69,7 @@ def test_a_prefix_is_a_folder(bucket: str) -> None:
     assert {"a b.png", "sub-x.png"} < storage.list_names(f"{bucket}/in")
 
 
-def test_long_listings_come_in_pages(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_listing_of_several_pages_is_complete(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
     pages = s3.S3Store._iterate_pages
 
     def iterate_three(store: s3.S3Store, prefix: str, delimiter: str) -> Iterator[dict[str, Any]]:
@@ -79,7 +79,7 @@ def test_long_listings_come_in_pages(bucket: str, monkeypatch: pytest.MonkeyPatc
     assert [file.uri for file in storage.list_files(f"{bucket}/in")] == sorted(f"{bucket}/in/{key}" for key in KEYS)
 
 
-def test_writes_are_one_request_and_replace_whole(bucket: str, proxy: FaultProxy) -> None:
+def test_a_write_is_one_request_and_replaces_the_whole_file(bucket: str, proxy: FaultProxy) -> None:
     uri = f"{bucket}/out/a #1%20.bin"
     for content in (b"first, longer", b"second", bytes(9_000_000)):
         proxy.forget()
@@ -97,25 +97,25 @@ def test_writes_are_one_request_and_replace_whole(bucket: str, proxy: FaultProxy
     assert storage.find_file(uri) is None
 
 
-def test_creating_never_replaces(bucket: str) -> None:
+def test_creating_a_file_never_replaces_one(bucket: str) -> None:
     uri = f"{bucket}/new"
     assert storage.create_bytes(uri, b"1")
     assert not storage.create_bytes(uri, b"2")
     assert storage.read_bytes(uri) == b"1"
 
 
-def test_a_store_without_conditional_writes_is_asked_first(bucket: str, proxy: FaultProxy) -> None:
+def test_in_a_store_without_conditional_writes_creating_checks_first(bucket: str, proxy: FaultProxy) -> None:
     uri = f"{bucket}/asked"
     for content, is_created in ((b"1", True), (b"2", False)):
         proxy.forget()
-        proxy.set_rules(Rule(Action.NOT_IMPLEMENTED, "PUT", times=1))  # the one with the condition
+        proxy.set_rules(Rule(Action.NOT_IMPLEMENTED, "PUT", times=1))  # The conditional PUT.
         assert storage.create_bytes(uri, content) is is_created
         operations = [request.operation for request in proxy.requests]
         assert operations == ["PUT", "HEAD", "PUT"][: 3 if is_created else 2]
     assert storage.read_bytes(uri) == b"1"
 
 
-def test_a_parquet_file_is_read_whole_by_one_request(bucket: str, proxy: FaultProxy) -> None:
+def test_a_whole_parquet_file_is_read_with_one_request(bucket: str, proxy: FaultProxy) -> None:
     buffer = io.BytesIO()
     table = pa.table({name: range(100) for name in "abc"})
     pq.write_table(table, buffer, write_page_checksum=True)
@@ -126,7 +126,7 @@ def test_a_parquet_file_is_read_whole_by_one_request(bucket: str, proxy: FaultPr
     assert storage.read_columns(f"{bucket}/table.parquet", ["b"]) == table.select(["b"])
 
 
-def test_parts_are_read_without_the_whole(bucket: str, proxy: FaultProxy) -> None:
+def test_parts_of_a_file_are_read_by_position(bucket: str, proxy: FaultProxy) -> None:
     uri = f"{bucket}/parts"
     content = os.urandom(1_000_000)
     storage.write_bytes(uri, content)
@@ -139,37 +139,37 @@ def test_parts_are_read_without_the_whole(bucket: str, proxy: FaultProxy) -> Non
         storage.open_for_reading(f"{bucket}/none")
 
 
-def test_another_content_under_a_listed_name_is_refused(bucket: str) -> None:
+def test_a_file_that_changed_since_it_was_listed_is_refused(bucket: str) -> None:
     uri = f"{bucket}/changing"
     storage.write_bytes(uri, b"1")
     found = storage.find_file(uri)
     assert found is not None
     storage.write_bytes(uri, b"2")
-    with pytest.raises(ChangedFileError, match=r"changing has changed: its entity tag was \w+, and is \w+"):
+    with pytest.raises(ChangedFileError, match=r"changing has changed: its entity tag was \w+ and is now \w+"):
         storage.read_bytes(uri, found.etag)
 
 
 @pytest.mark.parametrize("action", [a for a in Action if a is Action.UNAVAILABLE or a not in REFUSALS])
-def test_troubles_that_pass_are_retried(bucket: str, proxy: FaultProxy, action: Action) -> None:
+def test_transient_errors_are_retried(bucket: str, proxy: FaultProxy, action: Action) -> None:
     proxy.set_rules(Rule(action, "PUT", times=2), Rule(action, "GET", times=2))
     content = os.urandom(5000)
     storage.write_bytes(f"{bucket}/retried", content)
     assert storage.read_bytes(f"{bucket}/retried") == content
     assert proxy.count("PUT") == 3
     assert proxy.count("GET") == 3
-    if action is not Action.FLIP_BYTE:  # nothing of a listing is checked but its form
+    if action is not Action.FLIP_BYTE:  # A flipped byte in a listing is detected only if the XML becomes invalid.
         proxy.set_rules(Rule(action, "LIST", times=2))
         assert len(list(storage.list_files(f"{bucket}/in"))) == len(KEYS)
         assert proxy.count("LIST") == 3
 
 
-def test_a_store_whose_tags_are_no_md5_can_be_read(
+def test_the_md5_check_can_be_disabled_for_stores_with_other_entity_tags(
     bucket: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage.write_bytes(f"{bucket}/tag", b"abcd")
     proxy.set_rules(Rule(Action.FLIP_BYTE, "GET"))
     monkeypatch.setattr("segray.storage.store.RETRY_FOR_S", 1)
-    with pytest.raises(StorageError, match=r"tag: damaged on the way: .*needs SEGRAY_S3_CHECK_MD5=0"):
+    with pytest.raises(StorageError, match=r"tag: corrupted in transit: .*set SEGRAY_S3_CHECK_MD5=0"):
         storage.read_bytes(f"{bucket}/tag")
     monkeypatch.setenv("SEGRAY_S3_CHECK_MD5", "0")
     assert storage.read_bytes(f"{bucket}/tag") == b"abbd"
@@ -192,13 +192,13 @@ def test_a_refusal_is_not_retried(bucket: str, proxy: FaultProxy, action: Action
         assert [request.operation for request in proxy.requests] == [operation]
 
 
-def test_a_store_that_is_down_is_named_after_half_a_minute(
+def test_an_unavailable_store_is_reported_after_the_retries(
     bucket: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("segray.storage.store.RETRY_FOR_S", 2)
     proxy.set_rules(Rule(Action.UNAVAILABLE))
     begin = time.monotonic()
-    with pytest.raises(StorageError, match=r"the store answers 503 SlowDown \(\d+ attempts in 2 s\); once the store"):
+    with pytest.raises(StorageError, match=r"the store answered 503 SlowDown \(\d+ attempts in 2 s\); to resume once"):
         storage.read_bytes(f"{bucket}/in/a.png")
     assert time.monotonic() - begin < 10
     assert proxy.count("GET") > 3
@@ -207,18 +207,18 @@ def test_a_store_that_is_down_is_named_after_half_a_minute(
 @pytest.mark.parametrize(
     ("change", "uri", "message"),
     [
-        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "in", r"credentials are refused \(SignatureDoesNotMatch\)"),
+        ({"AWS_SECRET_ACCESS_KEY": "wrong"}, "in", r"credentials were refused \(SignatureDoesNotMatch\)"),
         ({"AWS_PROFILE": "nobody"}, "in", r"no usable credentials: .*\(nobody\) could not be found"),
         ({"AWS_SHARED_CREDENTIALS_FILE": "{garbage}"}, "in", "no usable credentials: Unable to parse"),
         ({"AWS_SHARED_CREDENTIALS_FILE": "/nowhere"}, "in", "no usable credentials: Unable to locate credentials"),
         ({}, "../nobucket", "no such bucket: nobucket; check its name and AWS_ENDPOINT_URL"),
         ({}, "../No_Bucket!", "Invalid bucket name"),
-        ({}, "nowhere", "nothing is there; check the spelling"),
-        ({"AWS_REGION": "eu-west-1"}, "in", None),  # boto3 asks again where the store says
+        ({}, "nowhere", "no such folder or prefix; check the spelling"),
+        ({"AWS_REGION": "eu-west-1"}, "in", None),  # boto3 repeats the request in the region that the store names.
     ],
     ids=["secret", "profile", "garbage", "none", "bucket", "name", "prefix", "region"],
 )
-def test_what_a_user_gets_wrong_is_one_line(
+def test_a_mistake_of_the_user_becomes_one_line(
     bucket: str, tmp_path_factory: pytest.TempPathFactory, change: dict[str, str], uri: str, message: str | None
 ) -> None:
     garbage = tmp_path_factory.mktemp("aws") / "garbage"
@@ -240,7 +240,7 @@ def test_what_a_user_gets_wrong_is_one_line(
     assert re.match(rf"error: cannot list {re.escape(where)}/?: .*{message}", done.stderr), done.stderr
 
 
-def test_endpoint_and_region_of_a_profile_hold_for_reading_and_for_checkpoints(
+def test_endpoint_and_region_of_a_profile_apply_to_files_and_to_checkpoints(
     bucket: str, proxy: FaultProxy, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     services = f"[services here]\ns3 =\n  endpoint_url = {proxy.endpoint}\n"

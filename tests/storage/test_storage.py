@@ -1,4 +1,4 @@
-"""Files by URI: odd names, atomic writes, one line for every refusal."""
+"""Tests of segray.storage on a local disk: odd names, atomic writes, one line for every error."""
 
 import errno
 import os
@@ -23,21 +23,21 @@ def test_odd_names_are_listed_read_and_written(tmp_path: Path) -> None:
     assert all(storage.read_bytes(uri).decode() == uri.removeprefix(f"{tmp_path}/") for uri in listed)
 
 
-def test_uris_have_one_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_uris_are_normalized_to_one_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     for spelling in ("x y", "./x y", str(tmp_path / "x y"), f"file://{tmp_path}/x%20y", f"{tmp_path}/x y/"):
         assert storage.normalize_uri(spelling) == str(tmp_path / "x y")
     assert storage.normalize_uri("s3://bucket/a%20b/") == "s3://bucket/a%20b"
 
 
-def test_extensions_are_taken_in_any_case(tmp_path: Path) -> None:
+def test_extensions_are_compared_case_insensitively(tmp_path: Path) -> None:
     for name in ("a.PNG", "b.jpg", "c.txt", "png"):
         (tmp_path / name).touch()
     found = {storage.get_file_name(file.uri) for file in storage.list_files(str(tmp_path), ["png", "jpg"])}
     assert found == {"a.PNG", "b.jpg"}
 
 
-def test_a_write_replaces_whole_and_leaves_nothing_beside(tmp_path: Path) -> None:
+def test_a_write_replaces_the_whole_file_and_leaves_no_other(tmp_path: Path) -> None:
     uri = str(tmp_path / "new" / "file")
     storage.write_bytes(uri, b"first, longer")
     storage.write_bytes(uri, b"second")
@@ -59,7 +59,7 @@ def test_a_failed_write_changes_nothing(tmp_path: Path, monkeypatch: pytest.Monk
     assert storage.list_names(str(tmp_path)) == {"file"}
 
 
-def test_what_is_not_there_is_named(tmp_path: Path) -> None:
+def test_a_missing_file_or_folder_is_named(tmp_path: Path) -> None:
     gone = str(tmp_path / "gone")
     with pytest.raises(MissingFileError, match=f"cannot read {gone}"):
         storage.read_bytes(gone)
@@ -83,13 +83,15 @@ def test_an_unknown_store_is_named() -> None:
         storage.read_bytes("nostore://x/y")
 
 
-def test_s3_keys_are_taken_as_they_are() -> None:
+def test_s3_keys_are_not_decoded() -> None:
     assert storage.split_uri("s3://bucket/a%20b #1?.png") == ("s3", "bucket", "a%20b #1?.png")
     assert storage.split_uri("s3://bucket/a//b/") == ("s3", "bucket", "a//b")
     assert storage.split_uri("s3://bucket") == ("s3", "bucket", "")
 
 
-def test_creating_never_replaces_with_and_without_second_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_creating_never_replaces_a_file_with_or_without_hard_links(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name in ("linked", "copied"):
         uri = str(tmp_path / name)
         assert storage.create_bytes(uri, b"1")
@@ -97,40 +99,38 @@ def test_creating_never_replaces_with_and_without_second_names(tmp_path: Path, m
         assert storage.read_bytes(uri) == b"1"
 
         def refuse(source: object, target: object) -> None:
-            raise OSError(errno.EPERM, "no second names here")
+            raise OSError(errno.EPERM, "no hard links here")
 
         monkeypatch.setattr("os.link", refuse)
     assert storage.list_names(str(tmp_path)) == {"linked", "copied"}
 
 
-def test_a_file_that_is_written_while_it_is_read_has_no_known_content(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_written_during_a_read_has_another_entity_tag(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"1")
     found = storage.find_file(str(path))
     assert found is not None
     assert storage.read_bytes(str(path), found.etag) == b"1"
     real = os.fstat
-    looks: list[int] = []
+    calls: list[int] = []
 
-    def write_after_the_first_look(descriptor: int) -> os.stat_result:
+    def write_after_the_first_call(descriptor: int) -> os.stat_result:
         status = real(descriptor)
-        looks.append(descriptor)
-        if len(looks) == 1:
+        calls.append(descriptor)
+        if len(calls) == 1:
             path.write_bytes(b"22")
-            looks.append(descriptor)  # writing looks as well
+            calls.append(descriptor)  # Writing calls fstat as well.
         return status
 
-    monkeypatch.setattr("os.fstat", write_after_the_first_look)
-    with pytest.raises(ChangedFileError, match=r"has changed: its entity tag was .* and is .* to "):
+    monkeypatch.setattr("os.fstat", write_after_the_first_call)
+    with pytest.raises(ChangedFileError, match=r"has changed: its entity tag was .* and is now .* to "):
         storage.read_bytes(str(path), found.etag)
     monkeypatch.undo()
     with pytest.raises(ChangedFileError, match="has changed: its entity tag was"):
         storage.read_bytes(str(path), found.etag)
 
 
-def test_links_are_followed_once(tmp_path: Path) -> None:
+def test_symbolic_links_are_followed_without_loops(tmp_path: Path) -> None:
     (tmp_path / "in" / "sub").mkdir(parents=True)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "b.png").touch()
@@ -144,12 +144,12 @@ def test_links_are_followed_once(tmp_path: Path) -> None:
     assert storage.list_names(str(tmp_path / "in"), folders=True) == {"sub"}
 
 
-@pytest.mark.parametrize("in_the_way", ["file", "link", "folder"])
-def test_what_is_in_the_way_is_not_taken_for_the_file(tmp_path: Path, in_the_way: str) -> None:
+@pytest.mark.parametrize("obstacle", ["file", "link", "folder"])
+def test_creating_a_file_at_an_unusable_path_is_refused(tmp_path: Path, obstacle: str) -> None:
     uri = str(tmp_path / "out" / "part")
-    if in_the_way == "file":
+    if obstacle == "file":
         (tmp_path / "out").touch()
-    elif in_the_way == "link":
+    elif obstacle == "link":
         (tmp_path / "out").symlink_to(tmp_path / "unmounted")
     else:
         (tmp_path / "out" / "part").mkdir(parents=True)
@@ -157,7 +157,7 @@ def test_what_is_in_the_way_is_not_taken_for_the_file(tmp_path: Path, in_the_way
         storage.create_bytes(uri, b"")
 
 
-def test_leftovers_of_killed_writers_are_swept_when_they_are_old(tmp_path: Path) -> None:
+def test_only_old_temporary_files_of_killed_writers_are_removed(tmp_path: Path) -> None:
     old, new, other = (tmp_path / name for name in (".part-1.parquet.x.tmp", ".part-2.parquet.y.tmp", "part-3.parquet"))
     for path in (old, new, other):
         path.touch()
@@ -167,14 +167,14 @@ def test_leftovers_of_killed_writers_are_swept_when_they_are_old(tmp_path: Path)
     assert set(tmp_path.iterdir()) == {new, other}
 
 
-def test_a_listing_in_no_order_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_an_unsorted_listing_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     files = [storage.StoredFile(f"{tmp_path}/{name}.png", 1, None, 0) for name in "ba"]
     monkeypatch.setattr("segray.storage.local.LocalStore.list", lambda *arguments: iter(files))
-    with pytest.raises(StorageError, match=r"a\.png came after .*b\.png, expected sorted keys; use a manifest"):
+    with pytest.raises(StorageError, match=r"returned .*a\.png after .*b\.png, expected sorted keys; use a manifest"):
         list(storage.list_files(str(tmp_path)))
 
 
-def test_columns_are_read_again_when_a_page_is_damaged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_columns_are_read_again_if_a_page_checksum_is_wrong(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "table.parquet"
     table = pa.table({"x": pa.array(range(20_000), pa.int64()), "y": ["a"] * 20_000})
     pq.write_table(table, path, compression="none", use_dictionary=False, write_page_checksum=True)
@@ -197,10 +197,10 @@ def test_columns_are_read_again_when_a_page_is_damaged(tmp_path: Path, monkeypat
         storage.read_columns(str(path), ["x"])
 
 
-def test_a_folder_is_removed_with_all_that_is_in_it_and_nothing_beside(tmp_path: Path) -> None:
+def test_a_folder_is_removed_with_its_contents_only(tmp_path: Path) -> None:
     for name in ("run/a.bin", "run/sub/b c.bin", "run/.hidden", "runner/c.bin"):
         storage.write_bytes(str(tmp_path / name), b"1")
     storage.remove_folder(str(tmp_path / "run"))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["runner"]
-    storage.remove_folder(str(tmp_path / "run"))  # it is no error if it is not there
+    storage.remove_folder(str(tmp_path / "run"))  # Removing a missing folder is not an error.
     assert (tmp_path / "runner" / "c.bin").exists()

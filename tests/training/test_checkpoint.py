@@ -1,5 +1,7 @@
-"""Checkpoints: what is read is what was written, and what is damaged is passed over and said."""
+"""Checkpoints: save and load, selection of the newest and the best, damage, and removal of old ones."""
 
+import hashlib
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,7 +55,7 @@ def name_folder(run: Path, step: int) -> Path:
 
 @pytest.fixture
 def run(tmp_path: Path) -> Path:
-    """Three epochs, of which the second was best, with Ray Train's own file beside."""
+    """A run of three epochs, of which the second has the highest score, and Ray Train's own list of checkpoints."""
     for step, scores in ((1, [0.1]), (2, [0.1, 0.5]), (3, [0.1, 0.5, 0.3])):
         save_state(str(name_folder(tmp_path, step)), make_state(step, scores))
     (tmp_path / "checkpoint_manager_snapshot.json").touch()
@@ -67,7 +69,12 @@ def damage(run: Path, step: int, name: str = "state.safetensors", position: int 
     path.write_bytes(content)
 
 
-def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
+def pack_index(text: str) -> str:
+    """Return the content of a checkpoint.json with a correct sha256."""
+    return json.dumps({"index_sha256": hashlib.sha256(text.encode()).hexdigest(), "index": text})
+
+
+def test_loading_returns_the_saved_state(tmp_path: Path) -> None:
     state = make_state(3, [0.25, 1 / 3], [0.5, 0.25])
     save_state(str(tmp_path), state)
     loaded = load_state(str(tmp_path))
@@ -85,21 +92,21 @@ def test_what_is_read_is_what_was_written(tmp_path: Path) -> None:
             assert torch.equal(loaded.optimizer["state"][parameter][name], value)
 
 
-def test_averaged_weights_are_those_that_count(tmp_path: Path) -> None:
+def test_averaged_weights_are_preferred(tmp_path: Path) -> None:
     state = make_state(1, [0.5])
     assert state.weights is state.average
 
 
-def test_newest_and_best(run: Path) -> None:
-    heard: list[str] = []
-    newest = find_newest_state(str(run), heard.append)
+def test_newest_and_best_checkpoint(run: Path) -> None:
+    warnings: list[str] = []
+    newest = find_newest_state(str(run), warnings.append)
     assert newest is not None
     assert newest[1].num_steps_done == 3
-    assert find_best_state(str(run), heard.append).num_steps_done == 2
-    assert heard == []
+    assert find_best_state(str(run), warnings.append).num_steps_done == 2
+    assert warnings == []
 
 
-def test_a_checkpoint_in_mid_epoch_is_newest_and_never_best(run: Path) -> None:
+def test_a_checkpoint_in_mid_epoch_can_be_newest_but_not_best(run: Path) -> None:
     save_state(str(name_folder(run, 4)), make_state(4, [0.1, 0.5, 0.9], [0.7]))
     newest = find_newest_state(str(run), print)
     assert newest is not None
@@ -108,58 +115,92 @@ def test_a_checkpoint_in_mid_epoch_is_newest_and_never_best(run: Path) -> None:
     assert find_best_state(str(run), print).num_steps_done == 2
 
 
-def test_an_epoch_that_was_not_evaluated_is_never_best(run: Path) -> None:
+def test_an_epoch_without_evaluation_is_never_best(run: Path) -> None:
     save_state(str(name_folder(run, 4)), make_state(4, [0.1, 0.5, 0.3, None]))
     assert find_best_state(str(run), print).num_steps_done == 2
     assert len(find_newest_history(str(run))) == 4
 
 
-def test_the_latest_of_equals_is_the_best_as_it_is_what_ray_keeps(run: Path) -> None:
+def test_the_best_of_equal_scores_is_the_latest(run: Path) -> None:
     for step in (1, 3):
         save_state(str(name_folder(run, step)), make_state(step, [0.1] * (step - 1) + [0.5]))
     assert find_best_state(str(run), print).num_steps_done == 3
 
 
-def test_a_damaged_one_is_passed_over_and_said(run: Path) -> None:
-    heard: list[str] = []
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(run: Path) -> None:
+    warnings: list[str] = []
     damage(run, 3)
-    newest = find_newest_state(str(run), heard.append)
+    newest = find_newest_state(str(run), warnings.append)
     assert newest is not None
     assert newest[1].num_steps_done == 2
-    assert len(heard) == 1
-    assert "passing over a damaged checkpoint" in heard[0]
-    assert "000000003" in heard[0]
+    assert len(warnings) == 1
+    assert "skipping a damaged checkpoint" in warnings[0]
+    assert "000000003" in warnings[0]
     damage(run, 2)
-    assert find_best_state(str(run), heard.append).num_steps_done == 1
+    assert find_best_state(str(run), warnings.append).num_steps_done == 1
 
 
 @pytest.mark.parametrize("position", [0, 30, 90, 400, 10**9])
-def test_a_flipped_bit_anywhere_in_the_index_is_seen(run: Path, position: int) -> None:
-    heard: list[str] = []
+def test_a_flipped_bit_anywhere_in_the_index_is_detected(run: Path, position: int) -> None:
+    warnings: list[str] = []
     damage(run, 3, "checkpoint.json", position)
-    newest = find_newest_state(str(run), heard.append)
+    newest = find_newest_state(str(run), warnings.append)
     assert newest is not None
     assert newest[1].num_steps_done == 2
-    assert len(heard) == 1
+    assert len(warnings) == 1
 
 
-def test_an_upload_that_broke_off_is_passed_over(run: Path) -> None:
-    heard: list[str] = []
+@pytest.mark.parametrize(
+    "content",
+    ["[]", '"text"', '{"index": "{}"}', '{"index": {}, "index_sha256": "0"}', pack_index("[]"), pack_index("{}")],
+)
+def test_a_file_that_is_not_an_index_is_skipped_with_a_warning(run: Path, content: str) -> None:
+    warnings: list[str] = []
+    (name_folder(run, 3) / "checkpoint.json").write_text(content)
+    newest = find_newest_state(str(run), warnings.append)
+    assert newest is not None
+    assert newest[1].num_steps_done == 2
+    assert len(warnings) == 1
+    assert "checkpoint.json is not a checkpoint index" in warnings[0]
+    assert "\n" not in warnings[0]
+
+
+def test_the_index_is_json_text_beside_its_sha256(run: Path) -> None:
+    """The format is part of every checkpoint that a run may be resumed from, so it must not change."""
+    content = json.loads((name_folder(run, 2) / "checkpoint.json").read_text())
+    assert content.keys() == {"index", "index_sha256"}
+    assert hashlib.sha256(content["index"].encode()).hexdigest() == content["index_sha256"]
+    index = json.loads(content["index"])
+    assert list(index) == [
+        "state_sha256",
+        "num_steps_done",
+        "optimizer_scalars",
+        "optimizer_groups",
+        "schedule",
+        "scaler",
+        "epoch_losses",
+        "history",
+    ]
+    assert index["history"] == [{"epoch": 1, "val_mean_iou": 0.1}, {"epoch": 2, "val_mean_iou": 0.5}]
+
+
+def test_an_interrupted_upload_is_skipped_with_a_warning(run: Path) -> None:
+    warnings: list[str] = []
     (name_folder(run, 3) / "checkpoint.json").write_text("{")
     (name_folder(run, 2) / "state.safetensors").unlink()
-    found = find_newest_state(str(run), heard.append)
+    found = find_newest_state(str(run), warnings.append)
     assert found is not None
     assert found[1].num_steps_done == 1
-    assert len(heard) == 2
+    assert len(warnings) == 2
 
 
-def test_no_checkpoint_at_all(tmp_path: Path) -> None:
+def test_a_run_without_checkpoints(tmp_path: Path) -> None:
     assert find_newest_state(str(tmp_path / "none"), print) is None
-    with pytest.raises(TrainingError, match="no whole checkpoint"):
+    with pytest.raises(TrainingError, match=r"no intact evaluated checkpoint under .*; choose another output"):
         find_best_state(str(tmp_path), print)
 
 
-def test_the_newest_two_and_the_best_are_kept(tmp_path: Path) -> None:
+def test_the_newest_two_and_the_best_checkpoints_are_kept(tmp_path: Path) -> None:
     scores = [0.5, 0.9, 0.3, 0.8, 0.1, 0.2]
     for step in range(1, 7):
         save_state(str(name_folder(tmp_path, step)), make_state(step, scores[:step]))
@@ -168,14 +209,14 @@ def test_the_newest_two_and_the_best_are_kept(tmp_path: Path) -> None:
     assert kept == [2, 4, 5, 6]
 
 
-def test_what_old_broken_uploads_have_left_is_removed(run: Path) -> None:
+def test_interrupted_uploads_older_than_the_kept_checkpoints_are_removed(run: Path) -> None:
     save_state(str(name_folder(run, 4)), make_state(4, [0.1, 0.5, 0.3, 0.2]))
     (name_folder(run, 1) / "checkpoint.json").unlink()
     remove_surplus(str(run), num_best=1)
     assert [load_state(uri).num_steps_done for uri in list_checkpoints(str(run))] == [2, 3, 4]
 
 
-def test_what_a_broken_upload_left_is_not_taken_for_one_of_those_kept(run: Path) -> None:
+def test_an_interrupted_upload_does_not_count_as_one_of_the_newest_two(run: Path) -> None:
     (name_folder(run, 3) / "checkpoint.json").unlink()
     remove_surplus(str(run), num_best=1)
     assert sorted(path.name[11:20] for path in run.glob("checkpoint_*_*") if path.is_dir()) == [

@@ -1,4 +1,4 @@
-"""Real ranks with gloo against one process: the same loss, the same gradients, the same bits after a restart."""
+"""Several gloo ranks compared with a single process: equal losses, gradients and scores, and exact resumption."""
 
 import copy
 from pathlib import Path
@@ -17,9 +17,9 @@ from segray.data.preprocessing import Preprocessing
 from segray.models.build import build_model
 from segray.models.sync_batchnorm import synchronise_norms
 from segray.training.worker.evaluation import add_over_ranks, compute_scores, evaluate
-from segray.training.worker.feed import iterate_evaluation
+from segray.training.worker.feed import RankShare, iterate_evaluation
 from segray.training.worker.sample_store import SampleStore
-from segray.training.worker.steps import NonFiniteLossError, settle_gradient_buckets, train_step
+from segray.training.worker.steps import NonFiniteLossError, rebuild_gradient_buckets, train_step
 from tests.conftest import PET_CLASSES
 from tests.training.worker.learner import CPU, build_network, make_batch, make_learner, split
 
@@ -36,11 +36,11 @@ def build_normalised_network() -> nn.Module:
 
 
 def train(network: nn.Module, steps: range, rank: int = 0, world_size: int = 1, num_parts: int = 1) -> list[float]:
-    """Take steps with a rank's share of each global batch; shares are uneven where it cannot be shared evenly."""
+    """Train on a rank's share of each global batch; shares are uneven if the batch cannot be divided evenly."""
     replica: nn.Module = network
     if world_size > 1:
         replica = DistributedDataParallel(network)
-        settle_gradient_buckets(replica, CPU)
+        rebuild_gradient_buckets(replica, CPU)
         replica.train()  # type: ignore[no-untyped-call]
     learner = make_learner(replica, torch.optim.SGD(network.parameters(), 0.05), TERMS, max_gradient_norm=0.5)
     losses = []
@@ -51,7 +51,7 @@ def train(network: nn.Module, steps: range, rank: int = 0, world_size: int = 1, 
 
 
 def fail_on_one_rank(rank: int, world_size: int) -> tuple[str, bool]:
-    """Return the error of a step whose loss is NaN on the last rank only, and whether the weights stayed."""
+    """Return the error of a step whose loss is NaN on the last rank only, and whether the weights are unchanged."""
     network = build_network()
     replica = DistributedDataParallel(network)
     if rank == world_size - 1:
@@ -66,7 +66,7 @@ def fail_on_one_rank(rank: int, world_size: int) -> tuple[str, bool]:
 
 
 def score(folder: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
-    """Return the scores of 101 images."""
+    """Return the scores on 101 images, of which this rank evaluates its share."""
     torch.manual_seed(0)
     model = build_model(ModelConfig(), 3)
     samples = [
@@ -76,10 +76,8 @@ def score(folder: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
         samples,
         SampleStore(PET_CLASSES, 0),
         (32, 32),
-        batch_size=7,
-        world_rank=rank,
-        world_size=world_size,
-        num_threads=1,
+        7,
+        RankShare(rank, world_size),
     )
     counts = evaluate(model, batches, classes=PET_CLASSES, preprocessing=Preprocessing(), device=CPU, precision="fp32")
     return compute_scores(add_over_ranks(counts))
@@ -89,10 +87,10 @@ def run_rank(rank: int, world_size: int, folder: Path) -> None:
     torch.set_num_threads(1)
     init = f"file://{folder}/init{world_size}"
     distributed.init_process_group("gloo", init, rank=rank, world_size=world_size)
-    unbroken = build_network()
-    result: dict[str, Any] = {"losses": train(unbroken, range(NUM_STEPS), rank, world_size)}
-    again = build_network()
-    train(again, range(NUM_STEPS), rank, world_size)
+    uninterrupted = build_network()
+    result: dict[str, Any] = {"losses": train(uninterrupted, range(NUM_STEPS), rank, world_size)}
+    repeated = build_network()
+    train(repeated, range(NUM_STEPS), rank, world_size)
     resumed = build_network()
     train(resumed, range(13), rank, world_size)
     restarted = build_network()
@@ -103,8 +101,8 @@ def run_rank(rank: int, world_size: int, folder: Path) -> None:
     normalised = build_normalised_network()
     result["normalised_losses"] = train(normalised, range(NUM_STEPS), rank, world_size)
     for name, network in {
-        "unbroken": unbroken,
-        "again": again,
+        "uninterrupted": uninterrupted,
+        "repeated": repeated,
         "restarted": restarted,
         "in_parts": in_parts,
         "normalised": normalised,
@@ -118,7 +116,7 @@ def run_rank(rank: int, world_size: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """101 images of differing sizes."""
+    """A folder of 101 images of different sizes, and their masks."""
     folder = tmp_path_factory.mktemp("ranks")
     rng = np.random.default_rng(0)
     for number in range(NUM_IMAGES):
@@ -136,13 +134,13 @@ def ranks(request: pytest.FixtureRequest, folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
-def alone() -> tuple[nn.Module, list[float]]:
+def single_process() -> tuple[nn.Module, list[float]]:
     network = build_network()
     return network, train(network, range(NUM_STEPS))
 
 
 @pytest.fixture(scope="module")
-def alone_normalised() -> tuple[nn.Module, list[float]]:
+def single_process_normalised() -> tuple[nn.Module, list[float]]:
     network = build_normalised_network()
     return network, train(network, range(NUM_STEPS))
 
@@ -152,41 +150,45 @@ def assert_same_bits(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor
     assert all(torch.equal(one[name], other[name]) for name in one)
 
 
-def test_ranks_learn_what_one_process_learns(ranks: list[dict[str, Any]], alone: tuple[nn.Module, list[float]]) -> None:
-    network, losses = alone
+def test_ranks_learn_the_same_as_a_single_process(
+    ranks: list[dict[str, Any]], single_process: tuple[nn.Module, list[float]]
+) -> None:
+    network, losses = single_process
     for rank in ranks:
         np.testing.assert_allclose(rank["losses"], losses, atol=1e-4)
         for name, expected in network.state_dict().items():
-            torch.testing.assert_close(rank["unbroken"][name], expected, rtol=1e-3, atol=1e-5)
+            torch.testing.assert_close(rank["uninterrupted"][name], expected, rtol=1e-3, atol=1e-5)
 
 
-def test_with_synchronised_batchnorm_too(
-    ranks: list[dict[str, Any]], alone_normalised: tuple[nn.Module, list[float]]
+def test_ranks_with_sync_batchnorm_learn_the_same_as_a_single_process(
+    ranks: list[dict[str, Any]], single_process_normalised: tuple[nn.Module, list[float]]
 ) -> None:
-    network, losses = alone_normalised
+    network, losses = single_process_normalised
     for rank in ranks:
         np.testing.assert_allclose(rank["normalised_losses"], losses, atol=1e-4)
         for name, expected in network.state_dict().items():
             torch.testing.assert_close(rank["normalised"][name], expected, rtol=1e-2, atol=2e-3)
 
 
-def test_the_same_seed_and_world_size_is_the_same_bits_after_thirty_steps(ranks: list[dict[str, Any]]) -> None:
+def test_weights_are_identical_after_thirty_steps_with_the_same_seed_and_world_size(
+    ranks: list[dict[str, Any]],
+) -> None:
     for rank in ranks:
-        assert_same_bits(rank["again"], ranks[0]["unbroken"])
+        assert_same_bits(rank["repeated"], ranks[0]["uninterrupted"])
 
 
-def test_a_restart_changes_no_bit(ranks: list[dict[str, Any]]) -> None:
+def test_weights_are_identical_after_a_restart(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
-        assert_same_bits(rank["restarted"], ranks[0]["unbroken"])
+        assert_same_bits(rank["restarted"], ranks[0]["uninterrupted"])
 
 
-def test_accumulation_on_every_rank_is_equal_to_the_larger_batch(ranks: list[dict[str, Any]]) -> None:
+def test_gradient_accumulation_on_every_rank_equals_the_larger_batch(ranks: list[dict[str, Any]]) -> None:
     for rank in ranks:
-        for name, expected in rank["unbroken"].items():
+        for name, expected in rank["uninterrupted"].items():
             torch.testing.assert_close(rank["in_parts"][name], expected, rtol=1e-3, atol=1e-5)
 
 
-def test_evaluation_is_the_same_to_the_last_bit_and_no_image_is_dropped(
+def test_scores_are_identical_for_any_number_of_ranks_and_no_image_is_dropped(
     ranks: list[dict[str, Any]], folder: Path
 ) -> None:
     expected = score(folder)
@@ -196,5 +198,5 @@ def test_evaluation_is_the_same_to_the_last_bit_and_no_image_is_dropped(
         assert rank["scores"] == expected
 
 
-def test_a_loss_that_is_not_finite_on_one_rank_stops_all_before_the_weights_move(ranks: list[dict[str, Any]]) -> None:
+def test_a_non_finite_loss_on_one_rank_stops_all_ranks_and_no_weight_changes(ranks: list[dict[str, Any]]) -> None:
     assert [rank["failure"] for rank in ranks] == [("loss is nan", True)] * len(ranks)

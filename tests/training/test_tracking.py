@@ -1,4 +1,4 @@
-"""The history of a run, as a table and in the trackers that a user has chosen."""
+"""Metrics of a run in metrics.csv, TensorBoard and MLflow."""
 
 import csv
 import io
@@ -49,7 +49,7 @@ def read_csv(content: str) -> list[dict[str, str]]:
     return list(csv.DictReader(io.StringIO(content)))
 
 
-def test_each_score_stands_under_its_name_and_an_undefined_one_is_empty() -> None:
+def test_the_csv_has_a_column_per_score_and_empty_cells_where_undefined() -> None:
     first, second = read_csv(format_metrics_csv([NOT_EVALUATED, EVALUATED], CLASSES).decode())
     assert second["epoch"] == "2"
     assert second["val_mean_iou"] == "0.25"
@@ -61,12 +61,12 @@ def test_each_score_stands_under_its_name_and_an_undefined_one_is_empty() -> Non
     assert first.keys() == second.keys()
 
 
-def test_metrics_csv_grows_by_epochs_in_their_order(tmp_path: Path, console: Console) -> None:
+def test_metrics_csv_holds_each_epoch_once_in_order(tmp_path: Path, console: Console) -> None:
     tracking = Tracking(make_config(tmp_path), CLASSES, str(tmp_path), console)
     tracking.log([NOT_EVALUATED])
     assert [row["epoch"] for row in read_csv((tmp_path / "metrics.csv").read_text())] == ["1"]
     tracking.log([EVALUATED])
-    tracking.log([NOT_EVALUATED])  # a start that went on tells all again
+    tracking.log([NOT_EVALUATED])  # A resumed run logs its earlier epochs again.
     assert [row["epoch"] for row in read_csv((tmp_path / "metrics.csv").read_text())] == ["1", "2"]
 
 
@@ -81,9 +81,9 @@ def read_tensorboard(folder: Path) -> Mapping[str, list[tuple[int, float]]]:
     }
 
 
-def test_tensorboard_has_every_figure_once_also_after_a_restart(tmp_path: Path, console: Console) -> None:
+def test_tensorboard_has_every_metric_once_even_after_a_restart(tmp_path: Path, console: Console) -> None:
     config = make_config(tmp_path, tensorboard=True)
-    for epochs in ([NOT_EVALUATED], [NOT_EVALUATED, EVALUATED]):  # a second start tells the whole history
+    for epochs in ([NOT_EVALUATED], [NOT_EVALUATED, EVALUATED]):  # The second start logs the complete history.
         with Tracking(config, CLASSES, str(tmp_path), console) as tracking:
             tracking.log(epochs)
     found = read_tensorboard(tmp_path / "tensorboard")
@@ -95,7 +95,7 @@ def test_tensorboard_has_every_figure_once_also_after_a_restart(tmp_path: Path, 
     } - {"epoch"}
 
 
-def test_mlflow_has_one_run_with_settings_and_every_figure_once(tmp_path: Path, console: Console) -> None:
+def test_mlflow_has_one_run_with_settings_and_every_metric_once(tmp_path: Path, console: Console) -> None:
     from mlflow import MlflowClient
 
     uri = f"sqlite:///{tmp_path / 'mlflow.db'}"
@@ -118,18 +118,20 @@ def test_mlflow_has_one_run_with_settings_and_every_figure_once(tmp_path: Path, 
     assert client.get_run(run.info.run_id).info.status == "FAILED"
 
 
-def test_a_tracker_that_fails_costs_no_run_and_is_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_failing_tracker_gives_one_warning_and_does_not_end_the_run(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with Tracking(make_config(tmp_path, tensorboard=True), CLASSES, str(tmp_path), Console(width=500)) as tracking:
-        (tmp_path / "tensorboard").write_text("in the way")
+        (tmp_path / "tensorboard").write_text("not a folder")
         tracking.log([NOT_EVALUATED])
         tracking.log([EVALUATED])
     (warning,) = [line for line in capsys.readouterr().out.splitlines() if "warning" in line]
     assert "TensorBoardTracker" in warning
-    assert "in the way" in warning
+    assert "exists already" in warning
     assert len(read_csv((tmp_path / "metrics.csv").read_text())) == 2
 
 
-def test_a_server_that_cannot_be_reached_is_an_error_before_training(
+def test_an_unreachable_server_is_an_error_before_training(
     tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "0")
@@ -142,7 +144,7 @@ def test_a_server_that_cannot_be_reached_is_an_error_before_training(
     ("module", "tracking", "extra"),
     [("torch.utils.tensorboard", {"tensorboard": True}, "tensorboard"), ("mlflow", {"mlflow_uri": "x"}, "mlflow")],
 )
-def test_a_package_that_is_not_there_is_named(
+def test_the_error_for_a_missing_package_names_the_extra_to_install(
     tmp_path: Path,
     console: Console,
     monkeypatch: pytest.MonkeyPatch,

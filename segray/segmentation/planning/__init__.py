@@ -1,1 +1,1 @@
-"""What a run works on: the listing of images, and the run folder it belongs to."""
+"""Planning of a run: listing of the input images, and binding of the output folder to the run."""

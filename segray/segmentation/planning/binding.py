@@ -1,17 +1,17 @@
-"""Binds an output folder to one run: freezes the listing, or holds that of today against the frozen one."""
+"""Binds an output folder to one run: freezes the listing of a new run, or compares it with that of an existing one."""
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory, gettempdir
-from typing import Any
 
 from rich.console import Console
 
 from segray.config import find_differences
 from segray.errors import DataError, RunMismatchError, StorageError, flatten_message
 from segray.results.summary import find_error_rows
+from segray.runs.fingerprint import build_mismatch_error
 from segray.runs.plan import (
     ListedImage,
     Plan,
@@ -23,14 +23,11 @@ from segray.runs.plan import (
     spool_plan,
 )
 from segray.runs.run_file import (
-    Fingerprint,
-    format_run,
-    get_plan,
+    RunFile,
+    RunFingerprint,
     get_run_uri,
     read_run,
-    refuse,
-    require_same_model,
-    warn_of_other_versions,
+    warn_of_changed_versions,
     write_if_changed,
 )
 from segray.segmentation.job import SegmentJob
@@ -38,150 +35,177 @@ from segray.segmentation.planning.changes import Changes, merge_listings
 from segray.segmentation.planning.inputs import Source, merge_sources
 from segray.storage import create_bytes, write_bytes
 
-_SHOW_EVERY = 10_000  # images
+_STATUS_INTERVAL_IMAGES = 10_000
 
 
 @dataclass(frozen=True)
 class BoundRun:
-    """An output folder and the run it belongs to.
+    """A run, and what is left to do of it.
 
     Attributes:
-        pending: Fragments that are to be made, in order.
-        replaced: Those of them that are there already, with error rows.
-        is_complete: Whether a call before this one has finished it, and nothing is to be made.
+        record: Content of ``run.json`` while the run is in progress.
+        has_truth: Whether any input comes with ground truth.
+        pending: Numbers of the fragments to process, ascending.
+        replaced: Those of them that exist already, with error rows, and are to be overwritten.
+        is_complete: Whether an earlier call completed the run and nothing is pending.
     """
 
-    fingerprint: Fingerprint
-    plan: Plan
+    record: RunFile
     has_truth: bool
     pending: list[int]
     replaced: frozenset[int]
     is_complete: bool
 
+    @property
+    def plan(self) -> Plan:
+        """The plan of the run."""
+        return self.record.plan
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What the current call asks for: its job, opened inputs, fingerprint, and where to show progress."""
+
+    job: SegmentJob
+    sources: list[Source]
+    fingerprint: RunFingerprint
+    console: Console
+
+    def start(self, plan: Plan) -> RunFile:
+        return RunFile.start(self.fingerprint, plan, self.job.inputs)
+
 
 def bind_run(
-    job: SegmentJob, sources: list[Source], bundle_sha256: str, require_bundle: Callable[[], object], console: Console
+    job: SegmentJob, sources: list[Source], bundle_sha256: str, check_bundle: Callable[[], object], console: Console
 ) -> BoundRun:
-    """Find out what is to be made in a folder; in a new one, freeze the listing first.
+    """Bind an output folder to a run and determine what is left to do; for a new run, freeze the listing first.
 
-    ``sources`` are what the job's image URIs stand for. ``require_bundle`` is called before the first thing is written,
-    and raises if the bundle is of no use.
+    Args:
+        job: The job, with normalized URIs.
+        sources: The opened inputs of the job.
+        bundle_sha256: sha256 of the bundle's manifest.
+        check_bundle: Raises if the bundle cannot be used; called before anything is written.
+        console: For progress and warnings.
 
     Raises:
-        RunMismatchError: The folder belongs to another run; names what differs.
-        SegrayError: The input is unusable, or the world failed.
+        RunMismatchError: The folder belongs to another run; names the differences.
+        DataError: The input has no images, or cannot be used.
+        StorageError: Environment error (permissions, network, disk).
     """
     output = job.output_uri
     has_truth = any(source.has_truth for source in sources)
-    config = {**job.settings.of_rows, "ground_truth": has_truth, "device": job.settings.device}
-    fingerprint = Fingerprint(bundle_sha256, config)
-    finished = list_finished_fragments(output)  # before run.json, without which no fragment is ever written
-    run = read_run(output)
+    config = {**job.settings.row_settings, "ground_truth": has_truth, "device": job.settings.device}
+    request = _Request(job, sources, RunFingerprint(bundle_sha256=bundle_sha256, config=config), console)
+    finished = list_finished_fragments(output)  # Before run.json, since no fragment is written without it.
+    recorded = read_run(output)
     errors: dict[int, list[str]] = {}
-    if run is None:
+    if recorded is None:
         if finished:
-            raise RunMismatchError(f"{output} holds rows but no run.json to say of what; choose another --output")
-        plan = _freeze(job, sources, fingerprint, require_bundle, console)
+            raise RunMismatchError(f"{output} holds rows, but no run.json says of which run; choose another --output")
+        plan = _freeze_plan(request, check_bundle)
         finished = list_finished_fragments(output)
     else:
-        require_same_model(run, bundle_sha256, config, output)
-        finished &= set(range(get_plan(run).num_fragments))
+        recorded.fingerprint.require_same(request.fingerprint, output)
+        finished &= set(range(recorded.plan.num_fragments))
         if job.settings.retry_errors:
             errors = find_error_rows(output, finished)
-        plan = _compare(job, run, sources, fingerprint, errors, console)
-        warn_of_other_versions(run, console)
+        plan = _compare_listing(request, recorded, errors)
+        warn_of_changed_versions(recorded, console)
+    record = request.start(plan)
     pending = (set(range(plan.num_fragments)) - finished) | errors.keys()
-    is_complete = run is not None and run["status"] == "complete" and not pending
-    if run is not None and pending:
-        require_bundle()
-        # else a retry that is cut off would leave a summary of the rows before it, and call that complete
-        write_if_changed(get_run_uri(output), format_run(fingerprint, plan, job.inputs, "running"))
-    return BoundRun(fingerprint, plan, has_truth, sorted(pending), frozenset(errors), is_complete)
+    is_complete = recorded is not None and recorded.status == "complete" and not pending
+    if recorded is not None and pending:
+        check_bundle()
+        # Otherwise an interrupted retry would leave a run that is marked complete with the summary of its old rows.
+        write_if_changed(get_run_uri(output), record.format())
+    return BoundRun(record, has_truth, sorted(pending), frozenset(errors), is_complete)
 
 
-def _freeze(
-    job: SegmentJob,
-    sources: list[Source],
-    fingerprint: Fingerprint,
-    require_bundle: Callable[[], object],
-    console: Console,
-) -> Plan:
+def _freeze_plan(request: _Request, check_bundle: Callable[[], object]) -> Plan:
+    """List the images of a new run, and write its plan and its ``run.json``."""
+    output = request.job.output_uri
     with _make_spool() as folder:
-        plan = _list(job, sources, Path(folder), console)
-        require_bundle()
-        save_plan(job.output_uri, plan, Path(folder))
-    # Whoever creates run.json has bound the folder; another driver that comes second joins the run or is refused. It is
-    # read back in any case: there are stores that take no notice of the condition "if there is none".
-    create_bytes(get_run_uri(job.output_uri), format_run(fingerprint, plan, job.inputs, "running"))
-    theirs = read_run(job.output_uri)
-    assert theirs is not None
-    require_same_model(theirs, fingerprint.bundle_sha256, fingerprint.config, job.output_uri)
-    if get_plan(theirs) != plan:
-        raise refuse(job.output_uri, "another listing, which another call froze in this moment")
+        plan = _spool_listing(request, Path(folder))
+        check_bundle()
+        save_plan(output, plan, Path(folder))
+    # The driver that creates run.json binds the folder; a concurrent driver joins the run or is refused. The file is
+    # read back in any case, because some stores ignore the condition "only if it does not exist".
+    create_bytes(get_run_uri(output), request.start(plan).format())
+    recorded = read_run(output)
+    assert recorded is not None
+    recorded.fingerprint.require_same(request.fingerprint, output)
+    if recorded.plan != plan:
+        raise build_mismatch_error(output, ["different listing, frozen by another process at the same time"])
     return plan
 
 
-def _compare(
-    job: SegmentJob,
-    run: dict[str, Any],
-    sources: list[Source],
-    fingerprint: Fingerprint,
-    errors: dict[int, list[str]],
-    console: Console,
-) -> Plan:
-    """Return the run's plan, brought up to date for its error rows if these are to be made again."""
-    output = job.output_uri
-    frozen = get_plan(run)
+def _compare_listing(request: _Request, recorded: RunFile, errors: dict[int, list[str]]) -> Plan:
+    """Return the plan of an existing run, with the present state of images that are error rows and to be retried.
+
+    ``errors`` are the URIs of these images by fragment.
+    """
+    job, output, frozen = request.job, request.job.output_uri, recorded.plan
     if not job.settings.relist:
-        theirs, mine = ({**inputs, "bundle": None} for inputs in (run["inputs"], job.inputs))
-        if differences := find_differences(theirs, mine):
-            raise refuse(output, "; ".join(differences))
+        then, now = ({**inputs, "bundle": None} for inputs in (recorded.inputs, job.inputs))
+        if differences := find_differences(then, now):
+            raise build_mismatch_error(output, differences)
         return frozen
     with _make_spool() as folder:
         present_folder, merged_folder = Path(folder, "present"), Path(folder, "merged")
-        present = _list(job, sources, present_folder, console)
+        present = _spool_listing(request, present_folder)
         if present.sha256 == frozen.sha256:
             if present == frozen:
-                save_plan(output, frozen, present_folder)  # should any of it have been lost
+                save_plan(output, frozen, present_folder)  # Restores plan files that were lost.
             return frozen
         changes = Changes()
-        mendable = {uri for uris in errors.values() for uri in uris}
+        retryable = {uri for uris in errors.values() for uri in uris}
         merged = merge_listings(
-            iterate_plan(output, frozen), iterate_spooled(present_folder, present), mendable, changes
+            iterate_plan(output, frozen), iterate_spooled(present_folder, present), retryable, changes
         )
         merged_folder.mkdir()
         plan = spool_plan(merged, merged_folder)
         if changes.first is not None:
-            raise refuse(output, str(changes), "to go on with the frozen listing --set segment.relist=false, or ")
+            remedy = "to keep the frozen listing, rerun with --set segment.relist=false"
+            raise build_mismatch_error(output, [str(changes)], remedy)
         save_plan(output, plan, merged_folder)
-    write_bytes(get_run_uri(output), format_run(fingerprint, plan, job.inputs, "running"))
+    write_bytes(get_run_uri(output), request.start(plan).format())
     return plan
 
 
 @contextmanager
 def _make_spool() -> Iterator[str]:
-    """Yield a folder of this machine for a plan to pass through."""
+    """Yield a temporary local folder for a plan.
+
+    Raises:
+        StorageError: The folder cannot be written, for example because the disk is full.
+    """
     try:
         with TemporaryDirectory(prefix="segray-plan-") as folder:
             yield folder
     except OSError as error:
         raise StorageError(
-            f"cannot write the plan to {gettempdir()} on its way: {flatten_message(error)}; free some space, or name "
-            "another folder in TMPDIR"
+            f"cannot write the plan to the temporary folder {gettempdir()}: {flatten_message(error)}; free disk space, "
+            "or set TMPDIR to another folder"
         ) from error
 
 
-def _list(job: SegmentJob, sources: list[Source], folder: Path, console: Console) -> Plan:
-    folder.mkdir(exist_ok=True)
-    with console.status("listing images") as status:
+def _spool_listing(request: _Request, folder: Path) -> Plan:
+    """List the images of the inputs, divide them into fragments, and write the plan to a local folder.
 
-        def watch(images: Iterable[ListedImage]) -> Iterator[ListedImage]:
+    Raises:
+        DataError: There are no images.
+    """
+    job = request.job
+    folder.mkdir(exist_ok=True)
+    with request.console.status("listing images") as status:
+
+        def show_progress(images: Iterable[ListedImage]) -> Iterator[ListedImage]:
             for number, image in enumerate(images):
-                if number % _SHOW_EVERY == 0 and number:
+                if number % _STATUS_INTERVAL_IMAGES == 0 and number:
                     status.update(f"listing images: {number:,}")
                 yield image
 
-        plan = spool_plan(cut_fragments(watch(merge_sources(sources)), job.settings), folder)
+        plan = spool_plan(cut_fragments(show_progress(merge_sources(request.sources)), job.settings), folder)
     if not plan.num_images:
         expected = ", ".join(f"*.{extension}" for extension in job.settings.extensions)
         raise DataError(

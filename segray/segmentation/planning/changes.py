@@ -1,4 +1,4 @@
-"""What is different between the listing that a run froze and the one of today."""
+"""Compares the frozen listing of a run with the present one."""
 
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
@@ -12,52 +12,52 @@ Planned = tuple[ListedImage, int]
 
 
 class Change(StrEnum):
-    """What became of an image since the run was planned."""
+    """How an image differs between the two listings."""
 
     ADDED = "added"
     REMOVED = "removed"
-    CHANGED = "changed"  # it, or its mask
+    CHANGED = "changed"  # the image or its mask
 
 
 @dataclass
 class Changes:
-    """Counts of changes, and the first of them."""
+    """Number of changes of each kind, and a description of the first one."""
 
     counts: Counter[Change] = field(default_factory=Counter)
     first: str | None = None
 
     def add(self, change: Change, uri: str) -> None:
-        """Count a change."""
+        """Count a change of the image at ``uri``."""
         self.counts[change] += 1
         self.first = self.first or f"{uri} was {change}"
 
     def __str__(self) -> str:
         counts = ", ".join(f"{self.counts[change]} {change}" for change in Change if self.counts[change])
-        return f"another listing: {counts}; {self.first}"
+        return f"different listing: {counts}; {self.first}"
 
 
 def merge_listings(
-    frozen: Iterable[Planned], present: Iterable[Planned], mendable: Collection[str], changes: Changes
+    frozen: Iterable[Planned], present: Iterable[Planned], retryable: Collection[str], changes: Changes
 ) -> Iterator[Planned]:
-    """Yield the frozen plan, with the present state of the images that may be mended.
+    """Yield the images of the frozen plan in their present state, and collect the changes that are not allowed.
 
     Args:
         frozen: The plan of the run, sorted by URI.
-        present: The listing of today, sorted by URI.
-        mendable: URIs of images whose change is wanted: they are error rows. One that is gone stays planned.
-        changes: Takes every other change.
+        present: The present listing, sorted by URI.
+        retryable: URIs of images that may change because they are error rows. One that was removed stays planned.
+        changes: Receives every change of other images.
     """
-    mine, others = iter(frozen), iter(present)
-    theirs = next(others, None)
-    for image, fragment in mine:
-        while theirs is not None and theirs[0].uri < image.uri:
-            changes.add(Change.ADDED, theirs[0].uri)
-            theirs = next(others, None)
-        found = theirs[0] if theirs is not None and theirs[0].uri == image.uri else None
+    others = iter(present)
+    other = next(others, None)
+    for image, fragment in frozen:
+        while other is not None and other[0].uri < image.uri:
+            changes.add(Change.ADDED, other[0].uri)
+            other = next(others, None)
+        found = other[0] if other is not None and other[0].uri == image.uri else None
         if found is not None:
-            theirs = next(others, None)
-        if found != image and image.uri not in mendable:
+            other = next(others, None)
+        if found != image and image.uri not in retryable:
             changes.add(Change.REMOVED if found is None else Change.CHANGED, image.uri)
         yield found or image, fragment
-    for added, _ in chain([theirs] if theirs is not None else [], others):
+    for added, _ in chain([other] if other is not None else [], others):
         changes.add(Change.ADDED, added.uri)

@@ -1,4 +1,4 @@
-"""Which images a run is about: folders, globs, single files, lists and manifests, as one sorted stream."""
+"""Lists the input images of a run (folders, globs, single files, text lists, manifests) as one stream sorted by URI."""
 
 import heapq
 import re
@@ -23,38 +23,38 @@ _MANIFEST_COLUMNS = {"mask_uri": pa.string(), "size_bytes": pa.int64(), "etag": 
 
 
 class Source(NamedTuple):
-    """One ``--images``: its images, sorted by URI, and whether they are to be scored."""
+    """The images of one ``--images`` argument, sorted by URI, and whether they come with ground truth."""
 
     images: Iterator[ListedImage]
     has_truth: bool
 
 
 def open_sources(image_uris: Sequence[str], mask_uris: Sequence[str], settings: SegmentSettings) -> list[Source]:
-    """Find out what each of the URIs stands for.
+    """Return one source for each image URI; folders are listed while the source is read.
 
     Args:
-        image_uris: Folders or prefixes, globs, single images, text lists (.txt), manifests (.csv, .parquet).
-        mask_uris: None, or for each of them the folder of ground truth, paired by path without extension.
-        settings: ``extensions``, ``recursive`` and ``split``.
+        image_uris: Folders or prefixes, globs, single images, text lists (.txt, .lst), manifests (.csv, .parquet, .pq).
+        mask_uris: Empty, or one folder of ground truth for each image URI; masks are paired by path without extension.
+        settings: ``extensions``, ``recursive`` and ``split`` are used.
 
     Raises:
-        ConfigError: Masks that cannot be paired.
-        DataError: A list or manifest that is none.
-        StorageError: Something is missing, or the store refused or failed.
+        ConfigError: The number of mask folders is wrong, or masks cannot be paired with a list.
+        DataError: A text list or manifest cannot be used.
+        StorageError: An input is missing, or the store refused the request or failed.
     """
     if mask_uris and len(mask_uris) != len(image_uris):
         raise ConfigError(
             f"got {len(image_uris)} --images and {len(mask_uris)} --masks; give one --masks for each --images, in order"
         )
-    masks_of = dict(enumerate(mask_uris))
-    return [_open_source(uri, masks_of.get(index), settings) for index, uri in enumerate(image_uris)]
+    masks_by_index = dict(enumerate(mask_uris))
+    return [_open_source(uri, masks_by_index.get(index), settings) for index, uri in enumerate(image_uris)]
 
 
 def _open_source(uri: str, masks_uri: str | None, settings: SegmentSettings) -> Source:
     if uri.lower().endswith(_TEXT_LIST + _MANIFEST) and find_file(uri):
         if masks_uri is not None:
             raise ConfigError(
-                f"--masks {masks_uri}: masks are found by the path below a folder, which the list {uri} has not; "
+                f"--masks {masks_uri}: masks are paired by their path below a folder, but {uri} is a list; "
                 "give a manifest with a column mask_uri"
             )
         table = _read_list(uri) if uri.lower().endswith(_TEXT_LIST) else _read_manifest(uri, settings.split)
@@ -64,14 +64,16 @@ def _open_source(uri: str, masks_uri: str | None, settings: SegmentSettings) -> 
 
 
 def _list_folder(uri: str, settings: SegmentSettings) -> tuple[str, Iterable[StoredFile]]:
-    """Return the files that a folder, a glob or a single image stands for, and the folder that paths are taken from."""
+    """Return the files of a folder, a glob or a single image, and the folder that their paths are relative to."""
     options: dict[str, Any] = {"extensions": settings.extensions, "recursive": settings.recursive}
     wildcard = _WILDCARD.search(uri)
     if _WILDCARD.search(split_uri(uri)[1]):
-        raise ConfigError(f"--images {uri}: a pattern in the bucket's name; give one --images for each bucket")
+        raise ConfigError(
+            f"--images {uri}: patterns are not allowed in bucket names; give one --images for each bucket"
+        )
     if uri.lower().endswith(tuple(f".{extension}" for extension in settings.extensions)) and (file := find_file(uri)):
         return uri.rpartition("/")[0], [file]
-    if wildcard and not _is_folder(uri):  # a folder may have such a name too
+    if wildcard and not _is_folder(uri):  # The name of a folder may contain wildcards too.
         root, _, start = uri[: wildcard.start()].rpartition("/")
         pattern = re.compile(glob_translate(uri))
         options["recursive"] = "/" in uri[wildcard.start() :] or "**" in uri
@@ -97,17 +99,17 @@ def _pair(files: Iterable[StoredFile], root: str, masks_uri: str | None) -> Iter
         yield ListedImage(file.uri, file.size_bytes, file.etag, *truth)
     if masks_uri is not None and num_images and not num_pairs:
         raise DataError(
-            f"no pairs: {num_images} images under {root}, {len(masks)} masks under {masks_uri}, and no path "
-            "without extension in common; give the folder in which each mask is named as its image"
+            f"no image has a mask: {num_images} images under {root} and {len(masks)} masks under {masks_uri} have no "
+            "path without extension in common; give the folder in which each mask has the name of its image"
         )
 
 
 def _read_list(uri: str) -> pa.Table:
-    """Read one URI a line; nothing but line ends is taken off, for keys may begin and end with anything."""
+    """Read one URI per line; only the line end is stripped, because keys may start and end with spaces."""
     try:
         lines = read_bytes(uri).decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
-        raise DataError(f"{uri}: expected UTF-8 text, one image URI a line: {error}") from error
+        raise DataError(f"{uri}: expected UTF-8 text with one image URI per line: {error}") from error
     uris = [line.removesuffix("\r") for line in lines]
     return _build_table(uri, [line for line in uris if line.strip()], {})
 
@@ -116,7 +118,7 @@ def _read_manifest(uri: str, split: str | None) -> pa.Table:
     table = read_manifest(uri)
     name = next((name for name in ("image_uri", "uri") if name in table.column_names), None)
     if name is None:
-        raise DataError(f"{uri}: expected a column image_uri; it has {', '.join(table.column_names)}")
+        raise DataError(f"{uri}: expected a column image_uri; the columns are {', '.join(table.column_names)}")
     try:
         if split is not None:
             if "split" not in table.column_names:
@@ -124,15 +126,15 @@ def _read_manifest(uri: str, split: str | None) -> pa.Table:
             table = table.filter(pc.equal(table["split"].cast(pa.string()), split))
         columns = {other: table[other] for other in _MANIFEST_COLUMNS if other in table.column_names}
         if "etag" in columns:
-            etag = pc.utf8_trim(columns["etag"].cast(pa.string()), '"')  # as HTTP writes them
+            etag = pc.utf8_trim(columns["etag"].cast(pa.string()), '"')  # HTTP writes entity tags in quotes.
             columns["etag"] = pc.if_else(pc.equal(etag, ""), pa.scalar(None, pa.string()), etag)
         return _build_table(uri, table[name].cast(pa.string()).to_pylist(), columns)
-    except (pa.ArrowException, KeyError) as error:  # a KeyError: a column that is there twice
-        raise DataError(f"{uri}: not a table of images: {flatten_message(error)}") from error
+    except (pa.ArrowException, KeyError) as error:  # KeyError: a column name occurs twice.
+        raise DataError(f"{uri}: cannot be read as a table of images: {flatten_message(error)}") from error
 
 
 def _build_table(where: str, uris: list[str | None], columns: Mapping[str, pa.ChunkedArray]) -> pa.Table:
-    """Return the rows of a list, sorted by URI."""
+    """Return the rows of a list or manifest, sorted by URI."""
     names: dict[str, list[str | None]] = {"uri": uris}
     if "mask_uri" in columns:
         names["mask_uri"] = columns["mask_uri"].to_pylist()
@@ -150,7 +152,7 @@ def _normalize(uris: list[str | None], column: str, where: str) -> Iterator[str 
     for number, uri in enumerate(uris, start=1):
         if not uri:
             if column == "uri":
-                raise DataError(f"{where}: row {number} names no image; fill it in or remove the row")
+                raise DataError(f"{where}: row {number} has no image URI; fill it in or remove the row")
             yield None
             continue
         if is_submitted_job():
@@ -167,7 +169,7 @@ def merge_sources(sources: Sequence[Source]) -> Iterator[ListedImage]:
     """Yield the images of all sources, sorted by URI, each once.
 
     Raises:
-        DataError: An image is named with two masks.
+        DataError: An image is listed with two different masks.
     """
     last: ListedImage | None = None
     for image in heapq.merge(*(source.images for source in sources), key=lambda image: image.uri):
@@ -176,8 +178,8 @@ def merge_sources(sources: Sequence[Source]) -> Iterator[ListedImage]:
                 yield last
             last = image
         elif image.mask_uri != last.mask_uri:
-            raise DataError(f"{image.uri} is named twice, with {last.mask_uri} and {image.mask_uri} as its mask")
-        elif last.etag is None:  # of two that name it, the one that knows more
+            raise DataError(f"{image.uri} is listed twice, with the masks {last.mask_uri} and {image.mask_uri}")
+        elif last.etag is None:  # Keep the entry that has an entity tag, if any.
             last = image
     if last is not None:
         yield last

@@ -1,1 +1,1 @@
-"""The stages of the Ray Data pipeline: decode, predict, write."""
+"""Stages of the Ray Data pipeline: decode, predict, write."""

@@ -1,4 +1,4 @@
-"""CPU stage: a fragment number to images at the model's input size. A bad image becomes an error, not an exception."""
+"""CPU stage: reads, decodes and resizes the images of a fragment. An image that cannot be used becomes an error row."""
 
 import time
 from collections import deque
@@ -11,19 +11,19 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from segray.config import SegmentSettings
-from segray.data.classes import ClassMap
 from segray.data.images import decode_image_reduced, decode_image_with_note, resize_image
 from segray.data.samples import decode_truth, fetch_image, fetch_mask
 from segray.errors import FaultKind, ImageFault
 from segray.runs.plan import load_fragment
 from segray.runtime.connect import release_memory
+from segray.segmentation.job import PipelineJob
 from segray.segmentation.profile import STEPS_TYPE, Step, Stopwatch
-from segray.segmentation.stages.ledger import MAX_DEATHS_PER_IMAGE, LedgerClient, Orders
+from segray.segmentation.stages.ledger import MAX_DEATHS_PER_IMAGE, AttemptPlan, LedgerClient
 
-_MAX_AHEAD_BYTES = 128 * 2**20  # of encoded files on their way or waiting, if all are like the largest so far
-_GUESSED_BYTES = 32 * 2**20  # of the first ones of a list, which says no sizes
-_LARGE_PX = 2**24  # images from here on leave more memory behind than a process that decodes should keep
+# Limit of the encoded files that are being fetched or waiting, assuming that all are as large as the largest so far.
+_MAX_AHEAD_BYTES = 128 * 2**20
+_GUESSED_BYTES = 32 * 2**20  # Assumed size until the first file is fetched, if the listing has no sizes.
+_LARGE_PX = 2**24  # After larger images, freed memory is returned to the system: a decode process should not keep it.
 _ROW = pa.struct(
     [
         ("uri", pa.string()),
@@ -37,9 +37,12 @@ _ROW = pa.struct(
 DECODED_SCHEMA = pa.schema(
     [
         ("fragment", pa.int64()),
-        ("rows", pa.large_list(_ROW)),  # every planned image, in plan order
+        ("rows", pa.large_list(_ROW)),  # all planned images, in plan order
         ("images", pa.large_binary()),  # (n, H, W, 3) uint8 of the n images without an error, in plan order
-        ("truths", pa.large_list(pa.large_binary())),  # their class-index maps at their own size; null without truth
+        (
+            "truths",
+            pa.large_list(pa.large_binary()),
+        ),  # class-index maps at the images' own sizes, or null
         ("steps", STEPS_TYPE),
     ]
 )
@@ -47,7 +50,7 @@ DECODED_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class _Fetched:
-    """The files of one planned image, still encoded."""
+    """The encoded files of one planned image."""
 
     image: bytes
     mask: bytes | None
@@ -60,7 +63,13 @@ class _Fetched:
 
 @dataclass(frozen=True)
 class DecodedImage:
-    """One planned image: its pixels, or why there are none."""
+    """One planned image after decoding.
+
+    Attributes:
+        row: Columns of ``DECODED_SCHEMA``'s rows; the others are null.
+        image: (h, w, 3) uint8 at the model's input size; None if the image is an error row.
+        truth: (H, W) class indices at the image's own size; None without ground truth.
+    """
 
     row: dict[str, Any]
     image: npt.NDArray[np.uint8] | None = None
@@ -70,48 +79,33 @@ class DecodedImage:
 class FragmentDecoder:
     """Maps rows of fragment numbers to rows of ``DECODED_SCHEMA``."""
 
-    def __init__(
-        self,
-        output_uri: str,
-        cut_sha256: str,
-        classes: ClassMap,
-        image_size: tuple[int, int],
-        settings: SegmentSettings,
-        has_truth: bool,
-        ledger: LedgerClient,
-    ) -> None:
-        self._output_uri = output_uri
-        self._cut_sha256 = cut_sha256
-        self._classes = classes
-        self._image_size = image_size
-        self._max_image_px = settings.max_image_px
-        self._reduces_jpeg = settings.reduce_jpeg
-        self._num_fetch_threads = settings.num_fetch_threads
-        self._has_truth = has_truth
+    def __init__(self, job: PipelineJob, ledger: LedgerClient) -> None:
+        self._job = job
+        self._num_fetch_threads = job.settings.num_fetch_threads
         self._ledger = ledger
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Read and decode one fragment.
 
         Raises:
-            StorageError: The store refused or failed; that an image is not there any more is its error row.
+            StorageError: The store refused the request or failed. An image that was removed is an error row instead.
         """
         fragment = batch["fragment"][0].as_py()
-        orders = self._ledger.begin(fragment)
-        planned = load_fragment(self._output_uri, self._cut_sha256, fragment).to_pylist()
+        attempt_plan = self._ledger.begin(fragment)
+        planned = load_fragment(self._job.output_uri, self._job.cut_sha256, fragment).to_pylist()
         watch = Stopwatch()
-        if orders.is_careful:
-            decoded = self._decode_carefully(fragment, planned, orders, watch)
+        if attempt_plan.one_by_one:
+            decoded = self._decode_one_by_one(fragment, planned, attempt_plan, watch)
         else:
             decoded = self._decode_all(planned, watch)
         packed = pack_decoded(fragment, decoded, watch)
         if any((item.row.get("height") or 0) * (item.row.get("width") or 0) > _LARGE_PX for item in decoded):
             release_memory()
-        self._ledger.end(fragment, orders)
+        self._ledger.end(fragment, attempt_plan)
         return packed
 
     def _decode_all(self, planned: list[dict[str, Any]], watch: Stopwatch) -> list[DecodedImage]:
-        """Fetch in many threads, which wait for the store, and decode in this one: the task has one CPU."""
+        """Decode in this thread, since the task has one CPU, while other threads fetch the next files."""
         pool = ThreadPoolExecutor(self._num_fetch_threads)
         fetching: deque[Future[_Fetched]] = deque()
         decoded: list[DecodedImage | None] = []
@@ -120,11 +114,11 @@ class FragmentDecoder:
             for number, image in enumerate(planned):
                 num_ahead = min(self._num_fetch_threads, _MAX_AHEAD_BYTES // (largest_bytes or _GUESSED_BYTES))
                 for later in planned[number + len(fetching) : number + max(1, num_ahead)]:
-                    fetching.append(pool.submit(self._fetch_beside, later, watch))
+                    fetching.append(pool.submit(self._fetch_in_thread, later, watch))
                 fetched = fetching.popleft()
                 try:
                     decoded.append(self._decode(image, fetched.result, watch))
-                except MemoryError:  # beside others it was too much; alone it may do
+                except MemoryError:  # Retried below, without other files in memory.
                     decoded.append(None)
                 if fetched.exception() is None:
                     largest_bytes = max(largest_bytes, fetched.result().num_bytes)
@@ -132,41 +126,43 @@ class FragmentDecoder:
             pool.shutdown(cancel_futures=True)
         return [item or self._decode_alone(image, watch) for item, image in zip(decoded, planned, strict=True)]
 
-    def _fetch_beside(self, image: dict[str, Any], watch: Stopwatch) -> _Fetched:
-        """Fetch in a thread of its own: that it waits is nothing that the stage waits for."""
+    def _fetch_in_thread(self, image: dict[str, Any], watch: Stopwatch) -> _Fetched:
+        """Fetch files and count only the CPU time; the wall time does not delay the stage unless ``_decode`` waits."""
         began_s = time.thread_time()
         try:
             return self._fetch(image)
         finally:
             watch.add(Step.FETCH, 0, time.thread_time() - began_s)
 
-    def _decode_carefully(
-        self, fragment: int, planned: list[dict[str, Any]], orders: Orders, watch: Stopwatch
+    def _decode_one_by_one(
+        self, fragment: int, planned: list[dict[str, Any]], attempt_plan: AttemptPlan, watch: Stopwatch
     ) -> list[DecodedImage]:
+        """Decode one image after another, and record each in the ledger beforehand."""
         decoded = {}
-        for index in orders.sort(len(planned)):
-            if index in orders.failed:
-                message = f"the process decoding it died {MAX_DEATHS_PER_IMAGE} times"
+        for index in attempt_plan.order_images(len(planned)):
+            if index in attempt_plan.failed:
+                message = f"the worker process died {MAX_DEATHS_PER_IMAGE} times while decoding this image"
                 decoded[index] = _fail(planned[index], FaultKind.FAILED, message)
             else:
-                self._ledger.enter(fragment, orders, index)
+                self._ledger.record_image(fragment, attempt_plan, index)
                 decoded[index] = self._decode_alone(planned[index], watch)
-        self._ledger.enter(fragment, orders, None)
+        self._ledger.record_image(fragment, attempt_plan, None)
         return [decoded[index] for index in range(len(planned))]
 
     def _decode_alone(self, image: dict[str, Any], watch: Stopwatch) -> DecodedImage:
+        """Fetch and decode one image while no other is being fetched; too little memory makes it an error row."""
         try:
             return self._decode(image, lambda: self._fetch(image), watch)
         except MemoryError:
-            return _fail(image, FaultKind.FAILED, "not enough memory to decode it; see segment.max_image_px")
+            return _fail(image, FaultKind.FAILED, "not enough memory to decode this image; see segment.max_image_px")
 
     def _fetch(self, planned: dict[str, Any]) -> _Fetched:
         image = fetch_image(planned["uri"], planned["etag"])
-        if not self._has_truth or planned["mask_uri"] is None:
+        if not self._job.has_truth or planned["mask_uri"] is None:
             return _Fetched(image, None)
         try:
             return _Fetched(image, fetch_mask(planned["mask_uri"], planned["mask_etag"]))
-        except ImageFault as fault:  # of the mask; what is wrong with the image comes first
+        except ImageFault as fault:  # Raised by the mask; a fault of the image takes precedence.
             return _Fetched(image, None, fault)
 
     def _decode(self, planned: dict[str, Any], fetch: Callable[[], _Fetched], watch: Stopwatch) -> DecodedImage:
@@ -177,27 +173,32 @@ class FragmentDecoder:
             with watch.measure(Step.DECODE):
                 image, size, note = self._decode_image(fetched.image)
                 row |= {"height": size[0], "width": size[1], "note": note}
-                truth = self._decode_truth(fetched, size) if self._has_truth else None
-                return DecodedImage(row, resize_image(image, self._image_size), truth)
+                truth = self._decode_truth(fetched, size) if self._job.has_truth else None
+                return DecodedImage(row, resize_image(image, self._job.image_size), truth)
         except ImageFault as fault:
             return _fail(row, fault.kind, str(fault))
 
     def _decode_image(self, content: bytes) -> tuple[npt.NDArray[np.uint8], tuple[int, ...], str | None]:
-        """Return an image, the height and width that its mask will have, and its note."""
-        if self._reduces_jpeg:
-            return decode_image_reduced(content, self._max_image_px, self._image_size)
-        image, note = decode_image_with_note(content, self._max_image_px)
+        """Return an image (h, w, 3) uint8, the height and width that its mask will have, and its note."""
+        settings = self._job.settings
+        if settings.reduce_jpeg:
+            return decode_image_reduced(content, settings.max_image_px, self._job.image_size)
+        image, note = decode_image_with_note(content, settings.max_image_px)
         return image, image.shape[:2], note
 
     def _decode_truth(self, fetched: _Fetched, size: tuple[int, ...]) -> npt.NDArray[np.integer]:
         if fetched.mask_fault is not None:
             raise fetched.mask_fault
         if fetched.mask is None:
-            raise ImageFault(FaultKind.MASK_MISSING, "no mask of this name under --masks, or none in the manifest")
-        return decode_truth(fetched.mask, size, self._classes, self._max_image_px)
+            raise ImageFault(
+                FaultKind.MASK_MISSING,
+                "no mask of this name under --masks, or no mask_uri in the manifest",
+            )
+        return decode_truth(fetched.mask, size, self._job.classes, self._job.settings.max_image_px)
 
 
 def _fail(image: dict[str, Any], kind: FaultKind, message: str) -> DecodedImage:
+    """Return an error row that keeps what is known of the image."""
     known: dict[str, Any] = {name: image[name] for name in ("uri", "height", "width") if name in image}
     return DecodedImage({**known, "error_kind": str(kind), "error_message": message})
 
@@ -217,6 +218,6 @@ def pack_decoded(fragment: int, decoded: Sequence[DecodedImage], watch: Stopwatc
 
 
 def _wrap_bytes(content: bytes) -> pa.Array:
-    """Return a column of one value without copying it."""
+    """Return a column with one value, without copying it."""
     offsets = pa.py_buffer(np.array([0, len(content)], np.int64))
     return pa.Array.from_buffers(pa.large_binary(), 1, [None, offsets, pa.py_buffer(content)])

@@ -1,4 +1,4 @@
-"""A bundle's network on one device: batches of images to masks, statistics and counts."""
+"""Runs the model of a bundle on one device: batches of images to masks, statistics and confusion counts."""
 
 import math
 from collections.abc import Sequence
@@ -11,58 +11,52 @@ import torch
 
 from segray.config import SegmentSettings
 from segray.data.preprocessing import pad_batch
-from segray.errors import BundleError, ClusterError
+from segray.errors import ClusterError
 from segray.metrics import compute_dice, compute_iou, count_from_confusion, to_nullable
-from segray.models.bundle import load_bundle
+from segray.models.bundle import Bundle
 from segray.models.confusion import compute_confusion
 from segray.models.fuse_batchnorm import fold_norms
 from segray.models.precision import autocast
-from segray.models.prediction import Prediction, predict_image
+from segray.models.prediction import ImagePrediction, predict_image
 from segray.runtime.connect import count_cores, get_last_line
 from segray.segmentation.profile import Step, Stopwatch
 
 
 @dataclass(frozen=True)
 class Launched:
-    """A batch under way.
+    """A batch whose results are being computed.
 
     Attributes:
-        predictions: Of each image, on the way to the processor's memory.
-        arrived: Happens when all are there; None where they are already.
+        predictions: Predictions of the images, in CPU memory.
+        copied: Event after which their values are valid; None if they are already (on a CPU).
     """
 
-    predictions: list[Prediction]
-    arrived: torch.cuda.Event | None
+    predictions: list[ImagePrediction]
+    copied: torch.cuda.Event | None
 
 
 class Inference:
-    """The network of a bundle, ready to predict.
+    """The model of a bundle, loaded on a device.
 
-    A batch is launched, and finished later: on a GPU the next one is launched in between, so that it has something to
-    do while results are brought into rows.
+    ``launch`` starts a batch and ``finish`` returns its results. On a GPU the next batch is launched in between, so the
+    GPU stays busy while the CPU turns results into rows.
 
     Args:
-        bundle_uri: The model.
-        bundle_sha256: What the run was planned with; a bundle that was replaced since is refused.
-        settings: ``batch_size``, ``precision`` and ``compile``; the GPU that Ray assigned is used if any was asked for.
-        num_predictors_per_node: Predictors that share the cores of a node where there is no GPU.
+        bundle: The model bundle; the model is moved to the device.
+        settings: ``batch_size``, ``precision``, ``compile`` and ``num_gpus_per_predictor``: above 0, the GPU that Ray
+            assigned is used.
+        num_predictors_per_node: Number of predictors that share the cores of a node, if there is no GPU.
 
     Attributes:
         image_size: Height and width of the model's input.
 
     Raises:
-        BundleError: The bundle cannot be used, or is another one.
-        ClusterError: The network cannot be compiled.
+        ClusterError: The model cannot be compiled.
     """
 
-    def __init__(
-        self, bundle_uri: str, bundle_sha256: str, settings: SegmentSettings, num_predictors_per_node: int
-    ) -> None:
-        bundle = load_bundle(bundle_uri)
-        if bundle.sha256 != bundle_sha256:
-            raise BundleError(f"{bundle_uri}: replaced while the run was going on; restore it, or start another output")
+    def __init__(self, bundle: Bundle, settings: SegmentSettings, num_predictors_per_node: int) -> None:
         self._device = torch.device("cuda" if settings.num_gpus_per_predictor > 0 else "cpu")
-        if self._device.type == "cpu":  # Ray gives an actor one thread
+        if self._device.type == "cpu":  # Ray limits an actor to one thread.
             torch.set_num_threads(max(1, count_cores() // num_predictors_per_node))
         self._batch_size = settings.batch_size
         self._precision = settings.precision
@@ -82,13 +76,13 @@ class Inference:
 
     @torch.inference_mode()
     def _compile(self) -> None:
-        """Compile the network for the one shape that it is called with."""
+        """Compile the model for the only input shape that it is called with."""
         try:
-            self._compute_logits([np.zeros((*self.image_size, 3), np.uint8)])
-        except Exception as error:  # of the compilers that torch calls, or of torch's own; it begins with what is wrong
-            wrong = (str(error) or type(error).__name__).splitlines()[0]
+            self.compute_logits([np.zeros((*self.image_size, 3), np.uint8)])
+        except Exception as error:  # Torch and its compilers raise many types; the first line is the cause.
+            cause = (str(error) or type(error).__name__).splitlines()[0]
             raise ClusterError(
-                f"the network cannot be compiled here: {wrong}; have a C++ compiler on every node, or set "
+                f"cannot compile the model on this node: {cause}; install a C++ compiler on every node, or set "
                 "segment.compile: false"
             ) from error
 
@@ -96,57 +90,59 @@ class Inference:
     def launch(
         self, images: Sequence[npt.NDArray[np.uint8]], sizes: Sequence[tuple[int, int]], watch: Stopwatch
     ) -> Launched:
-        """Begin with at most ``batch_size`` images; on a CPU they are predicted when this returns.
+        """Start the prediction of at most ``batch_size`` images; on a CPU it is complete on return.
 
         Args:
             images: (h, w, 3) uint8 at the model's input size.
             sizes: Height and width of each mask.
-            watch: Takes up the time.
+            watch: Receives the time spent.
 
         Raises:
-            ClusterError: The GPU has too little memory.
+            ClusterError: The GPU does not have enough memory.
         """
         try:
             with watch.measure(Step.PREDICT):
-                logits_nchw = self._compute_logits(images)
+                logits_nchw = self.compute_logits(images)
             with watch.measure(Step.COUNT):
                 predictions = [predict_image(*one) for one in zip(logits_nchw, sizes, strict=True)]
         except torch.OutOfMemoryError as error:
             raise ClusterError(
-                f"the GPU has too little memory for {self._batch_size} images at a time: "
-                f"{get_last_line(error)}; lower segment.batch_size"
+                f"not enough GPU memory for batches of {self._batch_size} images: {get_last_line(error)}; lower "
+                "segment.batch_size"
             ) from error
         if self._device.type == "cpu":
             return Launched(predictions, None)
-        fetched = [Prediction(*(part.to("cpu", non_blocking=True) for part in one)) for one in predictions]
-        arrived = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        arrived.record()
-        return Launched(fetched, arrived)
+        on_cpu = [ImagePrediction(*(part.to("cpu", non_blocking=True) for part in one)) for one in predictions]
+        copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        copied.record()
+        return Launched(on_cpu, copied)
 
-    def _compute_logits(self, images: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
-        """Return the logits (n, C, h, w) of at most ``batch_size`` images; the pass has the same shape for any n."""
+    @torch.inference_mode()
+    def compute_logits(self, images: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
+        """Return the logits (n, C, h, w) of n images; the batch is padded, so that its shape is the same for any n."""
         padded = torch.from_numpy(pad_batch(np.stack(images), self._batch_size))
-        if self._device.type == "cuda":  # only from pinned memory is a copy queued
+        if self._device.type == "cuda":  # Only copies from pinned memory are asynchronous.
             padded = padded.pin_memory()
         with autocast(self._device, self._precision):
             pixels = padded.to(self._device, non_blocking=True)
             return self._run(pixels)[: len(images)]
 
     def finish(self, launched: Launched, truths: Sequence[Any], watch: Stopwatch) -> list[dict[str, Any]]:
-        """Return the columns of ``images`` that depend on a prediction, for each image of a batch.
+        """Return the columns of ``IMAGES_SCHEMA`` that depend on the prediction, for each image of a batch.
 
         Args:
             launched: The batch.
-            truths: Class-index map of each mask's size as a buffer of the class map's index type; None without truth.
-            watch: Takes up the time.
+            truths: Class-index map of each image at its own size, as a buffer of the class map's ``index_dtype``; None
+                without ground truth.
+            watch: Receives the time spent.
         """
         with watch.measure(Step.COUNT):
-            if launched.arrived is not None:
-                launched.arrived.synchronize()
-            return [self._describe(*one) for one in zip(launched.predictions, truths, strict=True)]
+            if launched.copied is not None:
+                launched.copied.synchronize()
+            return [self._build_columns(*one) for one in zip(launched.predictions, truths, strict=True)]
 
-    def _describe(self, prediction: Prediction, truth: Any) -> dict[str, Any]:
-        """Return the columns of one image that depend on its prediction."""
+    def _build_columns(self, prediction: ImagePrediction, truth: Any) -> dict[str, Any]:
+        """Return the columns of one image that depend on its prediction: mask, statistics, and scores if any."""
         classes = self._classes
         pixel_count = prediction.pixel_count.numpy()
         present = pixel_count > 0

@@ -1,10 +1,10 @@
-"""Who was at work on what when a worker process died, so that an image that kills its worker is found and passed over.
+"""Tracks worker deaths to find images that kill their worker; these become error rows instead of ending the run.
 
-Ray starts a lost task again, but cannot say which image of the fragment it was. So the first attempt at a fragment runs
-at full speed; if its process dies, the next attempts take image after image and say before each which one it is. An
-image that was at work in several deaths becomes a ``failed`` row. Kills that have nothing to do with the images (a lost
-node, the kernel's memory killer choosing a bystander) hit another image each time, as suspects are taken last, and cost
-nothing but time.
+Ray restarts a task whose process died, but cannot tell which image of the fragment it was processing. So the first
+attempt at a fragment runs at full speed. If its process dies, later attempts process one image at a time and record
+each image in the ledger before they start on it. An image that was being processed in several deaths becomes a
+``failed`` row. Deaths that have other causes (a lost node, the kernel's out-of-memory killer choosing another process)
+hit a different image each time, because suspects are processed last; they cost time, but no rows.
 """
 
 from collections import Counter
@@ -17,48 +17,48 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from segray.errors import ClusterError
 
 MAX_DEATHS_PER_IMAGE = 3
-_MAX_UNEXPLAINED_DEATHS = 10  # of one fragment, with no image at work: the fault is elsewhere, and will not pass
-_MAX_STARTS = 5  # of each predictor, if none ever comes to a fragment
+_MAX_UNEXPLAINED_DEATHS = 10  # Per fragment, with no image recorded: the cause lies elsewhere and will not go away.
+_MAX_STARTS = 5  # Per predictor, counted from the last time that any predictor started a fragment.
 DECODE, PREDICT = "decoding", "predicting"
 
 
 @dataclass
 class _Record:
-    """What is known of one fragment in one stage."""
+    """State of one fragment in one stage."""
 
     attempt: int = 0
     is_begun: bool = False
     current: int | None = None
     deaths: Counter[int] = field(default_factory=Counter)
-    unexplained: int = 0
+    num_unexplained: int = 0
 
 
 @dataclass(frozen=True)
-class Orders:
-    """How an attempt at a fragment has to go about it.
+class AttemptPlan:
+    """How an attempt must process a fragment. Images are identified by their index in the fragment.
 
     Attributes:
-        attempt: Its number; of an attempt that was taken for dead and is not, nothing is believed any more.
-        is_careful: Say before each image which one it is, for an attempt before this one has died.
-        suspects: Images (their places in the fragment) at which attempts died, to be taken last: an innocent one is
-            then not at work again when the next death comes for another reason.
-        failed: Images not to be touched any more.
+        attempt: Number of the attempt. Calls of an earlier attempt, which was presumed dead, are ignored.
+        one_by_one: Process one image at a time and record each beforehand, because an earlier attempt died.
+        suspects: Images that were being processed when attempts died. They are processed last, so that an innocent
+            image is not being processed again when the next death has another cause.
+        failed: Images that must not be processed any more.
     """
 
     attempt: int
-    is_careful: bool = False
+    one_by_one: bool = False
     suspects: tuple[int, ...] = ()
     failed: frozenset[int] = frozenset()
 
-    def sort(self, num_images: int) -> list[int]:
-        """Return the places of the images of a fragment in the order in which they are to be taken."""
+    def order_images(self, num_images: int) -> list[int]:
+        """Return the indices of a fragment's images in the order in which to process them."""
         return [index for index in range(num_images) if index not in self.suspects] + list(self.suspects)
 
 
 class Ledger:
-    """The state of all attempts of a run; lives in a Ray actor. Stage and fragment are the key.
+    """The state of all attempts of a run, by stage and fragment; runs as a Ray actor.
 
-    It may be lost and start empty: then it only has to learn again.
+    If it is lost and restarts empty, attempts are only counted anew.
     """
 
     def __init__(self, num_predictors: int) -> None:
@@ -66,81 +66,81 @@ class Ledger:
         self._max_starts = _MAX_STARTS * num_predictors
         self._num_starts = 0
 
-    def begin(self, stage: str, fragment: int) -> Orders:
-        """Begin an attempt; one that was begun and not ended has died.
+    def begin(self, stage: str, fragment: int) -> AttemptPlan:
+        """Start an attempt. If the previous attempt has not ended, its process died.
 
         Raises:
-            ClusterError: The fragment's processes die again and again, and it is not for an image.
+            ClusterError: Processes die repeatedly on this fragment, and no image explains it.
         """
         if stage == PREDICT:
             self._num_starts = 0
         record = self._records.setdefault((stage, fragment), _Record())
         if record.is_begun:
             if record.current is None:
-                record.unexplained += 1
+                record.num_unexplained += 1
             else:
                 record.deaths[record.current] += 1
         record.attempt, record.is_begun, record.current = record.attempt + 1, True, None
-        if record.unexplained > _MAX_UNEXPLAINED_DEATHS:
+        if record.num_unexplained > _MAX_UNEXPLAINED_DEATHS:
             raise ClusterError(
-                f"{stage}: the process at work on fragment {fragment} died {record.unexplained} times, at no image in "
-                "particular; look at the memory of the nodes, and run with SEGRAY_WORKER_LOGS=1 to see what led to it"
+                f"{stage}: the worker process of fragment {fragment} died {record.num_unexplained} times, and no image "
+                "explains it; check the nodes' memory, and rerun with SEGRAY_WORKER_LOGS=1 to see the workers' logs"
             )
-        return Orders(
+        return AttemptPlan(
             record.attempt,
-            is_careful=bool(record.unexplained or record.deaths),
+            one_by_one=bool(record.num_unexplained or record.deaths),
             suspects=tuple(sorted(record.deaths, key=lambda index: (record.deaths[index], index))),
             failed=frozenset(index for index, count in record.deaths.items() if count >= MAX_DEATHS_PER_IMAGE),
         )
 
-    def enter(self, stage: str, fragment: int, attempt: int, index: int | None) -> None:
-        """Note that an image is about to be worked on; None: all are done, and only the fragment is left."""
+    def record_image(self, stage: str, fragment: int, attempt: int, index: int | None) -> None:
+        """Record that an image is about to be processed; None means that all images of the fragment are done."""
         record = self._records.get((stage, fragment))
         if record is not None and record.attempt == attempt:
             record.current = index
 
     def end(self, stage: str, fragment: int, attempt: int) -> None:
-        """End an attempt. What was learned stays: the fragment may be made again, when its node is lost."""
+        """End an attempt. Recorded deaths are kept: Ray processes the fragment again if its node is lost."""
         record = self._records.get((stage, fragment))
         if record is None or record.attempt != attempt:
             return
         record.is_begun, record.current = False, None
-        if not record.deaths and not record.unexplained:
+        if not record.deaths and not record.num_unexplained:
             del self._records[stage, fragment]
 
     def start_predictor(self) -> None:
-        """Note that a predictor is about to load its model.
+        """Record that a predictor is about to load its model.
 
         Raises:
-            ClusterError: Predictors die again and again while loading it.
+            ClusterError: Predictors die repeatedly while they load it.
         """
         self._num_starts += 1
         if self._num_starts > self._max_starts:
             raise ClusterError(
-                f"predictors died {self._max_starts} times while loading the model; look at the memory of the nodes, "
-                "and run with SEGRAY_WORKER_LOGS=1 to see what led to it"
+                f"predictors died {self._max_starts} times while loading the model; check the nodes' memory, and "
+                "rerun with SEGRAY_WORKER_LOGS=1 to see the workers' logs"
             )
 
 
 class LedgerClient:
-    """One stage's way to the run's ledger."""
+    """Access of one stage to the ledger of the run."""
 
     def __init__(self, stage: str, actor: Any) -> None:
         self._stage = stage
         self._actor = actor
 
-    def begin(self, fragment: int) -> Orders:
+    def begin(self, fragment: int) -> AttemptPlan:
         """See ``Ledger.begin``."""
-        orders: Orders = ray.get(self._actor.begin.remote(self._stage, fragment))
-        return orders
+        attempt_plan: AttemptPlan = ray.get(self._actor.begin.remote(self._stage, fragment))
+        return attempt_plan
 
-    def enter(self, fragment: int, orders: Orders, index: int | None) -> None:
-        """See ``Ledger.enter``; returns when it is noted, for the next moment may be the last."""
-        ray.get(self._actor.enter.remote(self._stage, fragment, orders.attempt, index))
+    def record_image(self, fragment: int, attempt_plan: AttemptPlan, index: int | None) -> None:
+        """See ``Ledger.record_image``; returns once it is recorded, because this process may die right afterwards."""
+        ray.get(self._actor.record_image.remote(self._stage, fragment, attempt_plan.attempt, index))
 
-    def end(self, fragment: int, orders: Orders) -> None:
+    def end(self, fragment: int, attempt_plan: AttemptPlan) -> None:
         """See ``Ledger.end``."""
-        ray.get(self._actor.end.remote(self._stage, fragment, orders.attempt))
+        ray.get(self._actor.end.remote(self._stage, fragment, attempt_plan.attempt))
 
     def start_predictor(self) -> None:
         """See ``Ledger.start_predictor``."""
@@ -148,7 +148,7 @@ class LedgerClient:
 
 
 def start_ledger(num_predictors: int) -> Any:
-    """Start a ledger beside the driver, whose life it shares."""
+    """Start the ledger as a Ray actor on the node of the driver, and return its handle."""
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
     actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)(Ledger)
     return actor.remote(num_predictors)

@@ -1,7 +1,8 @@
-"""Plan, decode, predict, write: the four stages as one Ray Data pipeline, a fragment being one row all the way.
+"""The Ray Data pipeline: plan, decode, predict and write, with one row per fragment through all stages.
 
-A row cannot be split or merged by any stage (``batch_size=1``). A stage holds one fragment at a time: its images at the
-model's input size, and masks and truth at the images' own; smaller fragments (``segment.fragment_size``) need less.
+No stage can split or merge rows (``batch_size=1``). A stage holds one fragment in memory at a time: its images at the
+model's input size, and its masks and ground truth at the images' own sizes. Smaller fragments need less memory
+(``segment.fragment_size``).
 """
 
 import logging
@@ -10,92 +11,90 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import ray.data
-from ray.data import ActorPoolStrategy, DataContext, TaskPoolStrategy
+from ray.data import ActorPoolStrategy, DataContext, Dataset, TaskPoolStrategy
 from ray.data.exceptions import ExecutionTimeoutError
 
-from segray.config import SegmentSettings
 from segray.errors import ClusterError
-from segray.models.bundle import BundleManifest
 from segray.runtime.connect import translated_ray_errors
+from segray.segmentation.job import PipelineJob
 from segray.segmentation.stages.decode import FragmentDecoder
 from segray.segmentation.stages.ledger import DECODE, PREDICT, LedgerClient, start_ledger
 from segray.segmentation.stages.placement import Placement
 from segray.segmentation.stages.predictor import FragmentPredictor
 from segray.segmentation.stages.writer import FragmentWriter
 
-# The ledger says when to stop, for it knows whether there is any progress; this is for what dies before it can ask.
-_AGAIN = 100
-_MAX_WRITES = 10  # a writer holds no image that could kill it
+# The ledger decides when to give up, because it knows whether there is progress. This limit is for processes that die
+# before they reach the ledger.
+_MAX_RETRIES = 100
+_MAX_WRITE_RETRIES = 10  # A writer decodes no image that could kill it.
 _ONE_FRAGMENT: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
 
 
 def run_pipeline(
-    fragments: Sequence[int],
-    *,
-    replaced: frozenset[int],
-    output_uri: str,
-    cut_sha256: str,
-    bundle_uri: str,
-    bundle_sha256: str,
-    manifest: BundleManifest,
-    settings: SegmentSettings,
-    placement: Placement,
-    has_truth: bool,
+    fragments: Sequence[int], job: PipelineJob, placement: Placement, replaced: frozenset[int] = frozenset()
 ) -> Iterator[dict[str, Any]]:
-    """Make the given fragments of a planned run; yield a row of ``WRITTEN_SCHEMA`` as each is written.
+    """Process the given fragments of a planned run; yield a row of ``WRITTEN_SCHEMA`` as each is written.
+
+    Args:
+        fragments: Numbers of the fragments.
+        job: What the stages share.
+        placement: Number and resources of the processes of each stage.
+        replaced: Fragments whose existing file is to be overwritten.
 
     Raises:
-        ClusterError: Nothing has moved for half an hour.
-        SegrayError: What a stage raised; fragments that were written stay, and need not be made again.
+        ClusterError: There was no progress for half an hour.
+        SegrayError: Raised by a stage. Fragments that are already written stay, and are not processed again.
     """
-    context = DataContext.get_current()
-    context.enable_progress_bars = False  # segray shows its own
-    logging.getLogger("ray.data").setLevel(logging.CRITICAL)  # importing it has set it to INFO; errors are raised too
-    # 2.60 deprecates max_retries, max_restarts and max_task_retries here, and has nothing in their place yet
-    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
-    context.target_max_block_size = None  # a fragment is never cut
-    # by default half of the CPUs is dealt out to the stages in equal parts, and what writing leaves nobody else may use
-    context.op_resource_reservation_ratio = 0.1
-    context.raise_original_map_exception = True  # else only the text of a stage's error arrives here
+    context = _configure_ray_data()
     with translated_ray_errors("segmenting"):
-        classes = manifest.classes
-        ledger = start_ledger(placement.num_predictors)
-        decode = FragmentDecoder(
-            output_uri,
-            cut_sha256,
-            classes,
-            manifest.image_size,
-            settings,
-            has_truth,
-            LedgerClient(DECODE, ledger),
-        )
-        tasks = TaskPoolStrategy(size=placement.num_tasks)
-        write = FragmentWriter(output_uri, classes, settings.mask_encoding, replaced)
-        written = (
-            ray.data.from_items([{"fragment": fragment} for fragment in fragments], override_num_blocks=len(fragments))
-            .map_batches(decode, **_ONE_FRAGMENT, compute=tasks, num_cpus=placement.decode_cpus, max_retries=_AGAIN)
-            .map_batches(
-                FragmentPredictor,
-                **_ONE_FRAGMENT,
-                fn_constructor_args=(
-                    bundle_uri,
-                    bundle_sha256,
-                    settings,
-                    placement.num_per_node,
-                    LedgerClient(PREDICT, ledger),
-                ),
-                compute=ActorPoolStrategy(size=placement.num_predictors),
-                num_cpus=placement.needs["CPU"],
-                num_gpus=placement.needs.get("GPU", 0),
-                max_restarts=_AGAIN,
-                max_task_retries=_AGAIN,
-            )
-            .map_batches(write, **_ONE_FRAGMENT, compute=tasks, num_cpus=placement.write_cpus, max_retries=_MAX_WRITES)
-        )
+        written = _build_dataset(fragments, job, placement, replaced)
         try:
             yield from written.iter_rows()
         except ExecutionTimeoutError as error:
             raise ClusterError(
-                f"nothing has moved for {context.execution_no_progress_timeout_s / 60:.0f} minutes: the cluster has no "
-                "room, or a process hangs; `ray status` says which, and the same call goes on"
+                f"no progress for {context.execution_no_progress_timeout_s / 60:.0f} minutes: the cluster has no free "
+                "resources, or a process hangs; check `ray status`; to resume, rerun the same command"
             ) from error
+
+
+def _configure_ray_data() -> DataContext:
+    """Set Ray Data's options for this process, and return them."""
+    context = DataContext.get_current()
+    context.enable_progress_bars = False  # segray shows its own progress bar.
+    # Importing ray.data sets the level to INFO. Errors are raised, so nothing is lost by not logging them.
+    logging.getLogger("ray.data").setLevel(logging.CRITICAL)
+    # Ray 2.60 deprecates max_retries, max_restarts and max_task_retries here, but has no replacement yet.
+    warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
+    context.target_max_block_size = None  # A fragment must never be split.
+    # By default, half of the CPUs is reserved for the stages in equal parts, and what the writers do not use of their
+    # part stays idle.
+    context.op_resource_reservation_ratio = 0.1
+    context.raise_original_map_exception = True  # Otherwise only the text of a stage's exception reaches the driver.
+    return context
+
+
+def _build_dataset(
+    fragments: Sequence[int], job: PipelineJob, placement: Placement, replaced: frozenset[int]
+) -> Dataset:
+    """Start the ledger, and return the pipeline as a lazy dataset of ``WRITTEN_SCHEMA``."""
+    ledger = start_ledger(placement.num_predictors)
+    decode = FragmentDecoder(job, LedgerClient(DECODE, ledger))
+    write = FragmentWriter(job, replaced)
+    tasks = TaskPoolStrategy(size=placement.num_tasks)
+    return (
+        ray.data.from_items([{"fragment": fragment} for fragment in fragments], override_num_blocks=len(fragments))
+        .map_batches(decode, **_ONE_FRAGMENT, compute=tasks, num_cpus=placement.decode_cpus, max_retries=_MAX_RETRIES)
+        .map_batches(
+            FragmentPredictor,
+            **_ONE_FRAGMENT,
+            fn_constructor_args=(job, placement.num_per_node, LedgerClient(PREDICT, ledger)),
+            compute=ActorPoolStrategy(size=placement.num_predictors),
+            num_cpus=placement.needs["CPU"],
+            num_gpus=placement.needs.get("GPU", 0),
+            max_restarts=_MAX_RETRIES,
+            max_task_retries=_MAX_RETRIES,
+        )
+        .map_batches(
+            write, **_ONE_FRAGMENT, compute=tasks, num_cpus=placement.write_cpus, max_retries=_MAX_WRITE_RETRIES
+        )
+    )

@@ -1,4 +1,4 @@
-"""How many predictors a run has, what of a node each stage takes, and whether a cluster has room for them."""
+"""Chooses the number of predictors and the resources of each stage, and checks that the cluster can have them."""
 
 import math
 from collections.abc import Mapping
@@ -7,27 +7,27 @@ from dataclasses import dataclass
 from segray.config import SegmentSettings
 from segray.runtime.capacity import Capacity, require_placeable
 
-_PREDICTOR_BYTES = 2 * 2**30  # libraries, weights, and a batch of activations of a resnet18 U-Net: 1.3 GiB
+_PREDICTOR_BYTES = 2 * 2**30  # Libraries, weights and the activations of one batch of a resnet18 U-Net take 1.3 GiB.
 _FRAGMENTS_PER_PREDICTOR = 4
-# Of a predictor, and of a task that decodes, that writes. Beside GPUs there are CPUs to spare. Where predictors take
-# CPUs they must not fill a node: when another dies, those that it had start again here, and nothing could decode. No
-# number of 0.89 is a whole number of CPUs (below 89), so room for a hundredth is always left; how many such tasks
-# there are is said beside it.
+# CPUs of a predictor, a decode task and a write task. Nodes with GPUs have CPUs to spare. On nodes without GPUs,
+# predictors must never fill a node: if another node dies, its predictors restart here, and nothing could decode. No
+# multiple of 0.89 is a whole number below 89, so at least a hundredth of a CPU is always free for the tasks; their
+# number is limited by `num_tasks` instead.
 _GPU_STAGE_CPUS = (1.0, 1.0, 0.25)
 _CPU_STAGE_CPUS = (0.89, 0.01, 0.01)
 
 
 @dataclass(frozen=True)
 class Placement:
-    """The processes of a run's stages, and the CPUs that each takes.
+    """Number and resources of the processes of a run.
 
-    Args:
-        num_predictors: How many hold the model.
-        num_per_node: How many of these share the cores of a node.
-        needs: Resources of a predictor.
-        decode_cpus: CPUs of a task that decodes.
-        write_cpus: CPUs of a task that writes.
-        num_tasks: How many decode, and how many write, at a time; None for as many as CPUs are left.
+    Attributes:
+        num_predictors: Number of predictors; each holds a copy of the model.
+        num_per_node: Number of predictors that share the cores of a node.
+        needs: Resources that a predictor requests, by Ray's names.
+        decode_cpus: CPUs that a decode task requests.
+        write_cpus: CPUs that a write task requests.
+        num_tasks: Maximal number of decode tasks, and of write tasks, at a time; None if only CPUs limit it.
     """
 
     num_predictors: int
@@ -39,14 +39,15 @@ class Placement:
 
 
 def place_stages(settings: SegmentSettings, num_fragments: int, capacity: Capacity) -> Placement:
-    """Return as many predictors as were asked for, or as the cluster can have, nodes that it may add included.
+    """Choose the number of predictors: as requested, or else what the cluster can hold, including nodes it may add.
 
-    One for each GPU, or several that share it. On CPUs one for each but an eighth, two at least, which decode and
-    write: a predictor of one thread is as fast as the thread of a larger one, and never waits for another. Each is
-    allowed for 2 GiB of its node's memory, and has four fragments to make at least: it takes seconds to start.
+    By default there is one predictor per GPU, or several if they share it. Without GPUs there is one per CPU, except
+    for an eighth of the CPUs (at least two), which decode and write: a predictor with one thread is as fast as one
+    thread of a larger predictor, and never waits for other threads. Each is assumed to need 2 GiB of memory, and gets
+    at least four fragments, because it takes seconds to start.
 
     Raises:
-        ClusterError: There will never be room for one predictor, and beside it for what decodes.
+        ClusterError: The cluster can never hold one predictor and a decode task beside it.
     """
     share = settings.num_gpus_per_predictor
     predict_cpus, decode_cpus, write_cpus = _GPU_STAGE_CPUS if share else _CPU_STAGE_CPUS
@@ -70,13 +71,13 @@ def place_stages(settings: SegmentSettings, num_fragments: int, capacity: Capaci
 
 
 def _count_known(capacity: Capacity, each: Mapping[str, float]) -> float:
-    """Return how many there is room for; where nobody knows what may be added, on the nodes that are there."""
+    """Return how many fit on the cluster; if unknown nodes may be added, how many fit on the present ones."""
     most = capacity.count(each)
     return max(1, capacity.count(each, with_more=False)) if math.isinf(most) else most
 
 
 def _count_per_node(count: int, needs: Mapping[str, float], capacity: Capacity) -> int:
-    # Ray spreads work over the nodes that are there; but what has to be added it fills up, one after the other
+    # Ray spreads work over present nodes, but fills nodes that have to be added one after another.
     if count <= capacity.count(needs, with_more=False):
         return -(-count // capacity.count_nodes(needs))
     return int(min(count, capacity.count_most_on_one(needs)))

@@ -1,4 +1,4 @@
-"""GPU (or CPU) stage: holds the model, and maps decoded fragments to finished rows with raw masks."""
+"""GPU or CPU stage: runs the model on decoded fragments, and returns complete rows with raw masks."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from segray.config import SegmentSettings
-from segray.errors import FaultKind, SegrayError
+from segray.errors import BundleError, FaultKind, SegrayError
 from segray.runtime.connect import skip_exit_handlers
 from segray.schema import IMAGES_SCHEMA
+from segray.segmentation.job import PipelineJob
 from segray.segmentation.profile import STEPS_TYPE, Step, Stopwatch
-from segray.segmentation.stages.ledger import MAX_DEATHS_PER_IMAGE, LedgerClient, Orders
+from segray.segmentation.stages.ledger import MAX_DEATHS_PER_IMAGE, AttemptPlan, LedgerClient
 
 if TYPE_CHECKING:
     from segray.segmentation.stages.inference import Launched
@@ -32,8 +32,15 @@ PREDICTED_SCHEMA = pa.schema(
 
 
 @dataclass
-class _Usable:
-    """An image that could be decoded: its place in the fragment, its row so far, its pixels and its ground truth."""
+class _UsableImage:
+    """An image that could be decoded.
+
+    Attributes:
+        index: Its index in the fragment.
+        row: Its columns so far; the prediction adds the others.
+        pixels: (h, w, 3) uint8 at the model's input size.
+        truth: Its class-index map at its own size; None without ground truth.
+    """
 
     index: int
     row: dict[str, Any]
@@ -42,44 +49,38 @@ class _Usable:
 
 
 class FragmentPredictor:
-    """Maps rows of ``DECODED_SCHEMA`` to rows of ``PREDICTED_SCHEMA``; one in each predictor process.
+    """Maps rows of ``DECODED_SCHEMA`` to rows of ``PREDICTED_SCHEMA``; each predictor process has one.
 
     Args:
-        bundle_uri: The model.
-        bundle_sha256: What the run was planned with; a bundle that was replaced since is refused.
-        settings: What ``Inference`` needs of them.
-        num_predictors_per_node: Predictors that share the cores of a node where there is no GPU.
-        ledger: Where to say what is being worked on.
+        job: What the stages share; the model is loaded from its bundle.
+        num_predictors_per_node: Number of predictors that share the cores of a node, if there is no GPU.
+        ledger: Where the fragment being processed is recorded.
     """
 
-    def __init__(
-        self,
-        bundle_uri: str,
-        bundle_sha256: str,
-        settings: SegmentSettings,
-        num_predictors_per_node: int,
-        ledger: LedgerClient,
-    ) -> None:
+    def __init__(self, job: PipelineJob, num_predictors_per_node: int, ledger: LedgerClient) -> None:
         self._ledger = ledger
-        self._batch_size = settings.batch_size
+        self._batch_size = job.settings.batch_size
         self._error: SegrayError | None = None
         self._idle_since_s: float | None = None
         skip_exit_handlers()
         try:
             ledger.start_predictor()
-            from segray.segmentation.stages.inference import (
-                Inference,  # 8 s of torch and smp, which the driver need not wait for
-            )
+            # Imported here, because the driver imports this module, and importing torch and smp takes 8 s.
+            from segray.models.bundle import load_bundle
+            from segray.segmentation.stages.inference import Inference
 
-            self._inference = Inference(bundle_uri, bundle_sha256, settings, num_predictors_per_node)
-        except SegrayError as error:  # raised with the first fragment: of a constructor's error Ray keeps only the text
+            bundle = load_bundle(job.bundle_uri)
+            if bundle.sha256 != job.bundle_sha256:
+                raise BundleError(f"{job.bundle_uri}: replaced during the run; restore it, or choose another --output")
+            self._inference = Inference(bundle, job.settings, num_predictors_per_node)
+        except SegrayError as error:  # Raised with the first fragment: Ray keeps only the text of constructors' errors.
             self._error = error
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Predict one fragment.
 
         Raises:
-            SegrayError: The bundle cannot be used.
+            SegrayError: The bundle cannot be used, or the model cannot run on this device.
         """
         if self._error is not None:
             raise self._error
@@ -89,14 +90,14 @@ class FragmentPredictor:
         decoded = batch.to_batches()[0]
         fragment = decoded["fragment"][0].as_py()
         rows = decoded["rows"][0].as_py()
-        orders = self._ledger.begin(fragment)
+        attempt_plan = self._ledger.begin(fragment)
         pixels = np.frombuffer(decoded["images"][0].as_buffer(), np.uint8).reshape(-1, *self._inference.image_size, 3)
-        usable = [_Usable(index, row) for index, row in enumerate(rows) if row["error_kind"] is None]
+        usable = [_UsableImage(index, row) for index, row in enumerate(rows) if row["error_kind"] is None]
         for position, truth in enumerate(decoded["truths"][0]):
             usable[position].pixels = pixels[position]
             usable[position].truth = truth.as_buffer() if truth.is_valid else None
-        if orders.is_careful:
-            self._predict_carefully(fragment, usable, orders, watch)
+        if attempt_plan.one_by_one:
+            self._predict_one_by_one(fragment, usable, attempt_plan, watch)
         else:
             self._predict(usable, watch)
         with watch.measure(Step.COUNT):
@@ -106,38 +107,43 @@ class FragmentPredictor:
             columns = {"fragment": decoded["fragment"], "rows": pa.array([rows], field.type)}
         columns["steps"] = pa.array([decoded["steps"][0].as_py() + watch.to_rows()], STEPS_TYPE)
         predicted = pa.table(columns, schema=PREDICTED_SCHEMA)
-        self._ledger.end(fragment, orders)
+        self._ledger.end(fragment, attempt_plan)
         self._idle_since_s = time.perf_counter()
         return predicted
 
-    def _predict_carefully(self, fragment: int, images: Sequence[_Usable], orders: Orders, watch: Stopwatch) -> None:
-        """Predict image after image: batches are padded, so that no bit of a result depends on its neighbours."""
-        by_place = {image.index: image for image in images}
-        for index in orders.sort(1 + max(by_place, default=-1)):
-            if index not in by_place:
+    def _predict_one_by_one(
+        self, fragment: int, images: Sequence[_UsableImage], attempt_plan: AttemptPlan, watch: Stopwatch
+    ) -> None:
+        """Predict one image after another, and record each in the ledger beforehand.
+
+        Batches are padded to one fixed shape, so results have the same bits as in a full batch.
+        """
+        by_index = {image.index: image for image in images}
+        for index in attempt_plan.order_images(1 + max(by_index, default=-1)):
+            if index not in by_index:
                 continue
-            image = by_place[index]
-            if index in orders.failed:
-                message = f"the process predicting it died {MAX_DEATHS_PER_IMAGE} times"
+            image = by_index[index]
+            if index in attempt_plan.failed:
+                message = f"the worker process died {MAX_DEATHS_PER_IMAGE} times while predicting this image"
                 image.row |= {"error_kind": str(FaultKind.FAILED), "error_message": message, "note": None}
             else:
-                self._ledger.enter(fragment, orders, index)
+                self._ledger.record_image(fragment, attempt_plan, index)
                 self._predict([image], watch)
-        self._ledger.enter(fragment, orders, None)
+        self._ledger.record_image(fragment, attempt_plan, None)
 
-    def _predict(self, images: Sequence[_Usable], watch: Stopwatch) -> None:
-        """Add to the rows what depends on the prediction; the next batch is launched before one is finished."""
-        under_way: deque[tuple[Sequence[_Usable], Launched]] = deque()
+    def _predict(self, images: Sequence[_UsableImage], watch: Stopwatch) -> None:
+        """Add the prediction's columns to the rows; the next batch is launched before one is finished."""
+        in_flight: deque[tuple[Sequence[_UsableImage], Launched]] = deque()
         for start in range(0, len(images), self._batch_size):
             batch = images[start : start + self._batch_size]
             sizes = [(image.row["height"], image.row["width"]) for image in batch]
-            under_way.append((batch, self._inference.launch([image.pixels for image in batch], sizes, watch)))
-            if len(under_way) > 1:
-                self._finish(*under_way.popleft(), watch)
-        for batch, launched in under_way:
+            in_flight.append((batch, self._inference.launch([image.pixels for image in batch], sizes, watch)))
+            if len(in_flight) > 1:
+                self._finish(*in_flight.popleft(), watch)
+        for batch, launched in in_flight:
             self._finish(batch, launched, watch)
 
-    def _finish(self, batch: Sequence[_Usable], launched: Launched, watch: Stopwatch) -> None:
+    def _finish(self, batch: Sequence[_UsableImage], launched: Launched, watch: Stopwatch) -> None:
         columns = self._inference.finish(launched, [image.truth for image in batch], watch)
         for image, predicted in zip(batch, columns, strict=True):
             image.row |= predicted

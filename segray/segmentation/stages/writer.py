@@ -1,4 +1,4 @@
-"""CPU stage: finished rows to one Parquet file, which appears whole or not at all."""
+"""CPU stage: writes the rows of a fragment as one Parquet file, atomically."""
 
 import io
 
@@ -6,45 +6,49 @@ import numpy as np
 import pyarrow as pa
 from pyarrow import parquet as pq
 
-from segray.data.classes import ClassMap
 from segray.data.images import encode_mask_png
 from segray.runs.plan import get_fragment_uri
 from segray.schema import IMAGES_SCHEMA
+from segray.segmentation.job import PipelineJob
 from segray.segmentation.profile import STEPS_TYPE, Step, Stopwatch
 from segray.storage import create_bytes, write_bytes
 
-_REPEATED = ["status", "error_kind", "mask_encoding"]
+_DICTIONARY_COLUMNS = ["status", "error_kind", "mask_encoding"]
 WRITTEN_SCHEMA = pa.schema(
     [("fragment", pa.int64()), ("num_ok", pa.int64()), ("num_errors", pa.int64()), ("steps", STEPS_TYPE)]
 )
 
 
 class FragmentWriter:
-    """Writes rows of ``PREDICTED_SCHEMA``, and maps them to rows of ``WRITTEN_SCHEMA``."""
+    """Writes rows of ``PREDICTED_SCHEMA`` to files, and maps them to rows of ``WRITTEN_SCHEMA``.
 
-    def __init__(self, output_uri: str, classes: ClassMap, mask_encoding: str, replaced: frozenset[int]) -> None:
-        """``replaced`` are the fragments that are there, and are to be made again."""
-        self._output_uri = output_uri
-        self._classes = classes
-        self._mask_encoding = mask_encoding
+    Args:
+        job: What the stages share.
+        replaced: Fragments whose existing file is to be overwritten.
+    """
+
+    def __init__(self, job: PipelineJob, replaced: frozenset[int]) -> None:
+        self._job = job
         self._replaced = replaced
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Write one fragment. Making it again, here or elsewhere, gives the same bytes, and changes nothing.
+        """Write one fragment. Repeating this, on any worker, produces the same bytes and changes nothing.
 
         Raises:
-            StorageError: The store refused or failed; the file is there whole, or not at all.
+            StorageError: The store refused the request or failed; the file is then complete or absent.
         """
         predicted = batch.to_batches()[0]
         fragment = predicted["fragment"][0].as_py()
         watch = Stopwatch()
         with watch.measure(Step.ENCODE):
             table = pa.table(predicted["rows"].flatten().flatten(), schema=IMAGES_SCHEMA)
-            if self._mask_encoding == "png":
+            if self._job.settings.mask_encoding == "png":
                 table = self._encode_masks(table)
             buffer = io.BytesIO()
-            # masks do not repeat: a dictionary of them would only cost
-            pq.write_table(table, buffer, compression="zstd", use_dictionary=_REPEATED, write_page_checksum=True)
+            # Masks do not repeat, so a dictionary would only cost time and space.
+            pq.write_table(
+                table, buffer, compression="zstd", use_dictionary=_DICTIONARY_COLUMNS, write_page_checksum=True
+            )
         with watch.measure(Step.WRITE):
             self._store(fragment, buffer)
         num_errors = table["error_kind"].length() - table["error_kind"].null_count
@@ -57,10 +61,10 @@ class FragmentWriter:
         return pa.Table.from_pylist([written], WRITTEN_SCHEMA)
 
     def _store(self, fragment: int, content: io.BytesIO) -> None:
-        uri = get_fragment_uri(self._output_uri, fragment)
+        uri = get_fragment_uri(self._job.output_uri, fragment)
         if fragment in self._replaced:
             write_bytes(uri, content.getbuffer())
-        else:  # whoever comes second leaves what is there: should the world have changed, one state of it is told
+        else:  # An existing file is kept, so that a fragment does not change even if its images have changed meanwhile.
             create_bytes(uri, content.getvalue())
 
     def _encode_masks(self, table: pa.Table) -> pa.Table:
@@ -76,5 +80,5 @@ class FragmentWriter:
         return table
 
     def _encode_mask(self, mask: bytes, height: int, width: int) -> bytes:
-        indices = np.frombuffer(mask, self._classes.mask_dtype).reshape(height, width)
-        return encode_mask_png(indices, self._classes.num_classes)
+        classes = self._job.classes
+        return encode_mask_png(np.frombuffer(mask, classes.mask_dtype).reshape(height, width), classes.num_classes)

@@ -1,1 +1,1 @@
-"""The label check: every image and mask is opened and every problem reported before training."""
+"""The label check: open every image and mask, and report every problem before training."""

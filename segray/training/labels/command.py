@@ -1,4 +1,4 @@
-"""Labels checked before anything is learned from them, and ``segray check``, which does nothing else."""
+"""Check labels before training; ``segray check`` runs this check alone."""
 
 from collections.abc import Sequence
 
@@ -11,13 +11,13 @@ from segray.progress import build_bar
 from segray.runtime.connect import connect_ray
 from segray.storage import join_uri, normalize_uri, write_bytes
 from segray.training.job import get_classes
-from segray.training.labels.inspect import LabelReport, check_dataset, conclude, require_labelled
-from segray.training.labels.report import Finding, print_findings
+from segray.training.labels.inspect import SplitReport, check_dataset, complete_reports, require_labelled
+from segray.training.labels.report import LabelReport, print_findings
 
 
-def check_labels(samples: Sequence[Sample], classes: ClassMap, split: str, console: Console) -> LabelReport:
-    """Check the labels of a split with a progress display."""
-    report = LabelReport.empty(classes.num_classes)
+def check_labels(samples: Sequence[Sample], classes: ClassMap, split: str, console: Console) -> SplitReport:
+    """Check the labels of one split and show progress."""
+    report = SplitReport.empty(classes.num_classes)
     with build_bar(console, "images") as bar:
         task = bar.add_task(f"check {split}", total=len(samples), note="")
         for report in check_dataset(samples, classes):
@@ -25,10 +25,28 @@ def check_labels(samples: Sequence[Sample], classes: ClassMap, split: str, conso
     return report
 
 
-def check_splits(splits: Splits, classes: ClassMap, console: Console) -> dict[str, LabelReport]:
-    """Check the labels of all splits; return the reports by name."""
+def check_splits(splits: Splits, classes: ClassMap, console: Console) -> dict[str, SplitReport]:
+    """Check the labels of all splits; return the reports by split name."""
     reports = {name: check_labels(samples, classes, name, console) for name, samples in splits._asdict().items()}
-    return conclude(reports, splits, classes)
+    return complete_reports(reports, splits, classes)
+
+
+def check_config(config: TrainConfig, console: Console) -> LabelReport:
+    """Check the labels of all splits of a configuration, and show progress.
+
+    Raises:
+        DataError: The images and masks cannot be listed or paired.
+        StorageError: Environment error: permissions, network or disk.
+    """
+    return _check(config, console)[0]
+
+
+def _check(config: TrainConfig, console: Console) -> tuple[LabelReport, Splits]:
+    unpaired: list[Unpaired] = []
+    splits = load_splits(config.data, unpaired)
+    classes = get_classes(config)
+    with connect_ray():
+        return LabelReport(check_splits(splits, classes, console), unpaired, classes), splits
 
 
 def run_check(
@@ -39,36 +57,33 @@ def run_check(
     num_drawn: int | None = None,
     draw_to: str | None = None,
 ) -> bool:
-    """Check all labels, print what is found and what is labelled; return whether there is no fault.
+    """Check all labels, print the findings and the labelled pixels of each class; return whether there are no faults.
 
     Args:
         config: Where the labels are, and what their values mean.
-        console: What is printed to.
-        list_all: Also list what is found beyond the first hundred of a kind.
-        num_drawn: Samples to draw as training is fed with them, if there is no fault.
-        draw_to: URI of that picture; None: ``augmented.png`` under the output.
+        console: Where the findings are printed.
+        list_all: List every finding, not only the first hundred of a kind.
+        num_drawn: Number of augmented training samples to draw if there are no faults.
+        draw_to: URI of that picture; None writes ``augmented.png`` under the output.
 
     Raises:
         SegrayError: The images and masks cannot be listed or paired, no pixel of a split is labelled, or the store
             failed.
     """
-    unpaired: list[Unpaired] = []
-    splits = load_splits(config.data, unpaired)
-    classes = get_classes(config)
-    with connect_ray():
-        reports = check_splits(splits, classes, console)
-    faults: list[Finding] = [*unpaired, *(fault for report in reports.values() for fault in report.faults)]
-    print_findings(reports, faults, classes, console, list_all)
-    if faults:
+    report, splits = _check(config, console)
+    print_findings(report, console, list_all)
+    if not report.ok:
         return False
-    for name, report in reports.items():
-        require_labelled(report, name)
+    for name, split in report.splits.items():
+        require_labelled(split, name)
     if num_drawn:
-        from segray.training.labels.preview import (
-            draw_training,  # matplotlib and torchvision, which nothing else here needs
-        )
-
         uri = normalize_uri(draw_to) if draw_to else join_uri(normalize_uri(config.output), "augmented.png")
-        write_bytes(uri, draw_training(config, splits.train, classes, num_drawn))
+        _draw_samples(config, splits, report.classes, num_drawn, uri)
         console.print(f"augmented samples: {uri}", highlight=False)
     return True
+
+
+def _draw_samples(config: TrainConfig, splits: Splits, classes: ClassMap, num_drawn: int, uri: str) -> None:
+    from segray.training.labels.preview import draw_training  # It imports matplotlib and torchvision.
+
+    write_bytes(uri, draw_training(config, splits.train, classes, num_drawn))

@@ -1,6 +1,7 @@
-"""Label check: every image and mask opened before the first step, every fault listed with what mends it.
+"""Label check: open every image and mask before the first training step, and list every fault with its remedy.
 
-An undeclared class value is an assertion on a GPU that kills the process without naming a file; here it is a line.
+Without this check, an undeclared class value fails an assertion on the GPU, which kills the process without naming the
+file.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +14,7 @@ import numpy.typing as npt
 import ray
 
 from segray.data.classes import ClassMap
-from segray.data.image_files import is_shown_turned
+from segray.data.image_files import swaps_sides
 from segray.data.manifest import Sample, Splits
 from segray.data.samples import describe_size_fault, read_image, read_mask
 from segray.errors import DataError, FaultKind, ImageFault
@@ -27,12 +28,12 @@ _MAX_CHUNKS_IN_FLIGHT = 64
 
 _MIXED = "looks resized with interpolation or saved as JPEG"
 _MIXED_REMEDY = "resize masks with nearest neighbour, and save them as PNG"
-_TURN_REMEDY = "turn the mask as viewers show the image, or save the image without EXIF"
-_DUPLICATE_REMEDY = "keep it in one split: scores on images that were learned from are too good"
+_TURN_REMEDY = "rotate the mask to match the image as viewers show it, or save the image without EXIF"
+_DUPLICATE_REMEDY = "keep it in one split: scores on training images are too high"
 
 
 class WarningKind(StrEnum):
-    """What training can use, though it may not be meant."""
+    """Kinds of problems that do not prevent training but may be unintended."""
 
     ALL_IGNORED = "all_ignored"
     INTERPOLATED = "interpolated"
@@ -41,14 +42,14 @@ class WarningKind(StrEnum):
 
 @dataclass(frozen=True)
 class LabelFault:
-    """One file that training cannot use, or that a warning is about.
+    """A file that training cannot use, or that a warning is about.
 
     Attributes:
         uri: The file.
-        kind: A fault's, or a warning's.
-        message: What is wrong with it.
-        remedy: What to do; the same for all files with the same trouble. Empty for undeclared values until ``conclude``
-            has seen all masks.
+        kind: Kind of fault or warning.
+        message: What is wrong with the file.
+        remedy: How to fix it; the same for all files with the same problem. It is empty for undeclared values until
+            ``complete_reports`` has seen all masks.
     """
 
     uri: str
@@ -61,19 +62,19 @@ class LabelFault:
 
 
 @dataclass(frozen=True)
-class LabelReport:
-    """Outcome of a label check.
+class SplitReport:
+    """Result of the label check of one split.
 
     Attributes:
-        num_samples: Image and mask pairs that were opened.
+        num_samples: Pairs of image and mask that were opened.
         faults: In the order of the samples.
         warnings: In the order of the samples.
         pixel_count: (C,) int64, labelled pixels of each class.
         image_count: (C,) int64, images in which each class is labelled.
-        image_px: (C,) int64, labelled pixels, of whatever class, of the images in which each class is.
+        image_px: (C,) int64, labelled pixels of any class, summed over the images that contain each class.
         ignored_px: Pixels with an ignored value.
-        values: Raw values of all masks but those that look mixed.
-        digests: 16 bytes for each image, the same for the same pixels; zeros for one that cannot be decoded.
+        values: Raw values of all masks, except masks that look resized with interpolation or saved as JPEG.
+        digests: 16 bytes for each image, equal for equal pixels; zeros for an image that cannot be decoded.
     """
 
     num_samples: int
@@ -86,8 +87,8 @@ class LabelReport:
     values: frozenset[int]
     digests: bytes
 
-    def __add__(self, other: "LabelReport") -> "LabelReport":
-        return LabelReport(
+    def __add__(self, other: "SplitReport") -> "SplitReport":
+        return SplitReport(
             self.num_samples + other.num_samples,
             self.faults + other.faults,
             self.warnings + other.warnings,
@@ -100,26 +101,26 @@ class LabelReport:
         )
 
     @classmethod
-    def empty(cls, num_classes: int) -> "LabelReport":
-        """Return the report of no samples."""
+    def empty(cls, num_classes: int) -> "SplitReport":
+        """Return a report on no samples."""
         zeros = np.zeros(num_classes, np.int64)
         return cls(0, [], [], zeros, zeros, zeros, 0, frozenset(), b"")
 
 
-def check_samples(samples: Sequence[Sample], classes: ClassMap) -> LabelReport:
-    """Open the given images and masks, each even if the other is bad, and count what is labelled.
+def check_samples(samples: Sequence[Sample], classes: ClassMap) -> SplitReport:
+    """Open the given images and masks and count labelled pixels; a bad image does not hide a bad mask.
 
     Raises:
-        StorageError: The store refused or failed; a file that is simply not there is a fault in the report.
+        StorageError: The store refused the read or failed; a missing file is a fault in the report instead.
     """
-    report = LabelReport.empty(classes.num_classes)
+    report = SplitReport.empty(classes.num_classes)
     for sample in samples:
         report += _check_sample(sample, classes)
     return report
 
 
-def _check_sample(sample: Sample, classes: ClassMap) -> LabelReport:
-    report = replace(LabelReport.empty(classes.num_classes), num_samples=1, digests=NO_DIGEST)
+def _check_sample(sample: Sample, classes: ClassMap) -> SplitReport:
+    report = replace(SplitReport.empty(classes.num_classes), num_samples=1, digests=NO_DIGEST)
     size = None
     try:
         image = read_image(sample.image_uri)
@@ -131,7 +132,7 @@ def _check_sample(sample: Sample, classes: ClassMap) -> LabelReport:
     try:
         raw = read_mask(sample.mask_uri)
     except ImageFault as fault:
-        remedy = fault.remedy or "replace the mask, or take its image out"
+        remedy = fault.remedy or "replace the mask, or remove its image"
         report.faults.append(LabelFault(sample.mask_uri, fault.kind, fault.message, remedy))
         return report
     return report + _check_mask(sample, raw, size, classes)
@@ -139,9 +140,9 @@ def _check_sample(sample: Sample, classes: ClassMap) -> LabelReport:
 
 def _check_mask(
     sample: Sample, raw: npt.NDArray[np.integer], size: tuple[int, ...] | None, classes: ClassMap
-) -> LabelReport:
-    """Report on a mask alone, as on no sample; it is counted if it has no fault."""
-    report = LabelReport.empty(classes.num_classes)
+) -> SplitReport:
+    """Return the part of a sample's report that concerns its mask; pixels are counted if there is no fault."""
+    report = SplitReport.empty(classes.num_classes)
     mixed = is_mixed(raw)
     truth = None
     try:
@@ -154,46 +155,44 @@ def _check_mask(
     if truth is not None and mixed:
         report.warnings.append(LabelFault(sample.mask_uri, WarningKind.INTERPOLATED, _MIXED, _MIXED_REMEDY))
     if truth is not None and not report.faults:
-        report += _count(sample.mask_uri, truth, classes)
+        report += _count_pixels(sample.mask_uri, truth, classes)
     values = [] if mixed else np.flatnonzero(np.bincount(raw.ravel())).tolist()
     return replace(report, values=frozenset(values))
 
 
 def _explain_size(sample: Sample, raw: npt.NDArray[np.integer], size: tuple[int, ...]) -> LabelFault:
-    """Return the fault of a mask of another size than its image's: EXIF's, where the image alone was turned by it."""
+    """Return the fault of a mask whose size differs from its image's; it says if EXIF rotated only the image."""
     fault = describe_size_fault(raw.shape, size)
-    if raw.shape == size[::-1] and is_shown_turned(read_bytes(sample.image_uri)):
+    if raw.shape == size[::-1] and swaps_sides(read_bytes(sample.image_uri)):
         return LabelFault(
-            sample.mask_uri, fault.kind, f"{fault.message}, which its EXIF orientation turns", _TURN_REMEDY
+            sample.mask_uri, fault.kind, f"{fault.message}, which is rotated by its EXIF orientation", _TURN_REMEDY
         )
     return LabelFault(sample.mask_uri, fault.kind, fault.message, fault.remedy)
 
 
-def _count(mask_uri: str, truth: npt.NDArray[np.integer], classes: ClassMap) -> LabelReport:
-    """Report, as on no sample, how many pixels of each class there are; warn where there are none."""
-    report = LabelReport.empty(classes.num_classes)
+def _count_pixels(mask_uri: str, truth: npt.NDArray[np.integer], classes: ClassMap) -> SplitReport:
+    """Return the part of a sample's report that counts pixels of each class; warn if every pixel is ignored."""
+    report = SplitReport.empty(classes.num_classes)
     values = np.bincount(truth.ravel(), minlength=classes.ignore_index + 1).astype(np.int64)
     pixel_count = values[: classes.num_classes]
-    is_there = (pixel_count > 0).astype(np.int64)
-    if not is_there.any():
-        message = "every pixel is ignored: nothing is learned from it, and nothing scored"
-        report.warnings.append(
-            LabelFault(mask_uri, WarningKind.ALL_IGNORED, message, "label it, or take its image out")
-        )
+    is_present = (pixel_count > 0).astype(np.int64)
+    if not is_present.any():
+        message = "every pixel is ignored, so it adds nothing to training or scores"
+        report.warnings.append(LabelFault(mask_uri, WarningKind.ALL_IGNORED, message, "label it, or remove its image"))
     return replace(
         report,
         pixel_count=pixel_count,
-        image_count=is_there,
-        image_px=is_there * pixel_count.sum(),
+        image_count=is_present,
+        image_px=is_present * pixel_count.sum(),
         ignored_px=int(values[classes.ignore_index]),
     )
 
 
-def check_dataset(samples: Sequence[Sample], classes: ClassMap) -> Iterator[LabelReport]:
-    """Check samples on all CPUs of the cluster; yield the report so far, in sample order."""
+def check_dataset(samples: Sequence[Sample], classes: ClassMap) -> Iterator[SplitReport]:
+    """Check samples on all CPUs of the cluster; yield the growing report, in sample order."""
     check = ray.remote(num_cpus=1, max_retries=3)(check_samples)
     classes_ref = ray.put(classes)
-    report = LabelReport.empty(classes.num_classes)
+    report = SplitReport.empty(classes.num_classes)
     running: list[Any] = []
     for start in range(0, len(samples), _CHUNK_SIZE):
         running.append(check.remote(samples[start : start + _CHUNK_SIZE], classes_ref))
@@ -206,20 +205,20 @@ def check_dataset(samples: Sequence[Sample], classes: ClassMap) -> Iterator[Labe
 
 
 def _count_usable_cpus() -> int:
-    # no more than there are: for what waits an autoscaler would add nodes, which the training may have no use for
+    # No more tasks than CPUs are queued: for waiting tasks an autoscaler would add nodes that training may not need.
     return min(_MAX_CHUNKS_IN_FLIGHT, max(1, int(ray.cluster_resources().get("CPU", 0))))
 
 
-def _fetch(chunk: Any) -> LabelReport:
+def _fetch(chunk: Any) -> SplitReport:
     with translated_ray_errors("the label check"):
-        result: LabelReport = ray.get(chunk)
+        result: SplitReport = ray.get(chunk)
         return result
 
 
-def conclude(reports: Mapping[str, LabelReport], splits: Splits, classes: ClassMap) -> dict[str, LabelReport]:
-    """Return the reports of all splits, by name, with what only all files together say.
+def complete_reports(reports: Mapping[str, SplitReport], splits: Splits, classes: ClassMap) -> dict[str, SplitReport]:
+    """Return the reports, by split name, completed with what only all files together reveal.
 
-    That is how to declare undeclared values, and which images of ``val`` are in ``train`` as well.
+    This adds how to declare undeclared values, and which images of ``val`` are also in ``train``.
     """
     values = frozenset[int]().union(*(report.values for report in reports.values()))
     remedy = classes.suggest_declaration(values)
@@ -227,7 +226,7 @@ def conclude(reports: Mapping[str, LabelReport], splits: Splits, classes: ClassM
         LabelFault(
             splits.val[number].image_uri,
             WarningKind.DUPLICATE,
-            f"the same pixels as {splits.train[other].image_uri} of train",
+            f"same pixels as {splits.train[other].image_uri} in train",
             _DUPLICATE_REMEDY,
         )
         for number, other in find_shared_images(reports["val"].digests, reports["train"].digests)
@@ -242,11 +241,11 @@ def conclude(reports: Mapping[str, LabelReport], splits: Splits, classes: ClassM
     }
 
 
-def require_learnable(report: LabelReport, split: str) -> None:
-    """Refuse a split with faults, or with no labelled pixel.
+def require_learnable(report: SplitReport, split: str) -> None:
+    """Raise if a split has faults or no labelled pixel.
 
     Raises:
-        DataError: Names the first faults, and how to see them all.
+        DataError: Names the first faults, and the command that lists all of them.
     """
     if report.faults:
         shown = "; ".join(str(fault) for fault in report.faults[:3])
@@ -255,8 +254,8 @@ def require_learnable(report: LabelReport, split: str) -> None:
     require_labelled(report, split)
 
 
-def require_labelled(report: LabelReport, split: str) -> None:
-    """Refuse a split with no labelled pixel.
+def require_labelled(report: SplitReport, split: str) -> None:
+    """Raise if a split has no labelled pixel.
 
     Raises:
         DataError: Names the split.

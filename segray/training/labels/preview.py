@@ -1,4 +1,4 @@
-"""Training samples as they are fed, for people to look at before they train."""
+"""Draw augmented training samples, so that people can look at them before training."""
 
 from collections.abc import Sequence
 
@@ -8,15 +8,15 @@ from segray.data.classes import ClassMap
 from segray.data.manifest import Sample
 from segray.plots import LabelledPicture, draw_samples
 from segray.storage import get_file_name
-from segray.training.worker.feed import iterate_training
+from segray.training.worker.feed import RankShare, StreamSettings, iterate_training
 from segray.training.worker.sample_store import SampleStore
 
 
 def draw_training(config: TrainConfig, samples: Sequence[Sample], classes: ClassMap, num_drawn: int) -> bytes:
-    """Draw the first samples of a run, image and truth, changed as the run will change them.
+    """Draw the first samples of a run, image and truth, augmented as the run will augment them; return a PNG file.
 
-    A position in the stream of samples means the same sample with the same changes for any batch size and number of
-    workers, so that one step of ``num_drawn`` samples is what all runs begin with.
+    The sample and its augmentation at a position in the stream do not depend on the batch size or the number of
+    workers, so one step of ``num_drawn`` samples shows what any run starts with.
 
     Raises:
         DataError: An image or mask cannot be used.
@@ -26,13 +26,9 @@ def draw_training(config: TrainConfig, samples: Sequence[Sample], classes: Class
         samples,
         SampleStore(classes, max_bytes=0),
         Augmentation(config.augmentation, config.image_size, classes.ignore_index),
-        steps=range(1),
-        global_batch_size=num_drawn,
-        num_parts=1,
-        seed=config.train.seed,
-        world_rank=0,
-        world_size=1,
-        num_threads=config.train.num_decode_threads,
+        range(1),
+        StreamSettings(num_drawn, seed=config.train.seed),
+        RankShare(num_threads=config.train.num_decode_threads),
     )
     ((batch,),) = steps
     titles = map(get_file_name, batch.image_uris)

@@ -1,53 +1,77 @@
-"""What a label check found, for people: a line for each file, what is labelled, and each kind with what mends it."""
+"""Result of a label check, and how it is printed: a line per file, labelled pixels, and each kind with its remedy."""
 
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 from rich.console import Console
 from rich.table import Table
 
 from segray.data.classes import ClassMap
 from segray.data.manifest import Unpaired
-from segray.training.labels.inspect import LabelFault, LabelReport
+from segray.training.labels.inspect import LabelFault, SplitReport
 
-_MAX_LISTED = 100  # of one kind with one remedy
+_MAX_LISTED = 100  # Findings of one kind with one remedy.
 _MAX_TRAIN_WARNINGS = 3
 
 Finding = LabelFault | Unpaired
 
 
-def print_findings(
-    reports: Mapping[str, LabelReport],
-    faults: Sequence[Finding],
-    classes: ClassMap,
-    console: Console,
-    list_all: bool = False,
-) -> None:
-    """Print each warning and fault, then what is labelled, then each kind of finding with its count and remedy.
+@dataclass(frozen=True)
+class LabelReport:
+    """Result of a label check.
+
+    Attributes:
+        splits: Report of each split, ``train`` and ``val``: labelled pixels, faults and warnings.
+        unpaired: Images without a mask, and masks without an image.
+        classes: The classes that the masks were read with.
+    """
+
+    splits: Mapping[str, SplitReport]
+    unpaired: Sequence[Unpaired]
+    classes: ClassMap
+
+    @property
+    def faults(self) -> list[Finding]:
+        """Every file that training cannot use, with ``uri``, ``kind``, ``message`` and ``remedy``."""
+        return [*self.unpaired, *(fault for report in self.splits.values() for fault in report.faults)]
+
+    @property
+    def warnings(self) -> list[Finding]:
+        """Every file that training can use but that looks unintended."""
+        return _collect_warnings(self.splits)
+
+    @property
+    def ok(self) -> bool:
+        """Whether there are no faults; warnings do not count."""
+        return not self.faults
+
+
+def print_findings(report: LabelReport, console: Console, list_all: bool = False) -> None:
+    """Print each warning and fault, then the labelled pixels, then each kind of finding with its count and remedy.
 
     Args:
-        reports: By split.
-        faults: Those of the reports, and what else was found.
-        classes: The classes of the reports.
-        console: What is printed to.
-        list_all: Print a line for each finding also where very many are of one kind with one remedy.
+        report: The report.
+        console: Where the findings are printed.
+        list_all: Print a line for every finding, not only for the first 100 of one kind with one remedy.
     """
-    found = {"warning: ": _collect_warnings(reports), "": faults}
+    reports, faults = report.splits, report.faults
+    found = {"warning: ": report.warnings, "": faults}
     limit = None if list_all else _MAX_LISTED
     for prefix, findings in found.items():
         _list(findings, prefix, limit, console)
-    console.print(_build_table(reports, classes))
+    console.print(_build_table(reports, report.classes))
     for prefix, findings in found.items():
         for (kind, remedy), count in Counter(map(_get_group, findings)).most_common():
-            cut = f" (the first {limit} are listed; --all lists them)" if limit and count > limit else ""
+            cut = f" (first {limit} listed; use --all to list every file)" if limit and count > limit else ""
             console.print(f"{count:,} x {prefix}{kind}: {remedy}{cut}", highlight=False)
-    num_samples = sum(report.num_samples for report in reports.values())
+    num_samples = sum(split.num_samples for split in reports.values())
     totals = f"{len(faults)} faults, {len(found['warning: '])} warnings"
     console.print(f"{num_samples} images and masks checked, {totals}", highlight=False)
 
 
-def print_warnings(reports: Mapping[str, LabelReport], console: Console) -> None:
-    """Print the first warnings, and how many more there are."""
+def print_warnings(reports: Mapping[str, SplitReport], console: Console) -> None:
+    """Print the first three warnings, and how many more there are."""
     warnings = _collect_warnings(reports)
     _list(warnings[:_MAX_TRAIN_WARNINGS], "warning: ", None, console)
     if len(warnings) > _MAX_TRAIN_WARNINGS:
@@ -55,7 +79,7 @@ def print_warnings(reports: Mapping[str, LabelReport], console: Console) -> None
         console.print(f"warning: and {num_more:,} more (segray check lists all)", highlight=False)
 
 
-def _collect_warnings(reports: Mapping[str, LabelReport]) -> list[Finding]:
+def _collect_warnings(reports: Mapping[str, SplitReport]) -> list[Finding]:
     return [warning for report in reports.values() for warning in report.warnings]
 
 
@@ -72,7 +96,7 @@ def _list(findings: Sequence[Finding], prefix: str, limit: int | None, console: 
             console.print(f"{prefix}{finding}", highlight=False)
 
 
-def _build_table(reports: Mapping[str, LabelReport], classes: ClassMap) -> Table:
+def _build_table(reports: Mapping[str, SplitReport], classes: ClassMap) -> Table:
     table = Table("class", "raw value")
     for name in reports:
         for what in ("pixels", "share", "images"):
@@ -85,7 +109,7 @@ def _build_table(reports: Mapping[str, LabelReport], classes: ClassMap) -> Table
     return table
 
 
-def _describe_class(report: LabelReport, index: int) -> tuple[str, str, str]:
+def _describe_class(report: SplitReport, index: int) -> tuple[str, str, str]:
     num_px = int(report.pixel_count[index])
     share = num_px / max(1, int(report.pixel_count.sum()))
     return f"{num_px:,}", f"{share:.2%}", str(report.image_count[index])

@@ -1,8 +1,8 @@
-"""``segray tune``: settings are drawn, Ray Tune trains with each, and ASHA stops those that lag behind.
+"""Hyperparameter search (``segray tune``): Ray Tune trains with randomly drawn settings, and ASHA stops weak trials.
 
-What is drawn for a trial is a matter of the seed and its number alone, and what it has learned is in its checkpoints.
-So a search that was interrupted is simply begun again: every trial tells what it has behind it and goes on. Ray Tune's
-own state, which is pickled, is never read back.
+The settings of a trial depend only on the seed and the trial's number, and its progress is in its checkpoints. To
+resume an interrupted search, the same command starts all trials again: each reports its finished epochs and continues
+from its newest checkpoint. Ray Tune's own state, which is pickled, is never read back.
 
 Source of the schedule: Li et al., "A System for Massively Parallel Hyperparameter Tuning", MLSys 2020 (ASHA).
 """
@@ -12,11 +12,12 @@ import io
 import logging
 import tempfile
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import ray
 import yaml
+from pydantic import BaseModel
 from ray import tune
 from ray.tune.experiment import Trial
 from ray.tune.schedulers import ASHAScheduler
@@ -40,18 +41,21 @@ _BINDING_NAME = "tune.json"
 _NUM_SHOWN = 10
 
 
-def run_search(config: TrainConfig, console: Console) -> str:
-    """Try settings, and return the URI of the best configuration; a search that was interrupted goes on.
+def run_search(config: TrainConfig, console: Console) -> "TuneResult":
+    """Run or resume a search; writes ``trials.csv`` and ``best.yaml`` under the output.
 
     Raises:
-        SegrayError: The input or the space is unusable, the output belongs to another search, or every trial failed.
+        SegrayError: The input or the search space is unusable, the output belongs to another search, or every trial
+            failed.
     """
     check_space(config)
     check_network(config)
     splits = load_splits(config.data)
     output = normalize_uri(config.output)
-    space = {name: drawn_from.model_dump(mode="json") for name, drawn_from in config.tune.space.items()}
-    settings = {**config.of_weights, "tune": {"space": space, "seed": config.tune.seed}}
+    settings = {
+        **config.weight_settings,
+        "tune": config.tune.model_dump(mode="json", include={"space", "seed"}),
+    }
     binding = Binding(join_uri(output, _BINDING_NAME), settings, splits.compute_sha256())
     binding.require_same()
     console.print(describe_run(config, splits), highlight=False)
@@ -64,50 +68,75 @@ def run_search(config: TrainConfig, console: Console) -> str:
     return _write_best(board, config, output, console)
 
 
-@dataclass
-class TrialRecord:
-    """What is known of a trial: its epochs' scores, and how it ended ("" while it runs)."""
+class TrialRecord(BaseModel):
+    """Settings, scores and outcome of a trial.
 
+    Attributes:
+        number: Number of the trial; with ``tune.seed`` it determines the drawn settings.
+        values: The drawn settings, by dotted name.
+        scores: Validation mean IoU of each evaluated epoch.
+        outcome: How the trial ended; empty while it runs.
+    """
+
+    number: int
     values: dict[str, Any]
-    scores: dict[int, float] = field(default_factory=dict)
+    scores: dict[int, float] = {}
     outcome: str = ""
 
     @property
     def best(self) -> float:
-        """The highest score; -1 without any."""
+        """The highest score; -1 if there is none."""
         return max(self.scores.values(), default=-1.0)
 
 
+@dataclass(frozen=True)
+class TuneResult:
+    """A complete search.
+
+    Attributes:
+        config: The best configuration; training with it returns the bundle of the best trial.
+        config_uri: URI of ``best.yaml``, which holds it.
+        trials: All trials, best first.
+    """
+
+    config: TrainConfig
+    config_uri: str
+    trials: Sequence[TrialRecord]
+
+
 class ScoreBoard(tune.Callback):  # type: ignore[misc]
-    """Keeps the records of all trials, by number, and shows them."""
+    """Tune callback that keeps the records of all trials by number, and shows progress."""
 
     def __init__(self, config: TrainConfig, bar: Progress) -> None:
-        self.records = {number: TrialRecord(draw_values(config, number)) for number in range(config.tune.num_trials)}
+        self.records = {
+            number: TrialRecord(number=number, values=draw_values(config, number))
+            for number in range(config.tune.num_trials)
+        }
         self._num_epochs = config.train.num_epochs
         self._bar = bar
         self._task = bar.add_task("tune", total=config.tune.num_trials, note="starting")
 
     def __getstate__(self) -> dict[str, Any]:
-        return {}  # Tune writes its callbacks down, and a display cannot be
+        return {}  # Tune pickles its callbacks, and a progress display cannot be pickled.
 
     def on_trial_result(
         self, iteration: int, trials: list[Trial], trial: Trial, result: dict[str, Any], **_: Any
     ) -> None:
-        """Note a score."""
+        """Record the score of an epoch."""
         self.records[trial.config["number"]].scores[result[TIME]] = result[METRIC]
         self._show()
 
     def on_trial_complete(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
-        """Note a trial that ran to its end, or was stopped early."""
+        """Record that a trial finished, or was stopped early."""
         record = self.records[trial.config["number"]]
         self._end(trial, "finished" if max(record.scores, default=0) >= self._num_epochs else "stopped early")
 
     def on_trial_error(self, iteration: int, trials: list[Trial], trial: Trial, **_: Any) -> None:
-        """Note a trial that failed; why, Tune says when all is over."""
+        """Record that a trial failed; Tune reports the reason at the end of the search."""
         self._end(trial, "failed")
 
     def explain_failures(self, results: Iterable[tune.Result]) -> None:
-        """Add to the records of trials that failed what they failed of."""
+        """Add the reasons for failure to the records of failed trials."""
         for result in results:
             if result.error is not None and result.config is not None:
                 reason = find_segray_error(result.error) or get_last_line(result.error)
@@ -132,7 +161,8 @@ class ScoreBoard(tune.Callback):  # type: ignore[misc]
 
 def _run_trials(search: Search, console: Console) -> ScoreBoard:
     config = search.config
-    # on the driver's own node: Tune wants a folder that all its trials see, and theirs are elsewhere
+    # The trials run on the driver's node, because Tune needs a folder that all of them can access. Their training
+    # workers can run on any node.
     here = dict.fromkeys(_list_node_resources(), 0.001)
     trainable = tune.with_resources(tune.with_parameters(TrialRun, search=search), here)
     with build_bar(console, "trials") as bar, tempfile.TemporaryDirectory(prefix="segray-tune-") as folder:
@@ -153,50 +183,54 @@ def _run_trials(search: Search, console: Console) -> ScoreBoard:
             ),
             run_config=tune.RunConfig(
                 storage_path=folder,
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # runs have their own
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # Runs write their own.
                 callbacks=[board],
                 verbose=0,
             ),
         )
-        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # it prints what trials failed of at full length
+        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # It would print full tracebacks of failed trials.
         with translated_ray_errors("the search"):
             board.explain_failures(tuner.fit())
     return board
 
 
 def _list_node_resources() -> list[str]:
-    """Return the resource that stands for the driver's own node."""
+    """Return the name, in a list, of the custom resource that stands for the driver's own node."""
     node_id = ray.get_runtime_context().get_node_id()
     (resources,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == node_id)
     return [name for name in resources if name.startswith("node:") and name != "node:__internal_head__"]
 
 
-def _write_best(board: ScoreBoard, config: TrainConfig, output: str, console: Console) -> str:
-    """Write and print what was found; return the URI of the best configuration."""
-    ranked = sorted(board.records.items(), key=lambda pair: pair[1].best, reverse=True)
+def _write_best(board: ScoreBoard, config: TrainConfig, output: str, console: Console) -> TuneResult:
+    """Write ``trials.csv`` and ``best.yaml``, and print the best trials."""
+    ranked = sorted(board.records.values(), key=lambda record: record.best, reverse=True)
     write_bytes(join_uri(output, "trials.csv"), format_trials_csv(ranked))
-    number, best = ranked[0]
+    best = ranked[0]
     if not best.scores:
-        raise TrainingError(f"all {len(ranked)} trials failed; the first: {board.records[0].outcome}")
-    table = Table("trial", "val mean IoU", "epochs", "outcome", *best.values)
-    for trial, record in ranked[:_NUM_SHOWN]:
-        cells = [format_values({name: value}).partition("=")[2] for name, value in record.values.items()]
-        table.add_row(str(trial), f"{record.best:.4f}", str(len(record.scores)), record.outcome, *cells)
-    console.print(table)
-    trial_uri = join_uri(output, "trials", f"{number:03d}")
+        raise TrainingError(f"all {len(ranked)} trials failed; the first one {board.records[0].outcome}")
+    console.print(_build_table(ranked[:_NUM_SHOWN]))
+    trial_uri = join_uri(output, "trials", f"{best.number:03d}")
     chosen = set_values(config, best.values).model_copy(update={"output": trial_uri})
     best_uri = join_uri(output, "best.yaml")
     text = yaml.safe_dump(chosen.model_dump(mode="json"), sort_keys=False)
-    write_bytes(best_uri, f"# trial {number}: val mean IoU {best.best:.4f}\n{text}".encode())
-    return best_uri
+    write_bytes(best_uri, f"# trial {best.number}: val mean IoU {best.best:.4f}\n{text}".encode())
+    return TuneResult(chosen, best_uri, ranked)
 
 
-def format_trials_csv(ranked: Sequence[tuple[int, TrialRecord]]) -> bytes:
-    """Return the trials, best first, as CSV."""
+def _build_table(ranked: Sequence[TrialRecord]) -> Table:
+    table = Table("trial", "val mean IoU", "epochs", "outcome", *ranked[0].values)
+    for record in ranked:
+        cells = [format_values({name: value}).partition("=")[2] for name, value in record.values.items()]
+        table.add_row(str(record.number), f"{record.best:.4f}", str(len(record.scores)), record.outcome, *cells)
+    return table
+
+
+def format_trials_csv(ranked: Sequence[TrialRecord]) -> bytes:
+    """Format the trials, best first, as CSV."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(["trial", METRIC, "num_epochs", "outcome", *ranked[0][1].values])
-    for number, record in ranked:
+    writer.writerow(["trial", METRIC, "num_epochs", "outcome", *ranked[0].values])
+    for record in ranked:
         score = record.best if record.scores else ""
-        writer.writerow([number, score, len(record.scores), record.outcome, *record.values.values()])
+        writer.writerow([record.number, score, len(record.scores), record.outcome, *record.values.values()])
     return buffer.getvalue().encode()

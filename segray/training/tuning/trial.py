@@ -1,4 +1,4 @@
-"""One trial of a search: an ordinary run in a folder of its own, that waits after each epoch to be told to go on."""
+"""One trial of a search: a training run in its own folder, which pauses after each epoch until it may continue."""
 
 import queue
 import threading
@@ -15,7 +15,7 @@ from segray.storage import join_uri
 from segray.training.checkpoint import RUN_NAME, find_newest_history
 from segray.training.driver import build_job
 from segray.training.job import TrainJob, is_finished
-from segray.training.labels.inspect import LabelReport
+from segray.training.labels.inspect import SplitReport
 from segray.training.tuning.search_space import draw_values, set_values
 
 METRIC, TIME = "val_mean_iou", "epoch"
@@ -23,55 +23,55 @@ METRIC, TIME = "val_mean_iou", "epoch"
 
 @dataclass(frozen=True)
 class Search:
-    """What every trial starts from.
+    """The inputs shared by all trials.
 
     Attributes:
-        config: The configuration that the settings drawn are put into.
-        splits: Labelled images.
-        report: Of the training labels.
-        output: Of the search.
+        config: The configuration in which each trial replaces the searched settings.
+        splits: Labelled images for training and validation.
+        report: Label report of the training split.
+        output: URI of the search's output folder.
     """
 
     config: TrainConfig
     splits: Splits
-    report: LabelReport
+    report: SplitReport
     output: str
 
     def build_trial_job(self, number: int) -> TrainJob:
-        """Return the run of a trial."""
+        """Return the training job of a trial."""
         trial_uri = join_uri(self.output, "trials", f"{number:03d}")
         config = set_values(self.config, draw_values(self.config, number)).model_copy(update={"output": trial_uri})
         job = build_job(config, self.splits, self.report, join_uri(trial_uri, RUN_NAME))
-        return replace(job, waits_for_leave=True)
+        return replace(job, pauses_after_epoch=True)
 
 
 class TrialRun(tune.Trainable):  # type: ignore[misc]
-    """Trains with the settings drawn, from the trial's newest checkpoint; a step of it is an evaluated epoch.
+    """Trains with the drawn settings, starting from the trial's newest checkpoint; one step is one evaluated epoch.
 
-    Tune kills the process of a trial that it stops. The run in it must have ended by then: Ray Train's workers would
-    die with it, but the CPUs and GPUs reserved for them come back only where Ray's dashboard runs (it is what Ray Train
-    asks whether its controller lives), and without them no later trial can start. So the run waits after each epoch,
-    and ends by itself when it is told to.
+    Tune kills the process of a trial that it stops, so the run in that process must have ended before. Otherwise Ray
+    Train's workers would die with the process, but the CPUs and GPUs reserved for them would be released only if Ray's
+    dashboard is running (Ray Train asks it whether its controller is alive), and without them no later trial can
+    start. Therefore the run pauses after each epoch, and ends by itself if it may not continue.
     """
 
     def setup(self, config: dict[str, Any], search: Search) -> None:
-        """Begin to train."""
+        """Start training in a thread."""
         self._job = search.build_trial_job(config["number"])
         self._scores: queue.Queue[dict[str, Any] | BaseException] = queue.Queue()
-        self._leaves: queue.Queue[bool] = queue.Queue()
+        self._permissions: queue.Queue[bool] = queue.Queue()
         self._history: list[dict[str, Any]] = []
         self._is_waiting = False
         self._thread = threading.Thread(target=self._train, daemon=True)
         self._thread.start()
 
     def step(self) -> dict[str, Any]:
-        """Return the score of the next epoch that is evaluated.
+        """Let training continue, and return the score of the next evaluated epoch.
 
         Raises:
-            SegrayError: Of the run.
+            SegrayError: The training run failed.
         """
         if self._is_waiting:
-            self._leaves.put(True)
+            self._permissions.put(True)
         score = self._scores.get()
         self._is_waiting = True
         if isinstance(score, BaseException):
@@ -79,8 +79,8 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]
         return score
 
     def cleanup(self) -> None:
-        """End the run, and wait until it has ended."""
-        self._leaves.put(False)
+        """Stop training after the current epoch, and wait until the run has ended."""
+        self._permissions.put(False)
         self._thread.join()
 
     def _train(self) -> None:
@@ -89,12 +89,12 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]
         try:
             if self._track(find_newest_history(self._job.run_uri)) and not self._is_finished():
                 fit(self._job, self._job.config.output, Console(quiet=True), self._track)
-                self._track(find_newest_history(self._job.run_uri))  # whatever the display has missed
-        except BaseException as error:  # all of them: the step waits for a score
+                self._track(find_newest_history(self._job.run_uri))  # The display may have missed the last epochs.
+        except BaseException as error:  # Whatever fails must reach step(), which waits for a score.
             self._scores.put(error)
 
     def _track(self, epochs: Sequence[dict[str, Any]]) -> bool:
-        """Tell of each epoch, once; return whether the run goes on after them."""
+        """Report each new epoch once, and return whether training may continue after them."""
         for metrics in epochs:
             if metrics[TIME] <= len(self._history):
                 continue
@@ -102,8 +102,8 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]
             if METRIC in metrics:
                 score = {name: metrics[name] for name in (TIME, METRIC)}
                 self._scores.put(score | {tune.result.DONE: self._is_finished()})
-                if not self._leaves.get():
-                    self._leaves.put(False)  # once told to stop, for ever
+                if not self._permissions.get():
+                    self._permissions.put(False)  # A refusal stays in force for all later calls.
                     return False
         return True
 

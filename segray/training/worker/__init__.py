@@ -1,1 +1,1 @@
-"""What each training worker (rank) runs."""
+"""Code that runs on each training worker (rank)."""

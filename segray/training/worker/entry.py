@@ -1,4 +1,7 @@
-"""Entry point of a training worker. Light to import: Ray's controller imports it too, and needs no models."""
+"""Entry point of a training worker.
+
+Ray Train's controller imports this module too, so it must not import any model code.
+"""
 
 from typing import Any
 
@@ -6,7 +9,7 @@ from segray.training.job import TrainJob
 
 
 def train_loop_per_worker(loop_config: dict[str, Any]) -> dict[str, Any]:
-    """Run the training loop on the job in ``loop_config["job"]``; returns what the loop returns."""
+    """Run the training loop for the ``TrainJob`` in ``loop_config["job"]``; return what ``run_loop`` returns."""
     from segray.training.worker.loop import run_loop
 
     job: TrainJob = loop_config["job"]

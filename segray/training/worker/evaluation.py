@@ -1,4 +1,7 @@
-"""Scores of a validation split: counted on every rank, added up, and only then divided. No Ray, no reading."""
+"""Evaluate a validation split: each rank counts its share, counts are summed, and scores are computed from the sums.
+
+This module needs neither Ray nor storage.
+"""
 
 import heapq
 import math
@@ -28,12 +31,18 @@ from segray.models.precision import autocast
 from segray.models.prediction import compute_mask
 from segray.training.worker.feed import EvalBatch
 
-_FIXED_POINT = 2**40  # scores of images are added up as multiples of 2^-40, so that no order of ranks changes a bit
-NUM_EXTREMES = 4  # best and worst images that are remembered
+# Per-image scores are summed as integer multiples of 2^-40, so the sum does not depend on the order of summation.
+_FIXED_POINT = 2**40
+NUM_EXTREMES = 4  # Number of best images, and of worst images, to report.
 
 
 class ImageScore(NamedTuple):
-    """Mean IoU of an image over the classes in its truth or mask, and the image's place in its split."""
+    """Score of an image.
+
+    Attributes:
+        mean_iou: Mean IoU over the classes that occur in the ground truth or the predicted mask.
+        number: Index of the image in its split.
+    """
 
     mean_iou: float
     number: int
@@ -41,15 +50,15 @@ class ImageScore(NamedTuple):
 
 @dataclass(frozen=True)
 class EvaluationCounts:
-    """What an evaluation counts; all of it adds up.
+    """Counts of an evaluation; those of several ranks can be summed.
 
     Attributes:
-        confusion: (C, C) int64 pixels, rows are the truth.
-        boundary: (2, C) int64 pixels, intersections and unions of boundaries.
-        image_sums: (2, C) int64, IoU and Dice of each image in fixed point, added up where they are defined.
-        image_count: (C,) int64 images in which they are.
-        worst: The images with the lowest scores, the lowest first.
-        best: The images with the highest scores, the highest first.
+        confusion: (C, C) int64 pixel counts; rows are the ground truth.
+        boundary: (2, C) int64 pixel counts of the intersections and unions of boundaries.
+        image_sums: (2, C) int64, sums of the defined IoU and Dice scores of images, in multiples of 2^-40.
+        image_count: (C,) int64, numbers of images in which the scores are defined.
+        worst: The images with the lowest scores, lowest first.
+        best: The images with the highest scores, highest first.
     """
 
     confusion: torch.Tensor
@@ -61,7 +70,7 @@ class EvaluationCounts:
 
 
 class _Tally:
-    """Counts of the images so far, on their device."""
+    """Accumulates the counts of images, on the device that computes them."""
 
     def __init__(self, classes: ClassMap, device: torch.device) -> None:
         self._classes = classes
@@ -72,13 +81,13 @@ class _Tally:
         self._numbers: list[int] = []
 
     def add(self, number: int, truth: torch.Tensor, mask: torch.Tensor) -> None:
-        """Count an image: its place in the split, truth and mask (H, W)."""
+        """Add an image: its index in the split, and the ground truth and predicted mask, both (H, W) class indices."""
         num_classes, ignore_index = self._classes.num_classes, self._classes.ignore_index
         confusion = compute_confusion(truth, mask, num_classes, ignore_index)
         self._confusion += confusion
         self._boundary += compute_boundary_counts(truth, mask, num_classes, ignore_index)
         tp_px = confusion.diagonal()
-        both_px = confusion.sum(0) + confusion.sum(1)  # of truth and mask: tp_px twice
+        both_px = confusion.sum(0) + confusion.sum(1)  # Pixels of ground truth plus pixels of mask, so tp_px twice.
         is_defined = both_px > 0
         scores = torch.stack([tp_px / (both_px - tp_px).double(), 2 * tp_px / both_px.double()])
         self._image_sums += (scores.nan_to_num() * _FIXED_POINT).round().long()
@@ -87,7 +96,7 @@ class _Tally:
         self._numbers.append(number)
 
     def finish(self) -> EvaluationCounts:
-        """Return all counts."""
+        """Return the counts of all images added."""
         pairs = zip(self._mean_ious, self._numbers, strict=True)
         scores = [ImageScore(float(score), number) for score, number in pairs]
         scores = [score for score in scores if not math.isnan(score.mean_iou)]
@@ -111,14 +120,23 @@ def evaluate(
     device: torch.device,
     precision: str,
 ) -> EvaluationCounts:
-    """Count a rank's share of a split, each mask scored at its image's own size."""
+    """Evaluate this rank's share of a split; each mask is compared with the ground truth at the image's original size.
+
+    Args:
+        model: Maps (N, 3, H, W) to logits (N, C, H, W); it is left in evaluation mode.
+        batches: The rank's batches, from ``iterate_evaluation``.
+        classes: Classes, in the order of the logits' channels.
+        preprocessing: Converts (N, H, W, 3) uint8 pixels to the model's input.
+        device: Device of the model.
+        precision: ``bf16``, ``fp16`` or ``fp32``.
+    """
     model.eval()
     tally = _Tally(classes, device)
     for batch in batches:
         image_nchw = preprocessing.apply(torch.from_numpy(batch.images).to(device, non_blocking=True))
         with autocast(device, precision):
             logits_nchw = model(image_nchw)
-        # what is past the last truth is padding
+        # Images beyond the last ground truth are padding.
         for logits_chw, truth, number in zip(logits_nchw, batch.truths, batch.numbers, strict=False):
             mask = compute_mask(logits_chw, (truth.shape[0], truth.shape[1]))
             tally.add(number, torch.from_numpy(truth).to(device), mask)
@@ -126,7 +144,7 @@ def evaluate(
 
 
 def add_over_ranks(counts: EvaluationCounts) -> EvaluationCounts:
-    """Return the counts of all ranks together, on every rank."""
+    """Return the counts summed over all ranks; collective, and with the same result on every rank."""
     if not distributed.is_initialized():
         return counts
     for tensor in (counts.confusion, counts.boundary, counts.image_sums, counts.image_count):
@@ -138,18 +156,18 @@ def add_over_ranks(counts: EvaluationCounts) -> EvaluationCounts:
 
 
 def compute_scores(counts: EvaluationCounts) -> dict[str, Any]:
-    """Return validation scores by name.
+    """Return validation scores by name, in the range 0 to 1.
 
-    ``val_mean_iou``, the headline, is the mean over defined classes of ``val_dataset_iou``; so for Dice, precision,
-    recall, accuracy and boundary IoU. ``val_image_iou`` is the mean over classes of ``val_mean_image_iou``. Lists are
-    of all classes, None where undefined.
+    ``val_mean_iou``, the headline score, is the mean of ``val_dataset_iou`` over the classes where it is defined; the
+    means of Dice, precision, recall, accuracy and boundary IoU are formed likewise. ``val_image_iou`` is the mean over
+    classes of ``val_mean_image_iou``. Lists have one value per class, None where undefined.
     """
     confusion = counts.confusion.cpu().numpy()
     pixels = count_from_confusion(confusion)
     boundary = counts.boundary.cpu().numpy()
-    of_images = counts.image_sums.cpu().numpy() / _FIXED_POINT
+    image_sums = counts.image_sums.cpu().numpy() / _FIXED_POINT
     image_count = counts.image_count.cpu().numpy()
-    image_iou, image_dice = (divide(of_images[side], image_count) for side in (0, 1))
+    image_iou, image_dice = (divide(image_sums[side], image_count) for side in (0, 1))
     by_class: dict[str, tuple[str, FloatArray]] = {
         "val_mean_iou": ("val_dataset_iou", compute_iou(pixels)),
         "val_mean_dice": ("val_dataset_dice", compute_dice(pixels)),

@@ -1,12 +1,13 @@
-"""Samples to batches: an order that is data, not an accident of scheduling.
+"""Load samples and assemble them into batches.
 
-Training reads an endless stream in which each run of ``num_samples`` positions is a permutation of the samples, drawn
-by (seed, pass). Step ``s`` takes positions ``s*B`` to ``(s+1)*B`` (B: global batch size), each rank its share of those.
-So any number of workers sees one order, every rank takes the same number of full batches, no sample is dropped or
-seen twice in a pass, and a resumed run goes on at the very next sample.
+The sample order depends only on (seed, pass), so it is identical for any number of workers. Training reads an endless
+stream in which each block of ``num_samples`` positions (a pass) is a random permutation of the samples. Step ``s``
+takes the positions from ``s*B`` to ``(s+1)*B``, where B is the global batch size, and each rank loads its share of
+them. So every rank takes the same number of full batches, no sample is dropped or repeated within a pass, and a resumed
+run continues with the next sample.
 
-Images are decoded by threads, for the decoders release the interpreter lock, and a Ray worker, which has threads of its
-own, must not be forked as a torch DataLoader would.
+Images are decoded by threads, because the decoders release the interpreter lock, and because a torch DataLoader would
+fork the Ray worker, which is unsafe as that has threads of its own.
 """
 
 from collections import deque
@@ -31,11 +32,11 @@ ItemT = TypeVar("ItemT")
 
 @dataclass(frozen=True)
 class TrainBatch:
-    """A rank's share of a training step, or a part of it.
+    """A rank's share of a training step, or one part of it for gradient accumulation.
 
     Attributes:
         images: (N, H, W, 3) uint8.
-        truth: (N, H, W) class indices, the class map's ``index_dtype``.
+        truth: (N, H, W) class indices, of the class map's ``index_dtype``.
         image_uris: N URIs, in the order of the images.
     """
 
@@ -46,12 +47,12 @@ class TrainBatch:
 
 @dataclass(frozen=True)
 class EvalBatch:
-    """Images at the model's input size, padded to a fixed number, with the truth at each image's own size.
+    """Images at the model's input size, padded to a fixed batch size, with ground truth at the original image sizes.
 
     Attributes:
-        images: (eval_batch_size, H, W, 3) uint8; those past ``len(truths)`` are padding.
+        images: (eval_batch_size, H, W, 3) uint8; those beyond ``len(truths)`` are padding.
         truths: Class-index maps (H_i, W_i).
-        numbers: Place of each image in its split.
+        numbers: Index of each image in its split.
     """
 
     images: npt.NDArray[np.uint8]
@@ -59,13 +60,43 @@ class EvalBatch:
     numbers: list[int]
 
 
+@dataclass(frozen=True)
+class StreamSettings:
+    """How the sample stream is ordered and divided into steps.
+
+    Attributes:
+        global_batch_size: Samples per step over all ranks.
+        num_parts: Batches that each rank's share of a step is divided into, for gradient accumulation.
+        seed: Seed of the sample order and of the augmentation.
+    """
+
+    global_batch_size: int
+    num_parts: int = 1
+    seed: int = 0
+
+
+@dataclass(frozen=True)
+class RankShare:
+    """Which share of the samples to load, and with how many threads.
+
+    Attributes:
+        world_rank: Rank of this process, from 0.
+        world_size: Number of ranks.
+        num_threads: Threads that read, decode and augment samples.
+    """
+
+    world_rank: int = 0
+    world_size: int = 1
+    num_threads: int = 1
+
+
 def compute_num_steps(num_samples: int, global_batch_size: int) -> int:
-    """Return the steps of an epoch: enough to see every sample."""
+    """Return the number of steps in an epoch: the smallest number in which every sample is seen."""
     return -(-num_samples // global_batch_size)
 
 
 def compute_step_order(step: int, num_samples: int, global_batch_size: int, seed: int) -> npt.NDArray[np.int64]:
-    """Return the sample indices of a global training step, (global_batch_size,) int64."""
+    """Return the sample indices of a training step over all ranks, (global_batch_size,) int64."""
     positions = np.arange(step * global_batch_size, (step + 1) * global_batch_size)
     indices = np.empty_like(positions)
     for sample_pass in np.unique(positions // num_samples):
@@ -75,13 +106,13 @@ def compute_step_order(step: int, num_samples: int, global_batch_size: int, seed
     return indices
 
 
-@lru_cache(maxsize=2)  # a step lies in one pass, or at the seam of two
+@lru_cache(maxsize=2)  # A step lies within one pass or spans two.
 def _draw_order(num_samples: int, seed: int, sample_pass: int) -> npt.NDArray[np.int64]:
     return np.random.Generator(np.random.PCG64([seed, sample_pass])).permutation(num_samples)
 
 
 def _build_generator(seed: int, position: int) -> np.random.Generator:
-    """Return the generator of a sample's changes; the key keeps it apart from those of orders."""
+    """Return the random generator that augments a sample; the spawn key separates it from those of sample orders."""
     return np.random.default_rng(np.random.SeedSequence([seed, position], spawn_key=(1,)))
 
 
@@ -89,61 +120,81 @@ def iterate_training(
     samples: Sequence[Sample],
     store: SampleStore,
     augmentation: Augmentation,
-    *,
     steps: range,
-    global_batch_size: int,
-    num_parts: int,
-    seed: int,
-    world_rank: int,
-    world_size: int,
-    num_threads: int,
+    stream: StreamSettings,
+    share: RankShare,
 ) -> Iterator[list[TrainBatch]]:
-    """Yield this rank's share of each global step in ``steps``, in ``num_parts`` batches.
+    """Yield a rank's share of each step, as a list of ``stream.num_parts`` batches.
 
-    A sample is changed by a generator of its own, made from the seed and its position in the stream.
+    Each sample is augmented by its own random generator, which depends only on the seed and the position in the stream.
+
+    Args:
+        samples: The training split.
+        store: Loads and caches samples.
+        augmentation: Random changes, which also resize samples to the model's input size.
+        steps: Indices of the steps to yield.
+        stream: Order of the samples and their division into steps.
+        share: Which share of each step to load.
+
+    Raises:
+        DataError: An image or mask cannot be used.
+        StorageError: Permissions, network or disk error.
     """
+    batch_size = stream.global_batch_size
 
     def load(item: tuple[int, Sample]) -> LabelledImage:
         position, sample = item
-        return augmentation.apply(*store.load(sample), _build_generator(seed, position))
+        return augmentation.apply(*store.load(sample), _build_generator(stream.seed, position))
 
     def list_share(step: int) -> list[tuple[int, Sample]]:
-        order = compute_step_order(step, len(samples), global_batch_size, seed)
-        share = np.array_split(np.arange(global_batch_size), world_size)[world_rank]
-        return [(step * global_batch_size + int(place), samples[order[place]]) for place in share]
+        order = compute_step_order(step, len(samples), batch_size, stream.seed)
+        offsets = np.array_split(np.arange(batch_size), share.world_size)[share.world_rank]
+        return [(step * batch_size + int(offset), samples[order[offset]]) for offset in offsets]
 
-    for share, pairs in _load_ahead(load, map(list_share, steps), num_threads):
-        parts = np.array_split(np.arange(len(share)), num_parts)
-        yield [
-            TrainBatch(
-                np.stack([pairs[number][0] for number in part]),
-                np.stack([pairs[number][1] for number in part]),
-                [share[number][1].image_uri for number in part],
-            )
-            for part in parts
-        ]
+    for items, pairs in _load_ahead(load, map(list_share, steps), share.num_threads):
+        uris = [sample.image_uri for _, sample in items]
+        yield [_build_batch(part, pairs, uris) for part in np.array_split(np.arange(len(items)), stream.num_parts)]
+
+
+def _build_batch(part: npt.NDArray[np.int64], pairs: Sequence[LabelledImage], uris: Sequence[str]) -> TrainBatch:
+    """Return the batch of the samples with the indices ``part``."""
+    return TrainBatch(
+        np.stack([pairs[number][0] for number in part]),
+        np.stack([pairs[number][1] for number in part]),
+        [uris[number] for number in part],
+    )
 
 
 def iterate_evaluation(
     samples: Sequence[Sample],
     store: SampleStore,
     image_size: tuple[int, int],
-    *,
     batch_size: int,
-    world_rank: int,
-    world_size: int,
-    num_threads: int,
+    share: RankShare,
 ) -> Iterator[EvalBatch]:
-    """Yield this rank's share of the samples, each sample on exactly one rank and nothing dropped."""
+    """Yield a rank's share of the samples in batches; each sample is on exactly one rank, and none is dropped.
+
+    Args:
+        samples: The validation split.
+        store: Loads and caches samples.
+        image_size: Height and width of the model's input.
+        batch_size: Images per batch, including padding.
+        share: Which share of the samples to load.
+
+    Raises:
+        DataError: An image or mask cannot be used.
+        StorageError: Permissions, network or disk error.
+    """
 
     def load(number: int) -> LabelledImage:
         image, truth = store.load(samples[number])
         return resize_image(image, image_size), truth
 
-    mine = range(world_rank, len(samples), world_size)
-    num_longest = -(-len(samples) // world_size)  # ranks that share weights take as many forward passes each
+    mine = range(share.world_rank, len(samples), share.world_size)
+    # Every rank yields as many batches as the longest share: FSDP ranks must make the same number of forward passes.
+    num_longest = -(-len(samples) // share.world_size)
     batches = (mine[start : start + batch_size] for start in range(0, num_longest, batch_size))
-    for numbers, pairs in _load_ahead(load, batches, num_threads):
+    for numbers, pairs in _load_ahead(load, batches, share.num_threads):
         images = np.array([image for image, _ in pairs], np.uint8).reshape(-1, *image_size, 3)
         yield EvalBatch(pad_batch(images, batch_size), [truth for _, truth in pairs], list(numbers))
 
@@ -151,7 +202,7 @@ def iterate_evaluation(
 def _load_ahead(
     load: Callable[[ItemT], LabelledImage], batches: Iterable[Sequence[ItemT]], num_threads: int
 ) -> Iterator[tuple[Sequence[ItemT], list[LabelledImage]]]:
-    """Yield each batch with its loaded samples, in order, the next batches being loaded meanwhile."""
+    """Yield each batch with its loaded samples, in order, while threads load the next batches."""
     with ThreadPoolExecutor(num_threads) as pool:
         waiting: deque[tuple[Sequence[ItemT], list[Future[LabelledImage]]]] = deque()
         try:

@@ -1,4 +1,4 @@
-"""What every training worker runs: steps, epochs, and the only place that reports to Ray Train."""
+"""The training loop of a worker: steps, epochs, evaluation, and checkpoints reported to Ray Train."""
 
 import tempfile
 import threading
@@ -22,56 +22,63 @@ from segray.training.checkpoint import TrainingState, name_checkpoint, remove_su
 from segray.training.job import TrainJob, is_finished
 from segray.training.watchdog import Heartbeat
 from segray.training.worker.evaluation import add_over_ranks, compute_scores, evaluate
-from segray.training.worker.feed import EvalBatch, compute_step_order, iterate_evaluation, iterate_training
+from segray.training.worker.feed import (
+    EvalBatch,
+    RankShare,
+    StreamSettings,
+    compute_step_order,
+    iterate_evaluation,
+    iterate_training,
+)
 from segray.training.worker.optimisation import get_highest_rate
 from segray.training.worker.state import Trainer, set_up
 from segray.training.worker.steps import NonFiniteLossError, train_step
 
-_OF_LAST_EPOCH = ("val_confusion", "val_worst_images", "val_best_images")
-# checkpoints in memory, being uploaded or waiting for it; the step that makes one more waits
-_uploads = threading.BoundedSemaphore(2)
+_LAST_EPOCH_ONLY = ("val_confusion", "val_worst_images", "val_best_images")
+# Limits the checkpoints held in memory until they are uploaded; the step that creates one more waits.
+_upload_slots = threading.BoundedSemaphore(2)
 _UPLOAD_POLL_S = 5.0
-_LEAVE_POLL_S = 0.2
+_PERMISSION_POLL_S = 0.2
 
 
 def run_loop(job: TrainJob) -> dict[str, Any]:
-    """Train from the newest checkpoint, or from the start, to the last epoch, or as far as there is leave.
+    """Train from the newest checkpoint, or from the start, until all epochs are done or the driver stops the run.
 
     Returns:
-        ``{"error": None}``, or an error that starting again would not mend. It is returned and not raised because Ray
-        Train would restart the workers for any exception.
+        ``{"error": None}``, or an error that a restart would not fix. It is returned instead of raised because Ray
+        Train restarts the workers after any exception.
     """
     context = ray.train.get_context()
     if context.get_world_rank() == 0:
         ray.get(job.board.restart.remote(context.get_world_size()))
-    verdict = ray.get(job.board.get_verdict.remote())
-    if verdict:
-        return {"error": TrainingError(verdict)}
+    diagnosis = ray.get(job.board.get_diagnosis.remote())
+    if diagnosis:
+        return {"error": TrainingError(diagnosis)}
     heartbeat = Heartbeat(job.board, context.get_world_rank(), job.config.train.stall_timeout_s)
     heartbeat.start()
     try:
         trainer = set_up(job, heartbeat)
-        while not is_finished(trainer.history, job.config.train) and _has_leave(trainer):
+        while not is_finished(trainer.history, job.config.train) and _may_continue(trainer):
             _run_epoch(trainer)
-    except NonFiniteLossError as error:  # on every rank alike; one that returned alone would leave the others waiting
+    except NonFiniteLossError as error:  # Raised on every rank, so none is left waiting for another.
         return {"error": error}
     finally:
         heartbeat.stop()
     return {"error": None}
 
 
-def _has_leave(trainer: Trainer) -> bool:
-    """Wait for the driver's word, and return whether the next epoch begins: for each rank the same."""
-    if not trainer.job.waits_for_leave:
+def _may_continue(trainer: Trainer) -> bool:
+    """Return whether to start the next epoch, the same on all ranks; wait for the driver if the job pauses."""
+    if not trainer.job.pauses_after_epoch:
         return True
-    while (leave := ray.get(trainer.job.board.has_leave.remote(len(trainer.history)))) is None:
-        trainer.heartbeat.move(trainer.num_steps_done, "saving")
-        time.sleep(_LEAVE_POLL_S)
-    return bool(leave)
+    while (allowed := ray.get(trainer.job.board.may_continue.remote(len(trainer.history)))) is None:
+        trainer.heartbeat.update(trainer.num_steps_done, "saving")
+        time.sleep(_PERMISSION_POLL_S)
+    return bool(allowed)
 
 
 def _run_epoch(trainer: Trainer) -> None:
-    """Train to the end of the epoch that was begun, evaluate it if it is due, and save it."""
+    """Train to the end of the current epoch, evaluate if due, and save a checkpoint."""
     settings, epoch = trainer.job.config.train, len(trainer.history) + 1
     started_s, num_steps_before = time.perf_counter(), trainer.num_steps_done
     trainer.learner.replica.train()
@@ -94,44 +101,44 @@ def _run_epoch(trainer: Trainer) -> None:
             trainer.poster.post(trainer.num_steps_done, f"epoch {epoch}, evaluating")
         metrics |= _evaluate(trainer)
     trainer.epoch_losses = []
-    trainer.history = [_shorten(earlier) for earlier in trainer.history] + [metrics]
+    trainer.history = [_drop_large_metrics(earlier) for earlier in trainer.history] + [metrics]
     if trainer.poster:
         trainer.poster.post_line(format_epoch(metrics, settings.num_epochs))
         trainer.poster.post_epochs([metrics])
     _save(trainer, {name: value for name, value in metrics.items() if isinstance(value, int | float)})
 
 
-def _shorten(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Leave out what only the last epoch's metrics are asked for, and what grows with the square of the classes."""
-    return {name: value for name, value in metrics.items() if name not in _OF_LAST_EPOCH}
+def _drop_large_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
+    """Remove the metrics that are only used of the last epoch; one grows with the square of the number of classes."""
+    return {name: value for name, value in metrics.items() if name not in _LAST_EPOCH_ONLY}
 
 
 def _train_steps(trainer: Trainer, steps: range) -> Iterator[float]:
-    """Yield the loss of each step."""
+    """Run the given steps; yield the loss of each.
+
+    Raises:
+        NonFiniteLossError: Names the step and its images; raised on every rank, before the weights are updated.
+    """
     job, settings = trainer.job, trainer.job.config.train
     batches = iterate_training(
         job.splits.train,
         trainer.store,
         trainer.augmentation,
-        steps=steps,
-        global_batch_size=settings.global_batch_size,
-        num_parts=settings.num_accumulation_steps,
-        seed=settings.seed,
-        world_rank=trainer.world_rank,
-        world_size=trainer.world_size,
-        num_threads=settings.num_decode_threads,
+        steps,
+        StreamSettings(settings.global_batch_size, settings.num_accumulation_steps, settings.seed),
+        _get_share(trainer),
     )
-    trainer.heartbeat.move(trainer.num_steps_done, "loading")
+    trainer.heartbeat.update(trainer.num_steps_done, "loading")
     for step, parts in zip(steps, batches, strict=True):
-        torch.manual_seed(_fold_seed(settings.seed, step, trainer.world_rank))
+        torch.manual_seed(_derive_seed(settings.seed, step, trainer.world_rank))
         try:
-            loss = train_step(trainer.learner, parts, partial(trainer.heartbeat.move, step))
+            loss = train_step(trainer.learner, parts, partial(trainer.heartbeat.update, step))
         except NonFiniteLossError as error:
             order = compute_step_order(step, len(job.splits.train), settings.global_batch_size, settings.seed)
             uris = ", ".join(job.splits.train[index].image_uri for index in order)
             raise NonFiniteLossError(
-                f"{error} at step {step + 1}, before the weights moved; lower train.learning_rate "
-                f"({settings.learning_rate}), or look at the images of this step: {uris}"
+                f"{error} at step {step + 1} (the weights were not updated); lower train.learning_rate "
+                f"({settings.learning_rate}), or check the images of this step: {uris}"
             ) from error
         trainer.learning_rate = get_highest_rate(trainer.learner.optimizer)
         trainer.schedule.step()
@@ -139,18 +146,22 @@ def _train_steps(trainer: Trainer, steps: range) -> Iterator[float]:
             trainer.average.update()
         trainer.num_steps_done = step + 1
         yield loss
-        trainer.heartbeat.move(trainer.num_steps_done, "loading")
+        trainer.heartbeat.update(trainer.num_steps_done, "loading")
 
 
-def _fold_seed(seed: int, step: int, world_rank: int) -> int:
-    """Return a seed of its own for each step and rank, so that no generator state has to be saved to resume."""
+def _get_share(trainer: Trainer) -> RankShare:
+    return RankShare(trainer.world_rank, trainer.world_size, trainer.job.config.train.num_decode_threads)
+
+
+def _derive_seed(seed: int, step: int, world_rank: int) -> int:
+    """Return a different seed for each step and rank, so that checkpoints need not hold any generator state."""
     return int(np.random.SeedSequence([seed, step, world_rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
 def _evaluate(trainer: Trainer) -> dict[str, Any]:
-    """Return the scores of the whole validation split, with the averaged weights where there are."""
-    with trainer.average.in_place() if trainer.average else nullcontext():
-        if distributed.is_initialized():  # each rank's BatchNorm has its own statistics; rank 0's are those kept
+    """Return the scores on the whole validation split, of the averaged weights if there are any."""
+    with trainer.average.applied() if trainer.average else nullcontext():
+        if distributed.is_initialized():  # BatchNorm statistics differ between ranks; rank 0's are saved.
             for buffer in trainer.model.buffers():
                 distributed.broadcast(buffer, src=0)
         counts = evaluate(
@@ -170,18 +181,16 @@ def _iterate_evaluation(trainer: Trainer) -> Iterator[EvalBatch]:
         trainer.job.splits.val,
         trainer.store,
         trainer.job.config.image_size,
-        batch_size=settings.eval_batch_size,
-        world_rank=trainer.world_rank,
-        world_size=trainer.world_size,
-        num_threads=settings.num_decode_threads,
+        settings.eval_batch_size,
+        _get_share(trainer),
     )
     for batch in batches:
-        trainer.heartbeat.move(trainer.num_steps_done, "evaluating")
+        trainer.heartbeat.update(trainer.num_steps_done, "evaluating")
         yield batch
 
 
 def format_epoch(metrics: dict[str, Any], num_epochs: int) -> str:
-    """Return the line that is printed for an epoch."""
+    """Return the line to print for a finished epoch."""
     line = (
         f"epoch {metrics['epoch']:>{len(str(num_epochs))}}/{num_epochs}  loss {metrics['loss']:.4f}  "
         f"learning rate {metrics['learning_rate']:.2e}  {metrics['images_per_s']:.1f} images/s"
@@ -192,28 +201,28 @@ def format_epoch(metrics: dict[str, Any], num_epochs: int) -> str:
 
 
 def _is_checkpoint_due(trainer: Trainer) -> bool:
-    """Say whether to save in the middle of an epoch; its end is saved in any case."""
+    """Return whether to save a checkpoint in the middle of an epoch; its end is always saved."""
     every = trainer.job.config.train.checkpoint_every_steps
     done = trainer.num_steps_done
     return every is not None and done % every == 0 and done % trainer.steps_per_epoch != 0
 
 
 def _save(trainer: Trainer, metrics: dict[str, Any]) -> None:
-    """Report, with a checkpoint that a thread of rank 0 uploads while training goes on.
+    """Report metrics to Ray Train, with a checkpoint that a thread of rank 0 uploads while training continues.
 
-    A report is a barrier that every rank must reach; this is the only place that makes one.
+    ``ray.train.report`` is a barrier that every rank must reach; this is the only place that calls it.
     """
-    trainer.heartbeat.move(trainer.num_steps_done, "saving")
+    trainer.heartbeat.update(trainer.num_steps_done, "saving")
     if trainer.world_rank == 0:
-        while not _uploads.acquire(timeout=_UPLOAD_POLL_S):  # a slow store is no stall
-            trainer.heartbeat.move(trainer.num_steps_done, "saving")
+        while not _upload_slots.acquire(timeout=_UPLOAD_POLL_S):  # Slow storage must not count as a stall.
+            trainer.heartbeat.update(trainer.num_steps_done, "saving")
     state = trainer.gather_state()
     if state is None:
         ray.train.report(metrics)
         return
     ray.train.report(
         metrics,
-        # Ray wants a folder to upload; ours is written straight to the store, checked and with its index last
+        # Ray requires a folder to upload. It stays empty, because _upload writes the checkpoint directly to storage.
         checkpoint=Checkpoint.from_directory(tempfile.mkdtemp(prefix="segray-checkpoint-")),
         checkpoint_dir_name=name_checkpoint(trainer.num_steps_done),
         checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
@@ -222,11 +231,11 @@ def _save(trainer: Trainer, metrics: dict[str, Any]) -> None:
 
 
 def _upload(job: TrainJob, state: TrainingState, checkpoint: Checkpoint, folder_name: str) -> Checkpoint:
-    """Write a checkpoint, and remove those that it makes superfluous; Ray has one thread for all uploads."""
+    """Write a checkpoint and remove those no longer needed; Ray calls this in a single thread for all uploads."""
     try:
         save_state(join_uri(job.run_uri, folder_name), state)
         remove_surplus(job.run_uri, job.config.train.num_best_checkpoints)
     finally:
-        _uploads.release()
+        _upload_slots.release()
     storage = ray.train.get_context().get_storage()
     return Checkpoint(storage.build_checkpoint_path_from_name(folder_name), storage.storage_filesystem)

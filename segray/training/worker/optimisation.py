@@ -1,4 +1,4 @@
-"""Optimizer, learning-rate schedule, and the moving average of the weights."""
+"""Build the optimizer and the learning-rate schedule, and average the weights over steps."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -11,15 +11,15 @@ from torch.optim import lr_scheduler
 from segray.config import TrainSettings
 from segray.models.build import SegmentationModel
 
-_ONE_CYCLE_WARM_UP = 0.2  # of all steps, in which the one-cycle schedule climbs to its peak
-_WARM_UP_START = 1e-2  # of the peak
+_ONE_CYCLE_WARM_UP = 0.2  # Fraction of all steps in which the one-cycle schedule rises to its peak, by default.
+_WARM_UP_START = 1e-2  # Learning rate at the start of a linear warm-up, relative to the peak.
 
 
 def build_optimizer(model: SegmentationModel, settings: TrainSettings) -> torch.optim.Optimizer:
     """Build AdamW, or SGD with Nesterov momentum, over all parameters that are not frozen.
 
-    The encoder has a learning rate of its own. Biases and the factors of normalisations, which have one dimension, are
-    not decayed: that would pull outputs towards 0 without making the network any simpler.
+    The encoder has its own learning rate. Weight decay is not applied to parameters with one dimension (biases and the
+    weights of normalisation layers): it would pull outputs towards 0 without making the network simpler.
     """
     encoder = {id(parameter) for parameter in model.encoder.parameters()}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -29,13 +29,13 @@ def build_optimizer(model: SegmentationModel, settings: TrainSettings) -> torch.
     options = [
         {
             "params": parameters,
-            "lr": settings.learning_rate * (settings.encoder_lr_factor if of_encoder else 1.0),
+            "lr": settings.learning_rate * (settings.encoder_lr_factor if is_encoder else 1.0),
             "weight_decay": settings.weight_decay if is_decayed else 0.0,
         }
-        for (of_encoder, is_decayed), parameters in groups.items()
+        for (is_encoder, is_decayed), parameters in groups.items()
     ]
-    # Not fused: that step walks through weights and moments as they lie in memory, and after a restart the moments of
-    # channels-last weights lie otherwise than before.
+    # Not fused: the fused step processes weights and moments in memory order, and after a restart the moments of
+    # channels-last weights have another memory layout than before.
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(options, lr=settings.learning_rate)
     return torch.optim.SGD(
@@ -46,17 +46,18 @@ def build_optimizer(model: SegmentationModel, settings: TrainSettings) -> torch.
 def build_schedule(
     optimizer: torch.optim.Optimizer, settings: TrainSettings, num_steps: int
 ) -> lr_scheduler.LRScheduler:
-    """Build the schedule over ``num_steps`` steps; each parameter group keeps its learning rate as the highest.
+    """Build the schedule over ``num_steps`` steps; the peak of each parameter group is its present learning rate.
 
-    one_cycle is Smith and Topin, "Super-Convergence", 2018; poly is (1 - step/steps) ** power, as in DeepLab.
+    ``one_cycle`` is from Smith and Topin, "Super-Convergence", 2018; ``poly`` is (1 - step/steps) ** power, as in
+    DeepLab.
     """
     peaks = [group["lr"] for group in optimizer.param_groups]
     share = settings.warm_up_fraction
     if settings.schedule == "one_cycle":
-        # torch divides by the length of the climb less one step, so a run of a few steps needs a longer climb
-        climb = max(_ONE_CYCLE_WARM_UP if share is None else share, 1.5 / (num_steps + 1))
+        # torch divides by the length of the rise minus one step, so a run of a few steps needs a longer rise.
+        rise = max(_ONE_CYCLE_WARM_UP if share is None else share, 1.5 / (num_steps + 1))
         return lr_scheduler.OneCycleLR(
-            optimizer, peaks, total_steps=num_steps + 1, pct_start=climb, cycle_momentum=False
+            optimizer, peaks, total_steps=num_steps + 1, pct_start=rise, cycle_momentum=False
         )
     num_warm_up = round((share or 0.0) * num_steps)
     num_left = max(1, num_steps - num_warm_up)
@@ -74,42 +75,42 @@ def build_schedule(
 
 
 def get_highest_rate(optimizer: torch.optim.Optimizer) -> float:
-    """Return the learning rate of the next step, the highest of all parameter groups."""
+    """Return the learning rate of the next step: the highest of all parameter groups."""
     return max(float(group["lr"]) for group in optimizer.param_groups)
 
 
 class WeightAverage:
     """An exponential moving average of a model's parameters and BatchNorm statistics.
 
-    Early on it looks back over fewer steps, so that the random first weights are forgotten: the decay is at most
-    (1 + n) / (10 + n) after n steps, as in TensorFlow's ``ExponentialMovingAverage``.
+    The decay is limited to (1 + n) / (10 + n) after n steps, as in TensorFlow's ``ExponentialMovingAverage``, so that
+    the random initial weights do not dominate the average early in a run.
 
     Args:
-        model: What is averaged; its tensors are where the average's are.
-        decay: Of the steps late in a run.
+        model: The model to average; the averages are kept on the devices of its tensors.
+        decay: Decay per step late in a run.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._decay = decay
         tensors = [*model.parameters(), *model.buffers()]
         self._current = [_get_local(tensor) for tensor in tensors if tensor.is_floating_point()]
-        self.restart(0)
+        self.reset(0)
 
-    def restart(self, num_steps: int) -> None:
-        """Take the model's weights of this moment for the average after ``num_steps`` steps."""
+    def reset(self, num_steps: int) -> None:
+        """Set the average to the model's present weights, and the number of averaged steps to ``num_steps``."""
         self._average = [tensor.detach().clone() for tensor in self._current]
         self._num_steps = num_steps
 
     @torch.no_grad()
     def update(self) -> None:
-        """Take up the weights of a step."""
+        """Add the model's present weights to the average, after each step."""
         decay = min(self._decay, (1 + self._num_steps) / (10 + self._num_steps))
         torch._foreach_lerp_(self._average, self._current, 1 - decay)
         self._num_steps += 1
 
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Let the model have the averaged weights while the block runs."""
+    def applied(self) -> Iterator[None]:
+        """Replace the model's weights by the averaged ones while the block runs."""
         own = [tensor.detach().clone() for tensor in self._current]
         with torch.no_grad():
             torch._foreach_copy_(self._current, self._average)
@@ -121,7 +122,7 @@ class WeightAverage:
 
 
 def _get_local(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the part of a tensor that this rank holds: all of it, unless the model is sharded."""
+    """Return the part of a tensor that this rank holds: the whole tensor, unless the model is sharded."""
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
         local: torch.Tensor = tensor.to_local()

@@ -1,4 +1,4 @@
-"""The model as ranks train it: on their device, wrapped so that their gradients are added up."""
+"""Prepare the model for training on a rank: move it to its device, and wrap it in DDP or shard it with FSDP."""
 
 import ray.train.torch
 import torch
@@ -10,16 +10,16 @@ from segray.config import TrainSettings
 from segray.models.build import SegmentationModel, freeze_unused_parameters
 from segray.models.gradient_checkpointing import find_blocks, recompute_encoder
 from segray.models.sync_batchnorm import synchronise_norms
-from segray.training.worker.steps import settle_gradient_buckets
+from segray.training.worker.steps import rebuild_gradient_buckets
 
 
 def build_replica(model: SegmentationModel, settings: TrainSettings, device: torch.device) -> nn.Module:
-    """Prepare a model, in place, and return what computes gradients: itself, or what it is wrapped in.
+    """Prepare a model in place for training; return the module to call: the model itself, or its DDP wrapper.
 
     Raises:
-        ConfigError: The network cannot do what a setting asks.
+        ConfigError: The network does not support a setting.
     """
-    if settings.channels_last and settings.sharding == "none":  # FSDP takes no weights laid out so
+    if settings.channels_last and settings.sharding == "none":  # FSDP does not support channels-last weights.
         model.to(memory_format=torch.channels_last)
     freeze_unused_parameters(model)
     if settings.sync_batchnorm:
@@ -27,19 +27,19 @@ def build_replica(model: SegmentationModel, settings: TrainSettings, device: tor
     if settings.gradient_checkpointing:
         recompute_encoder(model)
     if settings.sharding == "fsdp" and distributed.is_initialized():
-        ray.train.torch.prepare_model(model, parallel_strategy=None)  # to its device
+        ray.train.torch.prepare_model(model, parallel_strategy=None)  # Only moves it to its device.
         mesh = init_device_mesh(device.type, (distributed.get_world_size(),))
         for block in find_blocks(model.network):
             fully_shard(block, mesh=mesh)
         fully_shard(model, mesh=mesh)
-        _compile_if_asked(model, settings)
+        _compile_if_configured(model, settings)
         return model
     replica: nn.Module = ray.train.torch.prepare_model(model)
-    settle_gradient_buckets(replica, device)
-    _compile_if_asked(model, settings)  # not before: it would compile for the shape that settles buckets
+    rebuild_gradient_buckets(replica, device)
+    _compile_if_configured(model, settings)  # Not earlier, or it would compile for the input shape used just above.
     return replica
 
 
-def _compile_if_asked(model: SegmentationModel, settings: TrainSettings) -> None:
+def _compile_if_configured(model: SegmentationModel, settings: TrainSettings) -> None:
     if settings.compile:
         model.network.compile()

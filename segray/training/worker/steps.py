@@ -1,4 +1,4 @@
-"""One training step: no Ray, no reading or writing, any device and number of ranks."""
+"""Run one training step on any device and any number of ranks; needs neither Ray nor storage."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -20,22 +20,22 @@ from segray.training.worker.feed import TrainBatch
 
 
 class NonFiniteLossError(TrainingError):
-    """The loss of a step, or its gradient, is not finite on some rank; raised on all, before any weight has moved."""
+    """Raised on all ranks if the loss or gradient of a step is not finite on any rank; the weights are not updated."""
 
 
 @dataclass(frozen=True)
 class Learner:
-    """What a training step works with.
+    """The objects that a training step needs.
 
     Attributes:
-        replica: The model, wrapped where there are several ranks.
-        loss: What is minimised.
-        optimizer: What moves the weights.
-        scaler: Scales fp16 gradients; does nothing in other precisions.
-        preprocessing: From pixels to the model's input.
-        device: Where the model is.
-        precision: What it computes in.
-        max_gradient_norm: Longer gradients are shortened to it.
+        replica: The model, wrapped in DDP or sharded by FSDP if there are several ranks.
+        loss: The loss to minimise.
+        optimizer: The optimizer of the model's parameters.
+        scaler: Scales fp16 gradients; disabled in other precisions.
+        preprocessing: Converts (N, H, W, 3) uint8 pixels to the model's input.
+        device: Device of the model.
+        precision: ``bf16``, ``fp16`` or ``fp32``.
+        max_gradient_norm: Gradients with a larger norm are scaled down to it; None: no limit.
     """
 
     replica: nn.Module
@@ -48,37 +48,38 @@ class Learner:
     max_gradient_norm: float | None = None
 
 
-def settle_gradient_buckets(replica: nn.Module, device: torch.device) -> None:
-    """Let DistributedDataParallel order its gradient buckets before the first real step.
+def rebuild_gradient_buckets(replica: nn.Module, device: torch.device) -> None:
+    """Make DistributedDataParallel rebuild its gradient buckets before the first real step.
 
-    It does so after its first backward pass. From then on the ranks' gradients are added in another order, which with
-    three or more ranks changes last bits; done here, a resumed run adds in the order of the unbroken one.
+    DDP rebuilds its buckets after the first backward pass and from then on sums the gradients of the ranks in another
+    order, which changes the last bits with three or more ranks. Rebuilding them here makes a resumed run sum in the
+    same order as an uninterrupted one.
     """
     if not isinstance(replica, DistributedDataParallel):
         return
-    replica.eval()  # BatchNorm statistics stay as they are
-    for _ in range(2):  # the second forward pass puts the new order into force
+    replica.eval()  # So that BatchNorm statistics are not updated.
+    for _ in range(2):  # The second forward pass applies the new order.
         replica(torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE, device=device)).sum().backward()
     replica.zero_grad(set_to_none=True)
 
 
 def train_step(learner: Learner, parts: Sequence[TrainBatch], announce: Callable[[str], None]) -> float:
-    """Move the weights by one step and return the loss of the global batch.
+    """Update the weights by one step and return the loss of the global batch.
 
-    Sums are divided by counts of all ranks and parts together, so that a pixel, or an image, weighs the same wherever
-    it was dealt to.
+    Loss sums are divided by counts over all ranks and parts, so each pixel or image has the same weight regardless of
+    the rank or part it is in.
 
     Args:
-        learner: The model and what moves it.
-        parts: This rank's share of the global batch, computed one after the other; as many on every rank.
-        announce: Told each stage that is entered, for those who watch over stalls.
+        learner: The model, loss and optimizer.
+        parts: This rank's share of the global batch, processed one part after the other; the same number on every rank.
+        announce: Called with the name of each stage as it begins, for stall detection.
 
     Raises:
-        NonFiniteLossError: On every rank, before the optimizer moves.
+        NonFiniteLossError: The loss or gradient is not finite; raised on every rank, before the weights are updated.
     """
     truths = [torch.from_numpy(part.truth).to(learner.device, non_blocking=True).long() for part in parts]
     counts = _sum_over_ranks(torch.stack([learner.loss.count(truth) for truth in truths]).sum(0))
-    # data parallelism averages gradients over ranks; the factor makes that the sum over the global batch
+    # DDP and FSDP average gradients over ranks; the factor world_size turns the average into the sum.
     world_size = distributed.get_world_size() if distributed.is_initialized() else 1
     learner.optimizer.zero_grad(set_to_none=True)
     sums = torch.zeros_like(counts)
@@ -97,20 +98,20 @@ def train_step(learner: Learner, parts: Sequence[TrainBatch], announce: Callable
     loss = learner.loss.combine(_sum_over_ranks(sums), counts).item()
     if not math.isfinite(loss):
         raise NonFiniteLossError(f"loss is {loss}")
-    _limit_gradients(learner)
+    _clip_gradients(learner)
     learner.scaler.step(learner.optimizer)
     learner.scaler.update()
     return loss
 
 
-def _limit_gradients(learner: Learner) -> None:
-    """Shorten gradients that are too long, and refuse those without end, which a finite loss may have too."""
+def _clip_gradients(learner: Learner) -> None:
+    """Clip the gradient norm, and raise an error if it is not finite, which can happen even if the loss is finite."""
     parameters = [p for p in _list_parameters(learner.optimizer) if p.grad is not None]
     learner.scaler.unscale_(learner.optimizer)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    length = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-    if not learner.scaler.is_enabled() and not math.isfinite(length):  # the scaler skips such steps by itself
-        raise NonFiniteLossError(f"the gradient's length is {length}")
+    norm_value = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    if not learner.scaler.is_enabled() and not math.isfinite(norm_value):  # The scaler skips such steps itself.
+        raise NonFiniteLossError(f"the gradient norm is {norm_value}")
     if learner.max_gradient_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, learner.max_gradient_norm, norm)
 
@@ -122,7 +123,7 @@ def _sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
 
 
 def _synchronised(replica: nn.Module, is_last: bool) -> AbstractContextManager[None]:
-    """Return the context of a part's forward and backward pass: ranks add up gradients in the last one only."""
+    """Return the context for the forward and backward pass of a part: gradients are reduced in the last part only."""
     if isinstance(replica, FSDPModule):
         replica.set_requires_gradient_sync(is_last)
     elif isinstance(replica, DistributedDataParallel) and not is_last:

@@ -1,4 +1,4 @@
-"""Which images a run is about: every form of input, odd names, and each image once."""
+"""Listing of input images: every form of input, unusual file names, and no duplicates."""
 
 import json
 import os
@@ -31,13 +31,13 @@ NAMES = [
     "sub-x.png",
     "other/a b.png",
 ]
-NO_IMAGES = ["notes.txt", "png", "a.png.bak", "sub/x.svg"]
+OTHER_FILES = ["notes.txt", "png", "a.png.bak", "sub/x.svg"]
 
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
     folder = tmp_path / "in"
-    for name in [*NAMES, *NO_IMAGES]:
+    for name in [*NAMES, *OTHER_FILES]:
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(name)
     (folder / "folder.png").mkdir()
@@ -53,7 +53,7 @@ def get_names(images: list[ListedImage], root: Path) -> list[str]:
     return [image.uri.removeprefix(f"{root}/") for image in images]
 
 
-def test_a_folder_gives_every_image_below_it_sorted_with_size_and_tag(root: Path) -> None:
+def test_a_folder_lists_all_images_below_it_sorted_with_size_and_etag(root: Path) -> None:
     images = list_images(root)
     assert get_names(images, root) == sorted(NAMES)
     for image in images:
@@ -76,7 +76,7 @@ def test_a_folder_gives_every_image_below_it_sorted_with_size_and_tag(root: Path
         ("sub/d*p/x.png", ["sub/deep/x.png"]),
     ],
 )
-def test_a_glob_gives_what_the_shell_would(root: Path, pattern: str, expected: list[str]) -> None:
+def test_a_glob_matches_as_in_a_shell(root: Path, pattern: str, expected: list[str]) -> None:
     assert get_names(list_images(root / pattern), root) == expected
 
 
@@ -89,21 +89,21 @@ def test_a_folder_whose_name_looks_like_a_glob_is_a_folder(root: Path) -> None:
     assert get_names(list_images(folder), root) == ["x[12]*/y.png"]
 
 
-def test_extensions_and_recursion_are_settings(root: Path) -> None:
+def test_extensions_and_recursive_are_applied(root: Path) -> None:
     assert get_names(list_images(root, extensions=["SVG", ".txt"]), root) == ["notes.txt", "sub/x.svg"]
     assert get_names(list_images(root, recursive=False), root) == sorted(name for name in NAMES if "/" not in name)
     with pytest.raises(ValueError, match="expected extensions such as png"):
         SegmentSettings(extensions=("png", "."))
 
 
-def test_several_inputs_are_one_sorted_listing_without_doubles(root: Path) -> None:
+def test_several_inputs_are_merged_into_one_sorted_listing_without_duplicates(root: Path) -> None:
     images = list_images(root / "sub", root, root / "sub" / "*.png", root / "a b.png")
     assert get_names(images, root) == sorted(NAMES)
     assert all(image.etag for image in images)
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
-def test_a_text_list_names_images_as_they_are(root: Path, tmp_path: Path, newline: str) -> None:
+def test_uris_of_a_text_list_are_taken_literally(root: Path, tmp_path: Path, newline: str) -> None:
     chosen = [str(root / name) for name in reversed(NAMES)]
     path = tmp_path / "list.txt"
     path.write_bytes(newline.join([*chosen, "", "s3://bucket/a%20b #1?.png", chosen[0]]).encode("utf-8-sig"))
@@ -112,7 +112,7 @@ def test_a_text_list_names_images_as_they_are(root: Path, tmp_path: Path, newlin
     assert {image.etag for image in images} == {None}
 
 
-def test_what_a_listing_knows_of_a_listed_image_is_kept(root: Path, tmp_path: Path) -> None:
+def test_an_etag_from_a_folder_listing_is_kept_for_images_of_a_text_list(root: Path, tmp_path: Path) -> None:
     path = tmp_path / "list.txt"
     path.write_text(f"{root}/a b.png\n")
     for order in ([path, root], [root, path]):
@@ -125,7 +125,7 @@ def save_csv(table: pa.Table, path: Path) -> None:
 
 @pytest.mark.parametrize(("suffix", "save"), [("csv", save_csv), ("parquet", pq.write_table)])
 @pytest.mark.parametrize("column", ["image_uri", "uri"])
-def test_a_manifest_brings_masks_and_what_it_knows(
+def test_a_manifest_provides_masks_sizes_and_etags(
     tmp_path: Path, suffix: str, save: Callable[[pa.Table, Path], None], column: str
 ) -> None:
     path = tmp_path / f"manifest.{suffix}"
@@ -133,7 +133,7 @@ def test_a_manifest_brings_masks_and_what_it_knows(
         column: ["/d/2.png", "/d/10.png", "/d/3.png"],
         "mask_uri": ["/m/2.png", "/m/10.png", None],
         "size_bytes": [20, 100, 30],
-        "etag": ['"22"', "1010", '"33"'],  # as HTTP writes them, or bare
+        "etag": ['"22"', "1010", '"33"'],  # quoted as in HTTP, or unquoted
         "split": ["val", "train", "val"],
         "comment": ["x", "y", "z"],
     }
@@ -148,13 +148,13 @@ def test_a_manifest_brings_masks_and_what_it_knows(
     assert open_sources([str(path)], [], SegmentSettings())[0].has_truth
 
 
-def test_a_blank_tag_is_none(tmp_path: Path) -> None:
+def test_an_empty_etag_is_none(tmp_path: Path) -> None:
     path = tmp_path / "manifest.csv"
     path.write_text("image_uri,etag\n/a.png,\n/b.png,1\n")
     assert [image.etag for image in list_images(path)] == [None, "1"]
 
 
-def test_masks_are_paired_below_each_root(root: Path, tmp_path: Path) -> None:
+def test_masks_are_paired_by_path_below_each_folder(root: Path, tmp_path: Path) -> None:
     for name in ("one/a b.png", "one/deep/x.png", "two/a b.png"):
         (tmp_path / "masks" / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / "masks" / name).write_text(name)
@@ -173,20 +173,20 @@ def test_masks_are_paired_below_each_root(root: Path, tmp_path: Path) -> None:
     [
         (["{root}/nowhere"], [], MissingFileError, "cannot list .*nowhere"),
         (["{root}/nowhere/*.png"], [], MissingFileError, "cannot list .*nowhere"),
-        (["s3://buck*/x"], [], ConfigError, "a pattern in the bucket's name"),
+        (["s3://buck*/x"], [], ConfigError, "patterns are not allowed in bucket names"),
         (["{root}", "{root}/sub"], ["{root}"], ConfigError, "2 --images and 1 --masks; give one"),
         (["{root}/list.txt"], ["{root}"], ConfigError, "give a manifest with a column mask_uri"),
-        (["{root}/list.csv"], [], DataError, "expected a column image_uri; it has x"),
+        (["{root}/list.csv"], [], DataError, "expected a column image_uri; the columns are x"),
         (["{root}/broken.parquet"], [], DataError, "expected Parquet or CSV"),
-        (["{root}/binary.txt"], [], DataError, "expected UTF-8 text, one image URI a line"),
-        (["{root}/hole.csv"], [], DataError, "row 2 names no image"),
+        (["{root}/binary.txt"], [], DataError, "expected UTF-8 text with one image URI per line"),
+        (["{root}/hole.csv"], [], DataError, "row 2 has no image URI"),
         (["{root}/size.csv"], [], DataError, "column size_bytes"),
-        (["{root}/double.csv"], [], DataError, r"double\.csv: not a table of images"),
-        (["{root}/two.csv"], [], DataError, "/i.png is named twice, with /m1.png and /m2.png"),
+        (["{root}/double.csv"], [], DataError, r"double\.csv: cannot be read as a table of images"),
+        (["{root}/two.csv"], [], DataError, "/i.png is listed twice, with the masks /m1.png and /m2.png"),
         (["{root}/sub"], ["{root}/other/none"], MissingFileError, "cannot list"),
     ],
 )
-def test_a_mistake_is_named(
+def test_unusable_input_is_refused_with_its_cause(
     root: Path, uris: list[str], masks: list[str], error: type[SegrayError], message: str
 ) -> None:
     (root / "list.txt").write_text("/x.png\n")
@@ -201,7 +201,7 @@ def test_a_mistake_is_named(
         list_images(*(uri.format(root=root) for uri in uris), masks=tuple(uri.format(root=root) for uri in masks))
 
 
-def test_a_split_without_a_column_is_named(tmp_path: Path) -> None:
+def test_a_split_without_a_split_column_is_refused(tmp_path: Path) -> None:
     (tmp_path / "m.csv").write_text("image_uri\n/a.png\n")
     with pytest.raises(DataError, match="there is no column split"):
         list_images(tmp_path / "m.csv", split="val")
@@ -215,11 +215,11 @@ def test_relative_paths_of_a_list_are_refused_in_a_submitted_job(
     monkeypatch.chdir(tmp_path)
     assert [image.uri for image in list_images(path)] == [str(tmp_path / "part.png"), "/whole.png"]
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps({}))
-    with pytest.raises(ConfigError, match=r"list\.txt, row 2: part\.png is relative"):
+    with pytest.raises(ConfigError, match=r"list\.txt, row 2: part\.png is a relative path"):
         list_images(path)
 
 
-def test_a_name_that_is_not_utf8_is_named(root: Path) -> None:
+def test_a_file_name_that_is_not_utf8_is_refused(root: Path) -> None:
     Path(os.fsdecode(bytes(root) + b"/\xff.png")).touch()
     with pytest.raises(UnusableFileError, match=r"\\xff\.png.*rename"):
         list_images(root)

@@ -1,4 +1,4 @@
-"""The decoder on its own: a large JPEG at a fraction of its size, and how files are read ahead."""
+"""The decode stage without Ray: reduced JPEG decoding, reading ahead, and memory."""
 
 import os
 import subprocess
@@ -18,6 +18,7 @@ from segray.data.samples import fetch_image
 from segray.runs import plan
 from segray.runs.plan import ListedImage
 from segray.runtime.connect import MEMORY_VARIABLES
+from segray.segmentation.job import PipelineJob
 from segray.segmentation.stages import decode as decoding
 from segray.segmentation.stages.decode import FragmentDecoder
 from segray.segmentation.stages.ledger import DECODE
@@ -26,19 +27,17 @@ from tests.segmentation.local_ledger import LocalLedger
 
 
 def decode(folder: Path, settings: SegmentSettings) -> pa.Table:
-    """Decode a fragment of a folder's images, with their masks."""
+    """Decode the images of a folder as one fragment, with their masks."""
     spool = folder / "spool"
     spool.mkdir(exist_ok=True)
     images = [ListedImage(str(path), mask_uri=str(path.with_suffix(".png"))) for path in sorted(folder.glob("*.jpg"))]
     frozen = plan.spool_plan(plan.cut_fragments(images, settings), spool)
     plan.save_plan(str(folder / "run"), frozen, spool)
-    made = FragmentDecoder(
-        str(folder / "run"), frozen.cut_sha256, PET_CLASSES, (32, 48), settings, True, LocalLedger(DECODE)
-    )
-    return made(pa.table({"fragment": [0]}))
+    job = PipelineJob(str(folder / "run"), frozen.cut_sha256, "", "", PET_CLASSES, (32, 48), settings, has_truth=True)
+    return FragmentDecoder(job, LocalLedger(DECODE))(pa.table({"fragment": [0]}))
 
 
-def test_a_reduced_jpeg_keeps_its_size_and_truth_and_nearly_its_pixels(tmp_path: Path) -> None:
+def test_a_reduced_jpeg_keeps_its_size_and_ground_truth_and_nearly_its_pixels(tmp_path: Path) -> None:
     rows, columns = np.mgrid[:600, :880]
     pixels = np.stack([rows // 3, columns // 4, (rows + columns) // 6], -1).astype(np.uint8)
     Image.fromarray(pixels).save(tmp_path / "a.jpg", quality=95)
@@ -50,20 +49,20 @@ def test_a_reduced_jpeg_keeps_its_size_and_truth_and_nearly_its_pixels(tmp_path:
     assert reduced["truths"].equals(whole["truths"])
     images = [np.frombuffer(table["images"][0].as_py(), np.uint8).astype(int) for table in (whole, reduced)]
     difference = np.abs(images[0] - images[1])
-    assert 0 < difference.mean() < 1  # it was indeed decoded otherwise
+    assert 0 < difference.mean() < 1  # the decoding did differ
 
 
 class SlowStore:
-    """Fetches as the decoder does, but late; counts how many fetches there were at most at a time."""
+    """Fetches images with a delay, and records the maximal number of concurrent fetches."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds
-        self._lock, self._num_now, self.num_at_most = Lock(), 0, 0
+        self._lock, self._num_now, self.max_concurrent = Lock(), 0, 0
 
     def fetch(self, *arguments: Any) -> bytes:
         with self._lock:
             self._num_now += 1
-            self.num_at_most = max(self.num_at_most, self._num_now)
+            self.max_concurrent = max(self.max_concurrent, self._num_now)
         time.sleep(self._seconds)
         try:
             return fetch_image(*arguments)
@@ -73,7 +72,7 @@ class SlowStore:
 
 
 @pytest.fixture
-def twelve(tmp_path: Path) -> Path:
+def twelve_images(tmp_path: Path) -> Path:
     generator = np.random.default_rng(0)
     for number in range(12):
         Image.fromarray(generator.integers(0, 256, (8, 8, 3), np.uint8)).save(tmp_path / f"{number:02d}.jpg")
@@ -81,30 +80,29 @@ def twelve(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_only_what_the_stage_waits_for_counts_as_fetching(twelve: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fetch_time_is_the_time_that_decoding_waits(twelve_images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     slow = SlowStore(0.05)
     monkeypatch.setattr(decoding, "fetch_image", slow.fetch)
-    table = decode(twelve, SegmentSettings(num_fetch_threads=12))
+    table = decode(twelve_images, SegmentSettings(num_fetch_threads=12))
     wall_s = {step["step"]: step["wall_s"] for step in table["steps"][0].as_py()}
-    assert slow.num_at_most > 4  # after the first one, whose size was not known
+    assert slow.max_concurrent > 4  # after the first file, whose size was unknown
     assert 0.05 <= wall_s["fetch"] < 6 * 0.05
 
 
-def test_large_files_are_read_ahead_no_further_than_memory_allows(
-    twelve: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    expected = decode(twelve, SegmentSettings())
+def test_reading_ahead_is_limited_by_bytes(twelve_images: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = decode(twelve_images, SegmentSettings())
     slow = SlowStore(0.01)
     monkeypatch.setattr(decoding, "fetch_image", slow.fetch)
-    monkeypatch.setattr(decoding, "_MAX_AHEAD_BYTES", 3 * max(path.stat().st_size for path in twelve.glob("*.jpg")))
+    largest_bytes = max(path.stat().st_size for path in twelve_images.glob("*.jpg"))
+    monkeypatch.setattr(decoding, "_MAX_AHEAD_BYTES", 3 * largest_bytes)
     monkeypatch.setattr(decoding, "_GUESSED_BYTES", 2**30)
-    table = decode(twelve, SegmentSettings())
-    assert slow.num_at_most <= 3
+    table = decode(twelve_images, SegmentSettings())
+    assert slow.max_concurrent <= 3
     assert table["images"].equals(expected["images"])
     assert table["rows"].equals(expected["rows"])
 
 
-def test_a_huge_image_leaves_no_memory_behind_in_its_process(tmp_path: Path) -> None:
+def test_memory_is_returned_to_the_system_after_a_huge_image(tmp_path: Path) -> None:
     Image.new("RGB", (6000, 6000)).save(tmp_path / "a.jpg")
     Image.new("L", (6000, 6000), 1).save(tmp_path / "a.png")
     script = """
@@ -119,4 +117,4 @@ print((psutil.Process().memory_info().rss - before) / 2**20)
     environment = {**os.environ, **MEMORY_VARIABLES}
     command = [sys.executable, "-c", script, str(tmp_path)]
     printed = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
-    assert float(printed) < 250  # MiB; 560 if all were kept
+    assert float(printed) < 250  # MiB; 560 if everything were kept

@@ -1,4 +1,4 @@
-"""How many predictors a run has when nobody says, and when a cluster can never have what somebody says."""
+"""Number of predictors by default and on request, and refusal of requests that a cluster can never satisfy."""
 
 import math
 
@@ -17,14 +17,14 @@ GIB = 2**30
     [
         (4, 24, 1, 1),
         (4, 24, 7, 1),
-        (4, 24, 8, 2),  # four fragments each
-        (4, 24, 10_000, 2),  # two CPUs decode and write
+        (4, 24, 8, 2),  # at least four fragments each
+        (4, 24, 10_000, 2),  # two CPUs are left to decode and write
         (64, 256, 10_000, 56),
         (64, 20, 10_000, 10),  # 2 GiB each
         (2, 24, 10_000, 1),
     ],
 )
-def test_predictors_leave_room_for_decoding_and_have_something_to_do(
+def test_predictors_leave_cpus_for_decoding_and_have_enough_fragments(
     num_cpus: int, memory_gib: int, num_fragments: int, expected: int
 ) -> None:
     capacity = Capacity(({"CPU": num_cpus, "memory": memory_gib * GIB},))
@@ -34,13 +34,13 @@ def test_predictors_leave_room_for_decoding_and_have_something_to_do(
     assert place_stages(SegmentSettings(num_predictors=3), num_fragments, capacity).num_predictors == min(3, num_cpus)
 
 
-def test_predictors_can_never_take_what_decoding_and_writing_need() -> None:
-    """However few nodes are left of many: those that a dead one had start again on the others."""
+def test_predictors_never_occupy_all_cpus_of_a_node() -> None:
+    """Also if most nodes are lost, since their predictors restart on the remaining ones."""
     for num_cpus in range(1, 1025):
         many = Capacity(({"CPU": num_cpus, "memory": 10_000 * GIB},) * 10)
         placed = place_stages(SegmentSettings(num_predictors=10 * num_cpus), 10_000, many)
         assert placed.num_predictors == 10 * num_cpus
-        # what Ray has left, in its ten-thousandths, of a node on which it has put as many of them as there is room for
+        # CPUs that stay free, in Ray's ten-thousandths, on a node that holds as many predictors as fit.
         left = num_cpus * 10_000 % round(placed.needs["CPU"] * 10_000)
         assert left >= 10_000 * max(placed.decode_cpus, placed.write_cpus) or num_cpus % 89 == 0
 
@@ -49,7 +49,7 @@ def test_predictors_can_never_take_what_decoding_and_writing_need() -> None:
     ("share", "num_gpus", "num_fragments", "expected"),
     [(1, 8, 100, 8), (1, 8, 3, 3), (2, 8, 100, 4), (0.5, 8, 100, 16), (0.6, 2, 100, 2), (0.3, 2, 100, 6)],
 )
-def test_a_gpu_has_a_predictor_or_as_many_as_share_it(
+def test_each_gpu_has_one_predictor_or_as_many_as_share_it(
     share: float, num_gpus: int, num_fragments: int, expected: int
 ) -> None:
     settings = SegmentSettings(num_gpus_per_predictor=share)
@@ -62,22 +62,22 @@ GPU_NODE = NodeType("gpu_spot", {"CPU": 8, "GPU": 1, "memory": 32 * GIB}, 8)
 OTHER_GPU_NODE = NodeType("gpu_on_demand", {"CPU": 8, "GPU": 1, "memory": 32 * GIB}, 8)
 
 
-def test_a_cluster_without_workers_is_asked_for_all_that_it_may_have() -> None:
+def test_nodes_that_the_autoscaler_may_add_are_counted() -> None:
     empty = Capacity((HEAD,), (GPU_NODE, OTHER_GPU_NODE), num_more=8)
     settings = SegmentSettings(num_gpus_per_predictor=1)
     assert place_stages(settings, 100, empty).num_predictors == 8
-    assert place_stages(settings, 3, empty).num_predictors == 3  # but no more than there are fragments
+    assert place_stages(settings, 3, empty).num_predictors == 3  # at most one predictor per fragment
     on_cpus = place_stages(SegmentSettings(), 10_000, empty)
     assert on_cpus.num_predictors == 56
-    assert on_cpus.num_per_node == 8  # the autoscaler fills a node before it adds another
+    assert on_cpus.num_per_node == 8  # the autoscaler fills a node before it adds another one
 
 
-def test_memory_that_nobody_knows_is_no_limit() -> None:
+def test_unknown_memory_is_no_limit() -> None:
     node = NodeType("gpu_spot", {"CPU": 8, "GPU": 1, "memory": math.inf}, 8)
     assert place_stages(SegmentSettings(), 10_000, Capacity((HEAD,), (node,), num_more=8)).num_predictors == 56
 
 
-def test_where_nobody_knows_what_may_be_added_what_is_there_or_asked_for_counts() -> None:
+def test_with_unknown_autoscaling_the_present_nodes_or_the_request_decide() -> None:
     some = Capacity(({"CPU": 4, "memory": 32 * GIB},) * 2, is_open=True)
     assert place_stages(SegmentSettings(), 10_000, some).num_predictors == 6
     none = Capacity((HEAD,), is_open=True)
@@ -95,17 +95,19 @@ def test_where_nobody_knows_what_may_be_added_what_is_there_or_asked_for_counts(
         (
             {"num_gpus_per_predictor": 1},
             {"CPU": 8},
-            "segment.num_gpus_per_predictor: 1 predictor of 1 CPU and 1 GPU each asked for, and 0 can ever be placed: "
-            "the cluster has 8 CPU, 0 GPU on 1 node, and may add none",
+            "segment.num_gpus_per_predictor: requested 1 predictor with 1 CPU and 1 GPU, but at most 0 can be placed: "
+            "the cluster has 8 CPU, 0 GPU on 1 node and may add no nodes",
         ),
         (
             {"num_gpus_per_predictor": 1},
             {"CPU": 1, "GPU": 1},
-            "segment: to predict and to decode: 2 processes of 1 CPU",
+            "segment: to predict and to decode: requested 2 processes with 1 CPU each",
         ),
-        ({}, {"CPU": 0}, "segment.num_predictors: 1 predictor of 0.89 CPU each asked for, and 0 can ever be placed"),
+        ({}, {"CPU": 0}, "segment.num_predictors: requested 1 predictor with 0.89 CPU, but at most 0 can be placed"),
     ],
 )
-def test_what_can_never_be_placed_is_refused(settings: dict[str, float], node: dict[str, float], message: str) -> None:
+def test_a_request_that_can_never_be_placed_is_refused(
+    settings: dict[str, float], node: dict[str, float], message: str
+) -> None:
     with pytest.raises(ClusterError, match=message):
         place_stages(SegmentSettings.model_validate(settings), 10, Capacity((node,)))

@@ -1,6 +1,7 @@
-"""The predictor on its own: fragments with errors in them, classes that are nowhere, a bundle that was replaced."""
+"""The predict stage without Ray: fragments with error rows, classes that are never predicted, a replaced bundle."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +18,10 @@ from segray.segmentation.stages.ledger import PREDICT
 from segray.segmentation.stages.predictor import FragmentPredictor
 from tests.conftest import PET_CLASSES, SHAPE_SIZE, save_pet_bundle
 from tests.segmentation.local_ledger import LocalLedger
+from tests.segmented import make_pipeline_job
 
 SETTINGS = SegmentSettings(batch_size=2, precision="fp32")
-NEVER = 2  # the class that the fixture's model never predicts
+NEVER = 2  # The model of the fixture never predicts this class.
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +34,7 @@ def bundle(bundle_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def predict(bundle: Path, decoded: list[DecodedImage], settings: SegmentSettings = SETTINGS) -> list[dict[str, Any]]:
-    predictor = FragmentPredictor(str(bundle), load_bundle(str(bundle)).sha256, settings, 1, LocalLedger(PREDICT))
+    predictor = FragmentPredictor(make_pipeline_job(bundle, settings), 1, LocalLedger(PREDICT))
     rows: list[dict[str, Any]] = predictor(pack_decoded(7, decoded, Stopwatch()))["rows"][0].as_py()
     return rows
 
@@ -44,7 +46,7 @@ def make_image(uri: str, truth: int | None = None) -> DecodedImage:
     return DecodedImage({"uri": uri, "height": height, "width": width}, pixels, truth_hw)
 
 
-def test_errors_stay_in_their_place_and_take_no_others_mask(bundle: Path) -> None:
+def test_error_rows_keep_their_position_and_get_no_mask(bundle: Path) -> None:
     fault = DecodedImage({"uri": "b", "error_kind": "truncated", "error_message": "short"})
     rows = predict(bundle, [fault, make_image("cc"), fault, make_image("dddd"), make_image("fffff"), fault])
     assert [row["uri"] for row in rows] == ["b", "cc", "b", "dddd", "fffff", "b"]
@@ -57,7 +59,7 @@ def test_errors_stay_in_their_place_and_take_no_others_mask(bundle: Path) -> Non
     assert {row["mask"] for row in rows if row["status"] == "error"} == {None}
 
 
-def test_a_class_that_is_nowhere_has_no_score_and_no_confidence(bundle: Path) -> None:
+def test_an_absent_class_has_null_scores_and_confidence(bundle: Path) -> None:
     (row,) = predict(bundle, [make_image("a", truth=0)])
     assert row["pixel_count"][NEVER] == 0
     assert row["mean_confidence"][NEVER] is None
@@ -71,7 +73,7 @@ def test_a_class_that_is_nowhere_has_no_score_and_no_confidence(bundle: Path) ->
     assert unscored["mask"] == row["mask"]
 
 
-def test_logits_that_are_not_finite_leave_a_mask_and_no_statistics(bundle: Path, tmp_path: Path) -> None:
+def test_non_finite_logits_give_a_mask_and_null_statistics(bundle: Path, tmp_path: Path) -> None:
     weights = load_bundle(str(bundle)).model.state_dict()
     weights["network.segmentation_head.0.bias"][0] = np.nan
     save_pet_bundle(tmp_path, weights)
@@ -80,28 +82,30 @@ def test_logits_that_are_not_finite_leave_a_mask_and_no_statistics(bundle: Path,
     assert sum(row["pixel_count"]) == len(row["mask"]) == row["height"] * row["width"]
 
 
-def test_a_bundle_that_was_replaced_is_refused_with_the_first_fragment(bundle: Path, tmp_path: Path) -> None:
-    planned = load_bundle(str(bundle)).sha256
+def test_a_replaced_bundle_is_refused_with_the_first_fragment(bundle: Path, tmp_path: Path) -> None:
     other = Path(shutil.copytree(bundle, tmp_path / "other"))
     (other / "bundle.json").write_text((other / "bundle.json").read_text() + "\n")
-    predictor = FragmentPredictor(str(other), planned, SETTINGS, 1, LocalLedger(PREDICT))
-    with pytest.raises(BundleError, match="replaced while the run was going on"):
+    job = replace(make_pipeline_job(bundle), bundle_uri=str(other))
+    predictor = FragmentPredictor(job, 1, LocalLedger(PREDICT))
+    with pytest.raises(BundleError, match="replaced during the run"):
         predictor(pack_decoded(0, [make_image("a")], Stopwatch()))
 
 
-def test_a_compiled_network_says_the_same(bundle: Path) -> None:
+def test_a_compiled_model_gives_the_same_masks(bundle: Path) -> None:
     images = [make_image("a"), make_image("bb"), make_image("ccc")]
     compiled = predict(bundle, images, SETTINGS.model_copy(update={"compile": True}))
     for row, expected in zip(compiled, predict(bundle, images), strict=True):
         mask, whole = (np.frombuffer(one["mask"], np.uint8) for one in (row, expected))
-        assert (mask == whole).mean() > 0.99  # the last bits of its logits are others
+        assert (mask == whole).mean() > 0.99  # the last bits of the logits differ
         assert row["entropy"] == pytest.approx(expected["entropy"], rel=1e-3)
 
 
-def test_a_node_without_a_compiler_is_told_so(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    settings = SegmentSettings(batch_size=3, precision="fp32", compile=True)  # a shape that no cache of torch's has
+def test_compiling_without_a_compiler_names_the_cause_and_the_remedy(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = SegmentSettings(batch_size=3, precision="fp32", compile=True)  # a shape that is not in torch's caches
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("PATH", "")
     torch.compiler.reset()
-    with pytest.raises(ClusterError, match=r"compiled here: .*(g|C)\+\+.*; have a C\+\+ compiler on every node"):
+    with pytest.raises(ClusterError, match=r"cannot compile .*: .*(g|C)\+\+.*; install a C\+\+ compiler on every node"):
         predict(bundle, [make_image("a")], settings)

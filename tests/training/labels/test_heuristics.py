@@ -1,4 +1,4 @@
-"""Mixed values in masks: found after interpolation and JPEG, not in masks that are well. Images that are the same."""
+"""Mixed values are found in masks after interpolation or JPEG, not in clean masks; equal images are found."""
 
 import io
 
@@ -20,7 +20,7 @@ Mask = npt.NDArray[np.integer]
 
 
 def draw_ellipses(values: list[int], size: tuple[int, int] = (240, 320)) -> npt.NDArray[np.uint8]:
-    """Return a mask of overlapping ellipses of the values, on the first of them."""
+    """Return a mask of overlapping ellipses of the values; the first value is the background."""
     rng, image = np.random.default_rng(3), Image.new("L", size[::-1], values[0])
     for number in range(30):
         left, top, width, height = rng.integers([0, 0, 15, 15], [size[1], size[0], 90, 90]).tolist()
@@ -38,8 +38,10 @@ def interpolate(mask: npt.NDArray[np.uint8], size: tuple[int, int], resampling: 
     return np.asarray(Image.fromarray(mask).resize(size[::-1], resampling))
 
 
-@pytest.mark.parametrize("size", [(19, 23), (255, 3), (256, 3), (257, 3), (258, 4), (600, 5)])  # taller than its bands
-def test_the_share_is_that_of_a_plain_loop(size: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    "size", [(19, 23), (255, 3), (256, 3), (257, 3), (258, 4), (600, 5)]
+)  # Some are taller than a band.
+def test_the_mixed_share_equals_that_of_a_plain_loop(size: tuple[int, int]) -> None:
     raw = np.random.default_rng(0).choice([0, 1, 2, 7, 300], size).astype(np.uint16)
     num_edges = num_mixed = 0
     for lines in (raw.tolist(), raw.T.tolist()):
@@ -54,7 +56,7 @@ def test_the_share_is_that_of_a_plain_loop(size: tuple[int, int]) -> None:
 
 
 @pytest.mark.parametrize("values", [[0, 255], [0, 1, 2, 3, 4], [1, 2, 3], [10, 200, 90]])
-def test_masks_that_are_well_are_left_alone(values: list[int]) -> None:
+def test_clean_masks_are_not_reported(values: list[int]) -> None:
     mask = draw_ellipses(values)
     assert not is_mixed(mask)
     for size in ((120, 160), (100, 90), (431, 700)):
@@ -62,39 +64,38 @@ def test_masks_that_are_well_are_left_alone(values: list[int]) -> None:
     assert not is_mixed(resize_mask(mask.astype(np.uint16) * 200, (150, 200)))
 
 
-def test_an_outline_of_a_value_between_is_no_fault() -> None:
+def test_an_outline_with_an_intermediate_value_is_not_reported() -> None:
     image = Image.fromarray(draw_ellipses([0, 255]))
-    ImageDraw.Draw(image).ellipse(
-        (50, 40, 110, 100), fill=255, outline=128
-    )  # 1 pixel wide, as thin as mixed values are
+    # The outline is 1 pixel wide, as thin as mixed values are.
+    ImageDraw.Draw(image).ellipse((50, 40, 110, 100), fill=255, outline=128)
     assert 0 < compute_mixed_share(np.asarray(image)) < 0.2
     assert not is_mixed(np.asarray(image))
 
 
 @pytest.mark.parametrize("values", [[0, 255], [0, 40, 80, 120], [10, 200, 90]])
 @pytest.mark.parametrize("resampling", [Image.Resampling.BILINEAR, Image.Resampling.BICUBIC, Image.Resampling.LANCZOS])
-def test_interpolated_masks_are_found(values: list[int], resampling: Image.Resampling) -> None:
+def test_interpolated_masks_are_reported(values: list[int], resampling: Image.Resampling) -> None:
     for size in ((120, 160), (100, 90), (431, 700)):
         assert is_mixed(interpolate(draw_ellipses(values), size, resampling))
 
 
 @pytest.mark.parametrize("values", [[0, 128], [0, 40, 80, 120], [10, 200, 90]])
-def test_masks_that_were_jpegs_are_found(values: list[int]) -> None:
+def test_masks_saved_as_jpeg_are_reported(values: list[int]) -> None:
     assert is_mixed(save_as_jpeg(draw_ellipses(values)))
 
 
 @pytest.mark.parametrize("size", [(1, 1), (2, 2), (1, 500), (500, 2)])
-def test_masks_too_small_to_have_neighbours_say_nothing(size: tuple[int, int]) -> None:
+def test_masks_too_small_to_have_neighbours_are_not_reported(size: tuple[int, int]) -> None:
     assert not is_mixed(np.arange(size[0] * size[1], dtype=np.uint16).reshape(size) % 2 * 9)
 
 
-def test_too_few_edges_say_nothing() -> None:
-    ramp = np.tile(np.arange(0, 15, 5, dtype=np.uint8), (99, 1))  # 99 edges, all of them mixed
+def test_masks_with_too_few_edges_have_share_0() -> None:
+    ramp = np.tile(np.arange(0, 15, 5, dtype=np.uint8), (99, 1))  # 99 edges, all of them mixed.
     assert compute_mixed_share(ramp) == 0
     assert compute_mixed_share(np.vstack([ramp, ramp[:1]])) == 1
 
 
-def test_a_digest_is_that_of_pixels_and_size() -> None:
+def test_a_digest_depends_only_on_pixels_and_size() -> None:
     image = np.random.default_rng(0).integers(0, 256, (6, 8, 3), np.uint8)
     digest = compute_pixel_digest(image)
     assert len(digest) == len(NO_DIGEST)
@@ -105,9 +106,9 @@ def test_a_digest_is_that_of_pixels_and_size() -> None:
     assert len({digest, *map(compute_pixel_digest, others)}) == 1 + len(others)
 
 
-def test_images_that_are_among_the_others_are_found_with_the_first_of_them() -> None:
+def test_shared_images_are_paired_with_the_first_equal_one() -> None:
     a, b, c, d = (compute_pixel_digest(np.full((2, 2, 3), value, np.uint8)) for value in range(4))
-    there = NO_DIGEST + a + b + b + c
-    assert find_shared_images(d + c + NO_DIGEST + b + c, there) == [(1, 4), (3, 2), (4, 4)]
-    assert find_shared_images(b"", there) == []
-    assert find_shared_images(there, b"") == []
+    others = NO_DIGEST + a + b + b + c
+    assert find_shared_images(d + c + NO_DIGEST + b + c, others) == [(1, 4), (3, 2), (4, 4)]
+    assert find_shared_images(b"", others) == []
+    assert find_shared_images(others, b"") == []

@@ -1,4 +1,4 @@
-"""The label check: counts by hand, and every fault of an image and of its mask, each even if the other is bad."""
+"""The label check: counts compared with plain numpy, and every fault of an image and of its mask."""
 
 import io
 import re
@@ -14,11 +14,12 @@ from segray.data.classes import ClassMap
 from segray.data.manifest import Sample, Splits
 from segray.errors import DataError, FaultKind
 from segray.models.losses import compute_median_frequency_weights
-from segray.training.labels.inspect import LabelReport, WarningKind, check_samples, conclude, require_learnable
+from segray.training.labels.inspect import SplitReport, WarningKind, check_samples, complete_reports, require_learnable
 
 CLASSES = ClassMap(("a", "b", "c"), (0, 1, 2), (255,))
 TWELVE = ClassMap(tuple("abcdefghijkl"), tuple(range(12)))
-CAMVID = Path(__file__).parents[2] / "data" / "camvid"  # not part of the repository; as jobs/camvid.yaml names it
+# CamVid is not part of the repository; jobs/camvid.yaml uses the same path.
+CAMVID = Path(__file__).parents[3] / "data" / "camvid"
 
 
 @pytest.fixture
@@ -28,7 +29,7 @@ def samples(labelled_folders: tuple[Path, Path]) -> list[Sample]:
     return [Sample(str(images / name), str(masks / name)) for name in names]
 
 
-def test_counts_are_those_of_the_files(samples: list[Sample]) -> None:
+def test_counts_equal_those_of_the_files(samples: list[Sample]) -> None:
     Image.new("L", Image.open(samples[0].image_uri).size, 255).save(samples[0].mask_uri)
     Image.new("L", Image.open(samples[1].image_uri).size, 2).save(samples[1].mask_uri)
     raw = [np.asarray(Image.open(sample.mask_uri)) for sample in samples]
@@ -45,17 +46,17 @@ def test_counts_are_those_of_the_files(samples: list[Sample]) -> None:
     ]
 
 
-def test_class_weights_are_those_of_the_files(tmp_path: Path) -> None:
+def test_class_weights_follow_from_the_counts_of_the_files(tmp_path: Path) -> None:
     halves = np.repeat([[0, 1]], 10, 0).repeat(5, 1)
     only_a = np.zeros((10, 10), int)
     report = check_samples([save(tmp_path, "0", halves), save(tmp_path, "1", only_a)], CLASSES)
-    # a: 150 of 200 pixels, b: 50 of the 100 of the one image that has it; c is nowhere
+    # Class a has 150 of 200 pixels, b has 50 of the 100 pixels of the only image that contains it, c has none.
     np.testing.assert_allclose(
         compute_median_frequency_weights(report.pixel_count, report.image_px), [0.625 / 0.75, 0.625 / 0.5, 1]
     )
 
 
-def test_every_fault_is_listed_in_order(samples: list[Sample]) -> None:
+def test_every_fault_is_listed_in_the_order_of_the_samples(samples: list[Sample]) -> None:
     Path(samples[0].image_uri).write_bytes(b"")
     Path(samples[0].mask_uri).unlink()
     Image.new("L", (3, 3)).save(samples[2].mask_uri)
@@ -71,7 +72,7 @@ def test_every_fault_is_listed_in_order(samples: list[Sample]) -> None:
         require_learnable(report, "val")
 
 
-def test_masks_that_are_all_ignored_are_refused(samples: list[Sample]) -> None:
+def test_a_split_in_which_every_pixel_is_ignored_raises(samples: list[Sample]) -> None:
     for sample in samples:
         Image.new("L", Image.open(sample.image_uri).size, 255).save(sample.mask_uri)
     with pytest.raises(DataError, match="train: every pixel of its 5 masks is ignored"):
@@ -79,7 +80,7 @@ def test_masks_that_are_all_ignored_are_refused(samples: list[Sample]) -> None:
 
 
 def save(folder: Path, name: str, mask: npt.ArrayLike, seed: int = 0) -> Sample:
-    """Write an image of noise and its mask, of values up to 255."""
+    """Write a noise image and its mask, with values up to 255."""
     raw = np.asarray(mask, np.uint8)
     image = np.random.default_rng(seed).integers(0, 256, (*raw.shape[:2], 3), np.uint8)
     sample = Sample(str(folder / f"{name}.png"), str(folder / f"{name}_mask.png"))
@@ -89,35 +90,40 @@ def save(folder: Path, name: str, mask: npt.ArrayLike, seed: int = 0) -> Sample:
 
 
 def draw_blocks(values: npt.ArrayLike, side: int = 100) -> npt.NDArray[np.uint8]:
-    """Return a mask of blocks of the given values, as clean as people draw them."""
+    """Return a mask of blocks of the given values, with sharp edges."""
     rng = np.random.default_rng(0)
     return rng.choice(np.asarray(values, np.uint8), (side // 10, side // 10)).repeat(10, 0).repeat(10, 1)
 
 
-def check_all(samples: list[Sample], classes: ClassMap, val: list[Sample] | None = None) -> dict[str, LabelReport]:
+def check_all(samples: list[Sample], classes: ClassMap, val: list[Sample] | None = None) -> dict[str, SplitReport]:
     splits = Splits(samples, val or [])
-    return conclude({name: check_samples(part, classes) for name, part in splits._asdict().items()}, splits, classes)
+    reports = {name: check_samples(part, classes) for name, part in splits._asdict().items()}
+    return complete_reports(reports, splits, classes)
 
 
 @pytest.mark.parametrize(
     ("classes", "masks", "remedy"),
     [
         (("a", "b"), [[0, 255], [0]], "a 0/255 mask: set data.class_values: [0, 255]"),
-        (("a", "b"), [[0, 255], [0, 1]], "255 is mostly void: set data.ignore_values: [255]"),
-        (("a", "b", "c"), [[0, 255]], "255 is mostly void: set data.ignore_values: [255]"),
+        (("a", "b"), [[0, 255], [0, 1]], "255 usually means void: set data.ignore_values: [255]"),
+        (("a", "b", "c"), [[0, 255]], "255 usually means void: set data.ignore_values: [255]"),
         (("a", "b", "c"), [[1, 2], [3], [2]], "values start at 1: set data.class_values: [1, 2, 3]"),
         (("a", "b"), [[1, 2, 255]], "values start at 1: set data.class_values: [1, 2] and data.ignore_values: [255]"),
         (
             ("a", "b"),
             [[2], [0, 1]],
-            "one value more than classes: if 2 is void, set data.ignore_values: [2]; if 0 is, set data.class_values: "
-            "[1, 2] and data.ignore_values: [0]",
+            "the masks hold one value more than there are classes: if 2 is void, set data.ignore_values: [2]; if 0 is "
+            "void, set data.class_values: [1, 2] and data.ignore_values: [0]",
         ),
-        (("a", "b", "c"), [[0, 7], [9]], "as many values as classes: set data.class_values: [0, 7, 9]"),
+        (
+            ("a", "b", "c"),
+            [[0, 7], [9]],
+            "the masks hold as many values as there are classes: set data.class_values: [0, 7, 9]",
+        ),
         (("a", "b"), [[0, 7], [9]], "expected 0, 1: add 7, 9 to data.class_values or data.ignore_values"),
     ],
 )
-def test_undeclared_values_have_the_one_remedy_that_all_masks_together_call_for(
+def test_undeclared_values_have_one_remedy_that_fits_all_masks(
     tmp_path: Path, classes: tuple[str, ...], masks: list[list[int]], remedy: str
 ) -> None:
     samples = [save(tmp_path, str(number), draw_blocks(values)) for number, values in enumerate(masks)]
@@ -149,15 +155,15 @@ def save_smaller(raw: npt.NDArray[np.uint8], path: str) -> None:
 @pytest.mark.parametrize(
     ("save_wrongly", "expected"),
     [
-        (save_jpeg, "JPEG file, which blurs class values; make the mask again from its source, as PNG"),
-        (save_colours, "expected one channel of class values, got RGB; write the class value of each colour to a grey"),
-        (save_grey_as_rgb, "got RGBA; its channels are equal: save the first one alone as greyscale PNG"),
+        (save_jpeg, "JPEG file, whose compression changes class values; create the mask again from its source, as PNG"),
+        (save_colours, "expected one channel of class values, got RGB; replace each colour by its class value"),
+        (save_grey_as_rgb, "got RGBA; its channels are equal: save only the first one, as greyscale PNG"),
         (save_smaller, "mask of 60x40 pixels for an image of 100x100; save the mask at the image's size"),
-        (lambda raw, path: Path(path).write_bytes(b""), "empty file; replace the mask, or take its image out"),
-        (lambda raw, path: Path(path).unlink(), "; add it, or take its image out"),
+        (lambda raw, path: Path(path).write_bytes(b""), "empty file; replace the mask, or remove its image"),
+        (lambda raw, path: Path(path).unlink(), "; add it, or remove its image from the data set"),
     ],
 )
-def test_a_mask_that_is_saved_wrongly_is_told_how_to_be_saved(
+def test_a_wrongly_saved_mask_is_one_fault_with_a_remedy(
     tmp_path: Path, save_wrongly: Callable[[npt.NDArray[np.uint8], str], None], expected: str
 ) -> None:
     raw = draw_blocks([0, 1, 2])
@@ -171,20 +177,20 @@ def test_a_mask_that_is_saved_wrongly_is_told_how_to_be_saved(
 
 
 def blur(raw: npt.NDArray[np.uint8], scale: float) -> npt.NDArray[np.uint8]:
-    """Resize a mask as an image is resized."""
+    """Resize a mask with bilinear interpolation, as is right only for images."""
     size = (round(raw.shape[1] * scale), round(raw.shape[0] * scale))
     return np.asarray(Image.fromarray(raw).resize(size, Image.Resampling.BILINEAR))
 
 
 def compress(raw: npt.NDArray[np.uint8]) -> npt.NDArray[np.uint8]:
-    """Return what a JPEG leaves of a mask, which somebody has converted to PNG since."""
+    """Return the values of a mask after saving it as JPEG."""
     buffer = io.BytesIO()
     Image.fromarray(raw).save(buffer, "JPEG")
     return np.asarray(Image.open(buffer))
 
 
 @pytest.mark.parametrize("spoil", [lambda raw: blur(raw, 0.5), lambda raw: blur(raw, 1.3), compress])
-def test_mixed_values_are_a_fault_where_undeclared_and_else_a_warning(
+def test_mixed_values_are_a_fault_if_undeclared_and_a_warning_if_declared(
     tmp_path: Path, spoil: Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.uint8]]
 ) -> None:
     sparse = ClassMap(("a", "b"), (0, 200))
@@ -206,7 +212,7 @@ def test_mixed_values_are_a_fault_where_undeclared_and_else_a_warning(
 
 
 @pytest.mark.parametrize("orientation", [6, 8])
-def test_an_image_turned_by_exif_beside_a_mask_that_is_not_is_told_from_a_wrong_size(
+def test_an_image_rotated_by_exif_with_an_unrotated_mask_is_distinguished_from_a_wrong_size(
     tmp_path: Path, orientation: int
 ) -> None:
     sample = save(tmp_path, "0", draw_blocks([0, 1])[:60])
@@ -216,8 +222,8 @@ def test_an_image_turned_by_exif_beside_a_mask_that_is_not_is_told_from_a_wrong_
     image.save(sample.image_uri, exif=exif)
     (fault,) = check_samples([sample], CLASSES).faults
     assert str(fault) == (
-        f"{sample.mask_uri}: mask_mismatch: mask of 100x60 pixels for an image of 60x100, which its EXIF orientation "
-        "turns; turn the mask as viewers show the image, or save the image without EXIF"
+        f"{sample.mask_uri}: mask_mismatch: mask of 100x60 pixels for an image of 60x100, which is rotated by its EXIF "
+        "orientation; rotate the mask to match the image as viewers show it, or save the image without EXIF"
     )
     image.transpose(Image.Transpose.ROTATE_90).save(sample.image_uri)
     (fault,) = check_samples([sample], CLASSES).faults
@@ -227,7 +233,7 @@ def test_an_image_turned_by_exif_beside_a_mask_that_is_not_is_told_from_a_wrong_
     assert check_samples([sample], CLASSES).faults == []
 
 
-def test_a_mask_that_is_all_ignored_is_a_warning(tmp_path: Path) -> None:
+def test_a_mask_in_which_every_pixel_is_ignored_is_a_warning(tmp_path: Path) -> None:
     samples = [save(tmp_path, "0", draw_blocks([0, 255])), save(tmp_path, "1", draw_blocks([255]))]
     report = check_samples(samples, CLASSES)
     assert report.faults == []
@@ -236,16 +242,16 @@ def test_a_mask_that_is_all_ignored_is_a_warning(tmp_path: Path) -> None:
     require_learnable(report, "train")
 
 
-def test_one_picture_in_both_splits_is_a_warning_however_it_is_encoded(tmp_path: Path) -> None:
+def test_an_image_in_both_splits_is_a_warning_regardless_of_its_encoding(tmp_path: Path) -> None:
     mask = draw_blocks([0, 1])
     train = [save(tmp_path, f"train_{seed}", mask, seed) for seed in range(3)]
     val = [save(tmp_path, f"val_{seed}", mask, seed + 2) for seed in range(3)]
     again = val[0]._replace(image_uri=str(tmp_path / "again.webp"))
     Image.open(val[0].image_uri).save(again.image_uri, lossless=True)
-    Path(train[0].image_uri).write_bytes(b"")  # files that cannot be read are not alike
+    Path(train[0].image_uri).write_bytes(b"")  # Unreadable files are not duplicates.
     Path(val[2].image_uri).write_bytes(b"")
     wide, high = save(tmp_path, "wide", mask[:50]), save(tmp_path, "high", mask[:, :50])
-    for sample in (wide, high):  # of the same bytes, in other rows
+    for sample in (wide, high):  # Equal bytes, different shapes.
         Image.new("RGB", Image.open(sample.image_uri).size).save(sample.image_uri)
     reports = check_all([*train, wide], CLASSES, [again, *val[1:], high])
     assert reports["train"].warnings == []
@@ -256,7 +262,7 @@ def test_one_picture_in_both_splits_is_a_warning_however_it_is_encoded(tmp_path:
 
 
 @pytest.mark.skipif(not CAMVID.exists(), reason="needs CamVid at data/camvid")
-def test_real_masks_are_clean_and_found_once_they_are_spoilt(tmp_path: Path) -> None:
+def test_clean_camvid_masks_have_no_warning_and_spoilt_ones_have(tmp_path: Path) -> None:
     classes = ClassMap(tuple("abcdefghijk"), tuple(range(11)), (11,))
     masks = sorted((CAMVID / "masks").rglob("*.png"))
     samples = [Sample(str(CAMVID / "images" / path.relative_to(CAMVID / "masks")), str(path)) for path in masks]

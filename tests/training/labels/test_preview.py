@@ -1,4 +1,4 @@
-"""The samples that are drawn are those that training begins with, however it is shared out."""
+"""The drawn samples are the ones that training starts with, for any number of workers."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,12 +9,12 @@ from segray.data.manifest import load_splits
 from segray.plots import LabelledPicture, draw_samples
 from segray.storage import get_file_name
 from segray.training.labels.preview import draw_training
-from segray.training.worker.feed import iterate_training
+from segray.training.worker.feed import RankShare, StreamSettings, iterate_training
 from segray.training.worker.sample_store import SampleStore
 from tests.conftest import PET_CLASSES
 
 
-def test_drawn_samples_are_the_first_that_two_workers_get(
+def test_drawn_samples_are_the_first_ones_of_a_run_with_two_workers(
     make_train_config: Callable[..., TrainConfig], tmp_path: Path
 ) -> None:
     config = make_train_config(tmp_path, seed=5)
@@ -24,13 +24,9 @@ def test_drawn_samples_are_the_first_that_two_workers_get(
             samples,
             SampleStore(PET_CLASSES, 2**30),
             Augmentation(config.augmentation, config.image_size, PET_CLASSES.ignore_index),
-            steps=range(2),
-            global_batch_size=6,
-            num_parts=3,
-            seed=5,
-            world_rank=rank,
-            world_size=2,
-            num_threads=2,
+            range(2),
+            StreamSettings(global_batch_size=6, num_parts=3, seed=5),
+            RankShare(rank, 2, num_threads=2),
         )
         for rank in range(2)
     ]
@@ -40,6 +36,6 @@ def test_drawn_samples_are_the_first_that_two_workers_get(
         for batch in batches
         for uri, image, truth in zip(batch.image_uris, batch.images, batch.truth, strict=True)
     ]
-    drawn = draw_training(config, samples, PET_CLASSES, 8)  # of two steps
+    drawn = draw_training(config, samples, PET_CLASSES, 8)  # These span two steps.
     assert drawn == draw_samples(fed[:8], PET_CLASSES)
     assert drawn != draw_training(make_train_config(tmp_path, seed=6), samples, PET_CLASSES, 8)

@@ -1,4 +1,4 @@
-"""What is printed of a label check: all of it, but not ten thousand lines of one and the same."""
+"""Printed label reports: every kind of finding is shown, and long lists of one kind are truncated."""
 
 import pytest
 from rich.console import Console
@@ -6,43 +6,50 @@ from rich.console import Console
 from segray.data.classes import ClassMap
 from segray.data.manifest import Unpaired
 from segray.errors import FaultKind
-from segray.training.labels.inspect import LabelFault, LabelReport, WarningKind
-from segray.training.labels.report import Finding, print_findings, print_warnings
+from segray.training.labels.inspect import LabelFault, SplitReport, WarningKind
+from segray.training.labels.report import LabelReport, print_findings, print_warnings
 
 CLASSES = ClassMap(("a", "b"), (0, 1))
 
 
-def list_faults(count: int, remedy: str) -> list[Finding]:
+def list_faults(count: int, remedy: str) -> list[LabelFault]:
     return [LabelFault(f"{remedy}/{index}.png", FaultKind.MASK_MISMATCH, "bad", remedy) for index in range(count)]
 
 
-def warn(count: int) -> dict[str, LabelReport]:
-    report = LabelReport.empty(2)
+def warn(count: int) -> dict[str, SplitReport]:
+    report = SplitReport.empty(2)
     report.warnings.extend(LabelFault(f"{i}.png", WarningKind.DUPLICATE, "seen", "keep one") for i in range(count))
-    return {"train": LabelReport.empty(2), "val": report}
+    return {"train": SplitReport.empty(2), "val": report}
 
 
-def test_many_files_with_one_fault_are_cut_and_counted(console: Console, capsys: pytest.CaptureFixture[str]) -> None:
-    faults = [*list_faults(3, "turn it"), *list_faults(10_000, "declare 7"), Unpaired("a.png", "mask")]
-    print_findings(warn(2), faults, CLASSES, console)
+def test_many_findings_of_one_kind_are_truncated_and_counted(
+    console: Console, capsys: pytest.CaptureFixture[str]
+) -> None:
+    splits = warn(2)
+    splits["train"].faults.extend([*list_faults(3, "turn it"), *list_faults(10_000, "declare 7")])
+    report = LabelReport(splits, [Unpaired("a.png", "mask")], CLASSES)
+    assert not report.ok
+    print_findings(report, console)
     lines = capsys.readouterr().out.splitlines()
     assert sum(line.startswith("declare 7/") for line in lines) == 100
     assert sum(line.startswith("turn it/") for line in lines) == 3
     assert lines[:2] == [f"warning: {i}.png: duplicate: seen; keep one" for i in range(2)]
     assert lines[-5:] == [
         "2 x warning: duplicate: keep one",
-        "10,000 x mask_mismatch: declare 7 (the first 100 are listed; --all lists them)",
+        "10,000 x mask_mismatch: declare 7 (first 100 listed; use --all to list every file)",
         "3 x mask_mismatch: turn it",
         "1 x no mask of this name: add it, remove this file, or use a manifest",
         "0 images and masks checked, 10004 faults, 2 warnings",
     ]
-    print_findings(warn(2), faults, CLASSES, console, list_all=True)
+    print_findings(report, console, list_all=True)
     printed = capsys.readouterr().out
     assert sum(line.startswith("declare 7/") for line in printed.splitlines()) == 10_000
     assert "--all" not in printed
 
 
-def test_training_prints_few_warnings_and_counts_the_rest(console: Console, capsys: pytest.CaptureFixture[str]) -> None:
+def test_training_prints_three_warnings_and_counts_the_rest(
+    console: Console, capsys: pytest.CaptureFixture[str]
+) -> None:
     print_warnings(warn(3), console)
     assert capsys.readouterr().out.count("\n") == 3
     print_warnings(warn(12), console)

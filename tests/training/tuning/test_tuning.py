@@ -1,4 +1,4 @@
-"""A search: what is drawn, what is refused, and a real one that is killed and goes on."""
+"""Hyperparameter search: drawn values, invalid search spaces, and a search that is killed and resumed."""
 
 import csv
 import io
@@ -24,7 +24,7 @@ from segray.data.manifest import Splits, load_splits
 from segray.errors import ConfigError, RunMismatchError
 from segray.models.bundle import load_bundle
 from segray.training.driver import run_training
-from segray.training.labels.inspect import LabelReport
+from segray.training.labels.inspect import SplitReport
 from segray.training.tuning.search import run_search
 from segray.training.tuning.search_space import check_space, draw_values, set_values
 from segray.training.tuning.trial import Search, TrialRun
@@ -49,7 +49,7 @@ def make_config(make: MakeConfig, output: Path, space: dict[str, Any] | None = N
     return TrainConfig.model_validate(content)
 
 
-def test_draws_depend_on_seed_and_number_alone_and_stay_within_the_space(
+def test_drawn_values_depend_only_on_seed_and_number_and_stay_within_the_space(
     make_train_config: MakeConfig, tmp_path: Path
 ) -> None:
     config = make_config(make_train_config, tmp_path)
@@ -58,14 +58,14 @@ def test_draws_depend_on_seed_and_number_alone_and_stay_within_the_space(
     rates = np.array([values["train.learning_rate"] for values in drawn])
     assert rates.min() >= 1e-4
     assert rates.max() <= 1e-2
-    assert 0.4 < (rates < 1e-3).mean() < 0.6  # uniform in the logarithm
+    assert 0.4 < (rates < 1e-3).mean() < 0.6  # Uniform in the logarithm.
     assert {values["augmentation"] for values in drawn} == {"none", "strong"}
     assert {values["train.global_batch_size"] for values in drawn} == {6, 12}
     other = make_config(make_train_config, tmp_path, seed=1)
     assert draw_values(other, 0) != drawn[0]
 
 
-def test_whole_numbers_include_both_ends(make_train_config: MakeConfig, tmp_path: Path) -> None:
+def test_int_uniform_includes_both_ends(make_train_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config(make_train_config, tmp_path, {"train.eval_batch_size": {"int_uniform": [2, 4]}})
     assert {draw_values(config, number)["train.eval_batch_size"] for number in range(50)} == {2, 3, 4}
 
@@ -74,7 +74,7 @@ def test_whole_numbers_include_both_ends(make_train_config: MakeConfig, tmp_path
     ("space", "message"),
     [
         ({}, r"tune\.space: expected settings"),
-        ({"data.train": {"choice": [1]}}, r"tune\.space\.data\.train: expected a setting of model, loss"),
+        ({"data.train": {"choice": [1]}}, r"tune\.space\.data\.train: expected a setting in model, loss"),
         (
             {"train.learning_rat": {"uniform": [0.1, 0.2]}},
             r"train\.learning_rat=0\.1: train\.learning_rat: Extra inputs",
@@ -84,7 +84,7 @@ def test_whole_numbers_include_both_ends(make_train_config: MakeConfig, tmp_path
         ({"model.encoder_name": {"choice": ["resnet18", "resnet19"]}}, r"unknown encoder 'resnet19'"),
     ],
 )
-def test_a_space_that_cannot_be_is_refused_before_anything_starts(
+def test_an_invalid_search_space_raises_before_anything_is_written(
     make_train_config: MakeConfig, tmp_path: Path, space: dict[str, Any], message: str
 ) -> None:
     config = make_config(make_train_config, tmp_path / "out", space)
@@ -95,19 +95,19 @@ def test_a_space_that_cannot_be_is_refused_before_anything_starts(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_preset_drawn_replaces_the_settings_of_its_section(make_train_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_drawn_preset_replaces_the_other_settings_of_its_section(
+    make_train_config: MakeConfig, tmp_path: Path
+) -> None:
     config = make_config(make_train_config, tmp_path)
     values = {"augmentation.blur": 0.0, "augmentation.preset": "strong"}
     expected = AugmentationSettings.model_validate({"preset": "strong", "blur": 0})
     assert set_values(config, values).augmentation == expected
 
 
-def test_every_trial_has_the_class_weights_and_the_normalisation_of_its_own_settings(
-    make_train_config: MakeConfig, tmp_path: Path
-) -> None:
+def test_each_trial_has_the_class_weights_of_its_own_settings(make_train_config: MakeConfig, tmp_path: Path) -> None:
     space = {"loss.class_weights": {"choice": [None, "auto", [1, 2, 3]]}}
     config = make_config(make_train_config, tmp_path, space)
-    report = replace(LabelReport.empty(3), pixel_count=np.array([1, 2, 4]), image_px=np.array([8, 8, 8]))
+    report = replace(SplitReport.empty(3), pixel_count=np.array([1, 2, 4]), image_px=np.array([8, 8, 8]))
     search = Search(config, Splits([], []), report, str(tmp_path))
     for number in range(20):
         given = draw_values(config, number)["loss.class_weights"]
@@ -128,7 +128,7 @@ def read_trials(output: Path) -> list[dict[str, str]]:
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
-def test_a_search_that_was_killed_goes_on_and_its_best_becomes_a_bundle(
+def test_a_killed_search_resumes_and_its_best_configuration_trains_to_the_same_score(
     make_train_config: MakeConfig, tmp_path: Path
 ) -> None:
     output = tmp_path / "search"
@@ -140,16 +140,16 @@ def test_a_search_that_was_killed_goes_on_and_its_best_becomes_a_bundle(
     driver = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
     deadline_s = time.monotonic() + 240
     while not list((output / "trials" / "001").glob("ray_train/checkpoint_*/checkpoint.json")):
-        assert time.monotonic() < deadline_s, "waited in vain"
+        assert time.monotonic() < deadline_s, "no checkpoint of the second trial within 240 s"
         assert driver.poll() is None, driver.communicate()
         time.sleep(0.1)
     driver.send_signal(signal.SIGKILL)
     driver.wait()
-    behind = {path: path.stat().st_mtime_ns for path in (output / "trials" / "000").rglob("checkpoint.json")}
-    assert behind
+    before = {path: path.stat().st_mtime_ns for path in (output / "trials" / "000").rglob("checkpoint.json")}
+    assert before
     printed = search(config)
     after = {path: path.stat().st_mtime_ns for path in (output / "trials" / "000").rglob("checkpoint.json")}
-    assert after == behind  # the first trial was over: nothing of it is made again
+    assert after == before  # The first trial had finished, so none of its checkpoints is written again.
     trials = read_trials(output)
     assert sorted(int(trial["trial"]) for trial in trials) == [0, 1, 2]
     scores = [float(trial["val_mean_iou"]) for trial in trials]
@@ -160,17 +160,17 @@ def test_a_search_that_was_killed_goes_on_and_its_best_becomes_a_bundle(
     assert best.train.learning_rate == pytest.approx(float(trials[0]["train.learning_rate"]))
     bundle = load_bundle(run_training(best, Console(quiet=True)))
     assert bundle.manifest.metrics["val_mean_iou"] == pytest.approx(scores[0])
-    with pytest.raises(RunMismatchError, match=r"tune\.seed: there 0, here 5"):
+    with pytest.raises(RunMismatchError, match=r"tune\.seed: the run has 0, got 5"):
         search(config.model_copy(update={"tune": config.tune.model_copy(update={"seed": 5})}))
 
 
 def get_reserved_groups() -> list[dict[str, Any]]:
-    """Workers reserve CPUs in placement groups; one that is left behind keeps them from all later trials."""
+    """Return the placement groups in which workers hold CPUs; a leaked one would block all later trials."""
     return [group for group in placement_group_table().values() if group["state"] != "REMOVED"]
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_trial_that_fails_leaves_the_others_alone(make_train_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_failed_trial_does_not_affect_the_others(make_train_config: MakeConfig, tmp_path: Path) -> None:
     space = {"train.learning_rate": {"choice": [1e-3, 1e30]}}
     config = make_config(make_train_config, tmp_path, space, num_trials=2, max_concurrent_trials=2, seed=4)
     rates = [draw_values(config, number)["train.learning_rate"] for number in range(2)]
@@ -182,19 +182,19 @@ def test_a_trial_that_fails_leaves_the_others_alone(make_train_config: MakeConfi
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_trial_that_is_stopped_has_ended_and_holds_nothing(make_train_config: MakeConfig, tmp_path: Path) -> None:
+def test_a_stopped_trial_has_ended_and_released_its_resources(make_train_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config(make_train_config, tmp_path)
-    start = Search(config, Splits([], []), LabelReport.empty(3), str(tmp_path))
+    start = Search(config, Splits([], []), SplitReport.empty(3), str(tmp_path))
     trial = tune.with_parameters(TrialRun, search=replace(start, splits=load_splits(config.data)))({"number": 0})
     first = trial.train()
     assert (first["epoch"], first["done"]) == (1, False)
     assert get_reserved_groups()
     trial.stop()
     assert not get_reserved_groups()
-    # what it had learned is written, and it has not begun another epoch
+    # The finished epoch is in a checkpoint, and no other epoch was started.
     assert len(list((tmp_path / "trials" / "000" / "ray_train").glob("checkpoint_*/checkpoint.json"))) == 1
     again = tune.with_parameters(TrialRun, search=replace(start, splits=load_splits(config.data)))({"number": 0})
-    told = [again.train() for _ in range(3)]
+    reported = [again.train() for _ in range(3)]
     again.stop()
-    assert [(score["epoch"], score["done"]) for score in told] == [(1, False), (2, False), (3, True)]
-    assert told[0]["val_mean_iou"] == first["val_mean_iou"]
+    assert [(score["epoch"], score["done"]) for score in reported] == [(1, False), (2, False), (3, True)]
+    assert reported[0]["val_mean_iou"] == first["val_mean_iou"]

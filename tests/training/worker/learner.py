@@ -1,4 +1,4 @@
-"""A training step's objects for tests: any network, any loss, on the CPU."""
+"""Builders of the objects that a training step needs, for tests on the CPU."""
 
 import numpy as np
 import torch
@@ -34,7 +34,7 @@ def make_learner(
 
 
 def make_batch(seed: list[int], size: int = 4, side: int = 16, ignored: float = 0.2) -> TrainBatch:
-    """Return random images and truth; images have very different numbers of scored pixels."""
+    """Return random images and ground truth; the number of pixels that are not ignored differs widely per image."""
     rng = np.random.default_rng(seed)
     truth = rng.integers(0, NUM_CLASSES, (size, side, side)).astype(np.uint8)
     for number in range(size):
@@ -42,13 +42,13 @@ def make_batch(seed: list[int], size: int = 4, side: int = 16, ignored: float = 
     return TrainBatch(rng.integers(0, 256, (size, side, side, 3), np.uint8), truth, [str(n) for n in range(size)])
 
 
-def take(batch: TrainBatch, share: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> TrainBatch:
-    """Return a part of a batch."""
+def select(batch: TrainBatch, share: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> TrainBatch:
+    """Return the part of a batch with the given indices."""
     return TrainBatch(batch.images[share], batch.truth[share], [batch.image_uris[number] for number in share])
 
 
 def split(batch: TrainBatch, num_parts: int) -> list[TrainBatch]:
-    return [take(batch, part) for part in np.array_split(np.arange(len(batch.images)), num_parts)]
+    return [select(batch, part) for part in np.array_split(np.arange(len(batch.images)), num_parts)]
 
 
 def build_network() -> nn.Module:

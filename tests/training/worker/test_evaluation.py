@@ -1,4 +1,4 @@
-"""Scores of a split against counting by hand, and the same for any number of workers."""
+"""Scores of a split compared with direct counting, and identical for any number of workers."""
 
 from pathlib import Path
 from typing import Any
@@ -14,12 +14,12 @@ from segray.data.manifest import Sample, load_splits
 from segray.data.preprocessing import Preprocessing
 from segray.models.build import SegmentationModel, build_model
 from segray.training.worker.evaluation import NUM_EXTREMES, EvaluationCounts, compute_scores, evaluate
-from segray.training.worker.feed import iterate_evaluation
+from segray.training.worker.feed import RankShare, iterate_evaluation
 from segray.training.worker.sample_store import SampleStore, load_labelled_image
 from tests.conftest import NUM_TEST, PET_CLASSES, SHAPE_SIZE
 from tests.training.worker.learner import CPU
 
-SMALL = (32, 32)  # smaller than the images: masks must still be scored at the images' own size
+SMALL = (32, 32)  # Smaller than the images, at whose size the masks must still be scored.
 
 
 @pytest.fixture(scope="module")
@@ -39,10 +39,8 @@ def count(model: SegmentationModel, samples: list[Sample], world_size: int, rank
         samples,
         SampleStore(PET_CLASSES, 0),
         SMALL,
-        batch_size=batch_size,
-        world_rank=rank,
-        world_size=world_size,
-        num_threads=1,
+        batch_size,
+        RankShare(rank, world_size),
     )
     return evaluate(model, batches, classes=PET_CLASSES, preprocessing=Preprocessing(), device=CPU, precision="fp32")
 
@@ -57,15 +55,11 @@ def counts(model: SegmentationModel, samples: list[Sample]) -> EvaluationCounts:
 def pairs(
     model: SegmentationModel, samples: list[Sample]
 ) -> list[tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]]:
-    """Truth and mask of each image, one at a time."""
+    """Ground truth and predicted mask of each image, computed one at a time."""
     found = []
     for sample in samples:
         _, truth = load_labelled_image(sample, PET_CLASSES)
-        batch = next(
-            iterate_evaluation(
-                [sample], SampleStore(PET_CLASSES, 0), SMALL, batch_size=1, world_rank=0, world_size=1, num_threads=1
-            )
-        )
+        batch = next(iterate_evaluation([sample], SampleStore(PET_CLASSES, 0), SMALL, 1, RankShare()))
         with torch.no_grad():
             logits = model.eval()(Preprocessing().apply(torch.from_numpy(batch.images)))
         large = functional.interpolate(logits, size=truth.shape, mode="bilinear", align_corners=False)
@@ -73,7 +67,7 @@ def pairs(
     return found
 
 
-def test_the_confusion_is_every_pixel_once(
+def test_the_confusion_matrix_counts_every_pixel_once(
     counts: EvaluationCounts, pairs: list[tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]]
 ) -> None:
     expected = np.zeros((3, 3), np.int64)
@@ -82,10 +76,10 @@ def test_the_confusion_is_every_pixel_once(
         np.add.at(expected, (truth[scored], mask[scored]), 1)
     np.testing.assert_array_equal(counts.confusion.numpy(), expected)
     assert expected.sum() == NUM_TEST * SHAPE_SIZE**2
-    assert np.count_nonzero(expected) > 3  # not all of one class, which would prove little
+    assert np.count_nonzero(expected) > 3  # Predictions of several classes, or the test would prove little.
 
 
-def test_scores_of_images_and_extremes(
+def test_image_scores_and_the_best_and_worst_images(
     counts: EvaluationCounts, pairs: list[tuple[npt.NDArray[np.integer], npt.NDArray[np.integer]]]
 ) -> None:
     ious = np.full((len(pairs), 3), np.nan)
@@ -106,8 +100,8 @@ def test_scores_of_images_and_extremes(
     assert scores["val_worst_images"][0][0] == pytest.approx(np.nanmean(ious, 1).min())
 
 
-def test_scores_of_a_confusion_are_their_formulas() -> None:
-    confusion = torch.tensor([[6, 2, 0], [1, 3, 0], [0, 0, 0]])  # the third class is nowhere
+def test_scores_follow_their_formulas() -> None:
+    confusion = torch.tensor([[6, 2, 0], [1, 3, 0], [0, 0, 0]])  # The third class does not occur.
     zeros = torch.zeros((2, 3), dtype=torch.int64)
     boundary = torch.tensor([[1, 2, 0], [4, 3, 0]])
     scores = compute_scores(EvaluationCounts(confusion, boundary, zeros, zeros[0], [], []))
@@ -125,7 +119,7 @@ def test_scores_of_a_confusion_are_their_formulas() -> None:
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4, 9])
-def test_shares_add_up_to_the_whole(
+def test_counts_of_the_shares_sum_to_those_of_the_whole_split(
     model: SegmentationModel, samples: list[Sample], counts: EvaluationCounts, world_size: int
 ) -> None:
     shares = [count(model, samples, world_size, rank) for rank in range(world_size)]
@@ -134,7 +128,7 @@ def test_shares_add_up_to_the_whole(
         assert torch.equal(total, getattr(counts, name)), name
 
 
-def test_padding_and_batch_size_change_no_bit(
+def test_counts_do_not_depend_on_padding_and_batch_size(
     model: SegmentationModel, samples: list[Sample], counts: EvaluationCounts
 ) -> None:
     other = count(model, samples, 1, 0, batch_size=5)

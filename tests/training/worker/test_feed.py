@@ -1,9 +1,10 @@
-"""The order of samples is data: the same for any number of workers, nothing dropped, nothing twice."""
+"""The sample order is the same for any number of workers, with no sample dropped or repeated; the sample cache."""
 
 import errno
 import os
 import tempfile
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,8 @@ from segray.data.images import resize_mask
 from segray.data.manifest import Sample, load_splits
 from segray.errors import DataError, StorageError
 from segray.training.worker.feed import (
+    RankShare,
+    StreamSettings,
     TrainBatch,
     compute_num_steps,
     compute_step_order,
@@ -27,6 +30,15 @@ from segray.training.worker.sample_store import SampleStore, _DiskStore, load_la
 from tests.conftest import NUM_TRAIN, PET_CLASSES, SHAPE_SIZE
 
 SIZE = (SHAPE_SIZE, SHAPE_SIZE)
+STREAM = StreamSettings(global_batch_size=4, seed=7)
+SHARE = RankShare(num_threads=2)
+
+
+def build_augmentation(preset: str, size: tuple[int, int]) -> Augmentation:
+    return Augmentation(AugmentationSettings.model_validate(preset), size, PET_CLASSES.ignore_index)
+
+
+STRONG = build_augmentation("strong", SIZE)
 
 
 @pytest.fixture
@@ -39,36 +51,22 @@ def train(
     samples: list[Sample],
     steps: range,
     *,
-    size: tuple[int, int] = SIZE,
-    batch_size: int = 4,
-    num_parts: int = 1,
-    preset: str = "strong",
+    stream: StreamSettings = STREAM,
+    share: RankShare = SHARE,
+    augmentation: Augmentation = STRONG,
     cache_bytes: int = 2**30,
-    rank: int = 0,
-    world_size: int = 1,
-    num_threads: int = 2,
 ) -> list[list[TrainBatch]]:
-    """Return a rank's parts of each step."""
-    settings = AugmentationSettings.model_validate(preset)
-    return list(
-        iterate_training(
-            samples,
-            SampleStore(PET_CLASSES, cache_bytes),
-            Augmentation(settings, size, PET_CLASSES.ignore_index),
-            steps=steps,
-            global_batch_size=batch_size,
-            num_parts=num_parts,
-            seed=7,
-            world_rank=rank,
-            world_size=world_size,
-            num_threads=num_threads,
-        )
-    )
+    """Return a rank's batches of each step."""
+    return list(iterate_training(samples, SampleStore(PET_CLASSES, cache_bytes), augmentation, steps, stream, share))
 
 
-def read(samples: list[Sample], steps: range, world_size: int, **options: Any) -> list[list[tuple[str, bytes, bytes]]]:
-    """Return URI, pixels and truth of each sample of each global step, ranks and parts in order."""
-    ranks = [train(samples, steps, rank=rank, world_size=world_size, **options) for rank in range(world_size)]
+def read(
+    samples: list[Sample], steps: range, world_size: int, num_threads: int = 2, **options: Any
+) -> list[list[tuple[str, bytes, bytes]]]:
+    """Return URI, pixels and ground truth of each sample of each global step, with ranks and parts in order."""
+    ranks = [
+        train(samples, steps, share=RankShare(rank, world_size, num_threads), **options) for rank in range(world_size)
+    ]
     return [
         [
             (uri, image.tobytes(), truth.tobytes())
@@ -76,25 +74,25 @@ def read(samples: list[Sample], steps: range, world_size: int, **options: Any) -
             for part in parts
             for uri, image, truth in zip(part.image_uris, part.images, part.truth, strict=True)
         ]
-        for share in zip(*ranks, strict=True)  # strict: every rank takes the same number of steps
+        for share in zip(*ranks, strict=True)  # Strict, as every rank takes the same number of steps.
     ]
 
 
-def test_any_number_of_workers_and_parts_shares_one_order_and_one_augmentation(samples: list[Sample]) -> None:
+def test_order_and_augmentation_are_the_same_for_any_number_of_workers_and_parts(samples: list[Sample]) -> None:
     expected = read(samples, range(6), 1)
     assert all(len(step) == 4 for step in expected)
-    for world_size in (2, 3, 4):  # also where shares are uneven, after a node is lost
+    for world_size in (2, 3, 4):  # Also if shares are uneven, as after the loss of a node.
         assert read(samples, range(6), world_size) == expected
-    assert read(samples, range(6), 1, num_parts=4) == expected
-    assert read(samples, range(6), 2, num_parts=2, num_threads=5) == expected
+    assert read(samples, range(6), 1, stream=replace(STREAM, num_parts=4)) == expected
+    assert read(samples, range(6), 2, stream=replace(STREAM, num_parts=2), num_threads=5) == expected
 
 
-def test_resuming_goes_on_at_the_very_next_sample(samples: list[Sample]) -> None:
+def test_a_resumed_run_continues_with_the_next_sample(samples: list[Sample]) -> None:
     assert read(samples, range(3, 6), 2) == read(samples, range(6), 2)[3:]
 
 
-def test_a_sample_looks_different_in_each_pass(samples: list[Sample]) -> None:
-    steps = [sample for step in read(samples, range(9), 1) for sample in step]  # two passes of 18
+def test_a_sample_is_augmented_differently_in_each_pass(samples: list[Sample]) -> None:
+    steps = [sample for step in read(samples, range(9), 1) for sample in step]  # Two passes of 18 samples.
     looks: dict[str, set[bytes]] = {}
     for uri, image, _ in steps:
         looks.setdefault(uri, set()).add(image)
@@ -102,17 +100,17 @@ def test_a_sample_looks_different_in_each_pass(samples: list[Sample]) -> None:
 
 
 @pytest.mark.parametrize("cache_bytes", [0, 3 * 4 * SHAPE_SIZE**2, 2**30])
-def test_the_cache_changes_nothing_but_the_number_of_reads(samples: list[Sample], cache_bytes: int) -> None:
+def test_samples_do_not_depend_on_the_size_of_the_cache(samples: list[Sample], cache_bytes: int) -> None:
     assert read(samples, range(9), 1, cache_bytes=cache_bytes) == read(samples, range(9), 1)
 
 
 @pytest.mark.parametrize("in_memory", [0, 1, 2])
-def test_the_cache_keeps_what_fits_and_no_more(samples: list[Sample], tmp_path: Path, in_memory: int) -> None:
+def test_the_cache_keeps_only_what_fits(samples: list[Sample], tmp_path: Path, in_memory: int) -> None:
     paths = [tmp_path / f"{number}.png" for number in range(3)]
     for path, sample in zip(paths, samples, strict=False):
         Image.open(sample.image_uri).save(path)
     copies = [Sample(str(path), sample.mask_uri) for path, sample in zip(paths, samples, strict=False)]
-    num_bytes = 4 * SHAPE_SIZE**2  # of image and truth
+    num_bytes = 4 * SHAPE_SIZE**2  # Bytes of an image and its ground truth.
     store = SampleStore(PET_CLASSES, in_memory * num_bytes, max_disk_bytes=(2 - in_memory) * num_bytes)
     expected = [store.load(copy) for copy in copies]
     for path in paths:
@@ -126,13 +124,13 @@ def test_the_cache_keeps_what_fits_and_no_more(samples: list[Sample], tmp_path: 
 
 
 @pytest.mark.parametrize("is_short", [True, False])
-def test_a_full_disk_keeps_nothing_more_and_stops_nothing(
+def test_a_full_disk_ends_caching_but_not_loading(
     samples: list[Sample], is_short: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*_: Any) -> int:
         attempts.append(1)
         if is_short:
-            return 3  # of many bytes
+            return 3  # Fewer bytes than were to be written.
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     attempts: list[int] = []
@@ -148,11 +146,11 @@ def test_a_full_disk_keeps_nothing_more_and_stops_nothing(
                 np.testing.assert_array_equal(part, expected_part)
 
 
-def test_a_sample_that_two_threads_missed_takes_its_room_on_disk_once(samples: list[Sample]) -> None:
+def test_a_sample_loaded_by_two_threads_uses_disk_space_once(samples: list[Sample]) -> None:
     disk = _DiskStore(2 * 4 * SHAPE_SIZE**2)
     found = [load_labelled_image(sample, PET_CLASSES) for sample in samples[:2]]
     for sample, whole in ((samples[0], found[0]), (samples[0], found[0]), (samples[1], found[1])):
-        disk.keep(sample, whole)
+        disk.write(sample, whole)
     for sample, whole in zip(samples, found, strict=False):
         kept = disk.read(sample)
         assert kept is not None
@@ -160,7 +158,9 @@ def test_a_sample_that_two_threads_missed_takes_its_room_on_disk_once(samples: l
             np.testing.assert_array_equal(part, expected)
 
 
-def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_error_for_an_unwritable_folder_names_the_setting_and_tmpdir(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
     with pytest.raises(StorageError, match=r"train\.cache_disk_bytes: cannot write to .*gone.*TMPDIR"):
         SampleStore(PET_CLASSES, 0, max_disk_bytes=1)
@@ -168,7 +168,7 @@ def test_a_folder_that_cannot_be_written_to_is_named(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.parametrize(("num_samples", "batch"), [(18, 4), (7, 3), (3, 8), (101, 16), (1, 2)])
-def test_every_pass_is_a_permutation_and_none_is_like_another(num_samples: int, batch: int) -> None:
+def test_every_pass_is_a_different_permutation(num_samples: int, batch: int) -> None:
     num_passes = 4
     num_steps = compute_num_steps(num_samples * num_passes, batch)
     stream = np.concatenate([compute_step_order(step, num_samples, batch, seed=0) for step in range(num_steps)])
@@ -182,7 +182,7 @@ def test_every_pass_is_a_permutation_and_none_is_like_another(num_samples: int, 
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4, 25])
-def test_evaluation_sees_every_image_once(samples: list[Sample], world_size: int) -> None:
+def test_evaluation_sees_every_image_exactly_once(samples: list[Sample], world_size: int) -> None:
     seen = Counter[int]()
     num_batches = set()
     for rank in range(world_size):
@@ -191,10 +191,8 @@ def test_evaluation_sees_every_image_once(samples: list[Sample], world_size: int
                 samples,
                 SampleStore(PET_CLASSES, 0),
                 SIZE,
-                batch_size=2,
-                world_rank=rank,
-                world_size=world_size,
-                num_threads=2,
+                2,
+                RankShare(rank, world_size, 2),
             )
         )
         num_batches.add(len(batches))
@@ -206,12 +204,14 @@ def test_evaluation_sees_every_image_once(samples: list[Sample], world_size: int
                 expected, _ = load_labelled_image(samples[number], PET_CLASSES)
                 np.testing.assert_array_equal(image, expected)
     assert seen == Counter(range(NUM_TRAIN))
-    assert len(num_batches) == 1  # ranks that share weights wait for each other's forward passes
+    assert len(num_batches) == 1  # FSDP ranks must make the same number of forward passes.
 
 
-def test_training_images_are_resized_and_evaluation_truth_is_not(samples: list[Sample]) -> None:
+def test_training_samples_are_resized_but_evaluation_truth_is_not(samples: list[Sample]) -> None:
     small = (32, 48)
-    ((batch,),) = train(samples, range(1), size=small, batch_size=2, preset="none")
+    ((batch,),) = train(
+        samples, range(1), stream=replace(STREAM, global_batch_size=2), augmentation=build_augmentation("none", small)
+    )
     assert batch.images.shape == (2, *small, 3)
     assert batch.truth.shape == (2, *small)
     mask_uris = dict(samples)
@@ -219,24 +219,24 @@ def test_training_images_are_resized_and_evaluation_truth_is_not(samples: list[S
         with Image.open(uri) as source, Image.open(mask_uris[uri]) as mask:
             np.testing.assert_array_equal(image, source.resize(small[::-1], Image.Resampling.BILINEAR))
             np.testing.assert_array_equal(truth + 1, resize_mask(np.asarray(mask), small))
-    assert batch.images.flags.writeable  # torch refuses to share memory that is not
+    assert batch.images.flags.writeable  # torch.from_numpy warns about read-only arrays.
     evaluated = next(
         iterate_evaluation(
             samples,
             SampleStore(PET_CLASSES, 0),
             small,
-            batch_size=2,
-            world_rank=0,
-            world_size=1,
-            num_threads=1,
+            2,
+            RankShare(),
         )
     )
     assert evaluated.images.shape == (2, *small, 3)
     assert [truth.shape for truth in evaluated.truths] == [SIZE, SIZE]
 
 
-def test_a_broken_file_is_named_with_its_remedy(samples: list[Sample], tmp_path: Path) -> None:
+def test_the_error_for_an_unreadable_image_names_the_file_and_segray_check(
+    samples: list[Sample], tmp_path: Path
+) -> None:
     broken = tmp_path / "broken.jpg"
     broken.write_bytes(b"no")
-    with pytest.raises(DataError, match=r"broken\.jpg: unreadable: .*run segray check"):
+    with pytest.raises(DataError, match=r"broken\.jpg: unreadable: .*run segray check to list all"):
         load_labelled_image(Sample(str(broken), samples[0].mask_uri), PET_CLASSES)

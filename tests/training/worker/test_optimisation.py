@@ -1,4 +1,4 @@
-"""Optimizers, schedules and the moving average against plain torch and plain formulas."""
+"""Optimizers, schedules and the weight average, compared with plain torch and with their formulas."""
 
 import copy
 import math
@@ -29,14 +29,14 @@ def list_rates(num_steps: int, **settings: Any) -> list[float]:
     for _ in range(num_steps):
         rates.append(float(schedule.get_last_lr()[0]))
         optimizer.step()
-        schedule.step()  # one-cycle raises past the planned number of steps
+        schedule.step()  # The one-cycle schedule raises an error after the planned number of steps.
     return rates
 
 
 @pytest.mark.parametrize("num_steps", [1, 2, 3, 4, 5, 6, 7, 10, 40])
 @pytest.mark.parametrize("share", [None, 0.0, 0.3])
 @pytest.mark.parametrize("schedule", ["one_cycle", "poly", "cosine", "constant"])
-def test_the_rate_climbs_to_its_peak_and_does_not_climb_again(num_steps: int, schedule: str, share: float) -> None:
+def test_the_rate_rises_to_its_peak_and_then_only_falls(num_steps: int, schedule: str, share: float) -> None:
     rates = list_rates(num_steps, schedule=schedule, warm_up_fraction=share)
     assert all(math.isfinite(rate) and 0 < rate <= 0.5 for rate in rates)
     peak = rates.index(max(rates))
@@ -46,49 +46,51 @@ def test_the_rate_climbs_to_its_peak_and_does_not_climb_again(num_steps: int, sc
         assert max(rates) > 0.45
 
 
-def test_poly_is_deeplabs() -> None:
+def test_poly_follows_the_formula_of_deeplab() -> None:
     assert list_rates(10, schedule="poly", poly_power=0.9) == pytest.approx(
         [0.5 * (1 - s / 10) ** 0.9 for s in range(10)]
     )
 
 
-def test_cosine_is_half_a_wave() -> None:
+def test_cosine_follows_its_formula() -> None:
     expected = [0.25 * (1 + math.cos(math.pi * s / 10)) for s in range(10)]
     assert list_rates(10, schedule="cosine") == pytest.approx(expected)
 
 
-def test_constant_stays() -> None:
+def test_constant_keeps_the_rate() -> None:
     assert list_rates(5, schedule="constant") == [0.5] * 5
 
 
-def test_warm_up_is_a_line_from_next_to_nothing_and_the_rest_is_the_schedule_over_what_is_left() -> None:
+def test_warm_up_is_linear_and_the_schedule_spans_the_remaining_steps() -> None:
     rates = list_rates(20, schedule="poly", warm_up_fraction=0.25, poly_power=1.0)
     assert rates[:5] == pytest.approx(np.linspace(0.005, 0.5, 6)[:5])
     assert rates[5:] == pytest.approx([0.5 * (1 - s / 15) for s in range(15)])
 
 
-def test_one_cycle_climbs_for_a_fifth_unless_told_otherwise() -> None:
+def test_one_cycle_rises_for_a_fifth_of_the_steps_by_default() -> None:
     assert np.argmax(list_rates(100)) == pytest.approx(20, abs=1)
     assert np.argmax(list_rates(100, warm_up_fraction=0.5)) == pytest.approx(50, abs=1)
 
 
-def test_the_encoder_has_its_own_rate_through_the_whole_schedule(model: SegmentationModel) -> None:
+def test_the_encoder_keeps_its_relative_rate_through_the_whole_schedule(model: SegmentationModel) -> None:
     settings = TrainSettings(learning_rate=0.5, encoder_lr_factor=0.1, schedule="cosine")
     optimizer = build_optimizer(model, settings)
     schedule = build_schedule(optimizer, settings, 8)
-    of_encoder = {id(parameter) for parameter in model.encoder.parameters()}
+    encoder_ids = {id(parameter) for parameter in model.encoder.parameters()}
     for _ in range(8):
         rates = {True: set(), False: set()}  # type: dict[bool, set[float]]
         for group in optimizer.param_groups:
             for parameter in group["params"]:
-                rates[id(parameter) in of_encoder].add(group["lr"])
+                rates[id(parameter) in encoder_ids].add(group["lr"])
         (encoder,), (decoder,) = rates[True], rates[False]
         assert encoder == pytest.approx(0.1 * decoder)
         optimizer.step()
         schedule.step()
 
 
-def test_only_what_has_several_dimensions_decays_and_all_that_learns_is_there_once(model: SegmentationModel) -> None:
+def test_weight_decay_skips_one_dimensional_parameters_and_each_trainable_parameter_occurs_once(
+    model: SegmentationModel,
+) -> None:
     model.network.get_submodule("head").requires_grad_(False)
     optimizer = build_optimizer(model, TrainSettings(weight_decay=0.3))
     seen = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -98,7 +100,7 @@ def test_only_what_has_several_dimensions_decays_and_all_that_learns_is_there_on
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd"])
-def test_three_steps_are_those_of_plain_torch(model: SegmentationModel, name: str) -> None:
+def test_three_steps_equal_those_of_plain_torch(model: SegmentationModel, name: str) -> None:
     plain = copy.deepcopy(model)
     settings = TrainSettings(optimizer=name, learning_rate=0.01, weight_decay=0, momentum=0.8)
     optimizer = build_optimizer(model, settings)
@@ -117,7 +119,7 @@ def test_three_steps_are_those_of_plain_torch(model: SegmentationModel, name: st
         torch.testing.assert_close(got, expected)
 
 
-def test_the_average_is_its_formula_and_leaves_the_weights_alone(model: SegmentationModel) -> None:
+def test_the_average_follows_its_formula_and_the_weights_are_restored(model: SegmentationModel) -> None:
     average = WeightAverage(model, decay=0.5)
     weight = next(model.parameters())
     expected = weight.detach().clone()
@@ -128,48 +130,48 @@ def test_the_average_is_its_formula_and_leaves_the_weights_alone(model: Segmenta
         expected = decay * expected + (1 - decay) * weight.detach()
         average.update()
     own = copy.deepcopy(model.state_dict())
-    with average.in_place():
+    with average.applied():
         torch.testing.assert_close(weight.detach(), expected)
     assert all(torch.equal(value, own[name]) for name, value in model.state_dict().items())
 
 
-def test_the_average_takes_batchnorm_statistics_with_it(model: SegmentationModel) -> None:
+def test_the_average_includes_batchnorm_statistics(model: SegmentationModel) -> None:
     average = WeightAverage(model, decay=0.9)
     for _ in range(30):
         model.train()(torch.randn(2, 3, 32, 32) + 5)
         average.update()
     mean = dict(model.named_buffers())["network.encoder.0.1.running_mean"]
     own = mean.clone()
-    with average.in_place():
+    with average.applied():
         assert not torch.equal(mean, own)
         torch.testing.assert_close(mean, own, rtol=0.5, atol=0.05)
 
 
-def test_an_average_taken_up_again_goes_on_as_if_nothing_had_been(model: SegmentationModel) -> None:
+def test_a_restored_average_continues_identically(model: SegmentationModel) -> None:
     def move(step: int) -> None:
         with torch.no_grad():
             for parameter in model.parameters():
                 parameter.add_(torch.sin(torch.tensor(float(step))))
 
-    unbroken = WeightAverage(model, decay=0.99)
+    uninterrupted = WeightAverage(model, decay=0.99)
     for step in range(6):
         if step == 3:
             other = copy.deepcopy(model)
-            with unbroken.in_place():
+            with uninterrupted.applied():
                 saved = copy.deepcopy(model.state_dict())
         move(step)
-        unbroken.update()
-    with unbroken.in_place():
+        uninterrupted.update()
+    with uninterrupted.applied():
         expected = copy.deepcopy(model.state_dict())
     own = other.state_dict()
     kept = copy.deepcopy(own)
     other.load_state_dict(saved)
-    again = WeightAverage(other, decay=0.99)
-    again.restart(3)
+    restored = WeightAverage(other, decay=0.99)
+    restored.reset(3)
     other.load_state_dict(kept)
     model = other
     for step in range(3, 6):
         move(step)
-        again.update()
-    with again.in_place():
+        restored.update()
+    with restored.applied():
         assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())

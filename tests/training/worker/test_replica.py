@@ -1,4 +1,4 @@
-"""The model as ranks train it: settings that change how it computes change nothing of what it learns."""
+"""Settings that only change how a model is computed must not change what it learns."""
 
 import math
 from collections.abc import Callable
@@ -20,7 +20,7 @@ NUM_STEPS = 3
 
 
 def run_as_worker(act: Callable[[], None]) -> None:
-    """Call a function where Ray Train's workers run theirs, but in this process."""
+    """Call a function in the context of a Ray Train worker, but in this process."""
     scaling = ray.train.ScalingConfig(num_workers=0)
     ray.train.torch.TorchTrainer(lambda _: act(), train_loop_config={}, scaling_config=scaling).fit()
 
@@ -47,7 +47,9 @@ def measure_distance(state: dict[str, torch.Tensor], other: dict[str, torch.Tens
 @pytest.mark.parametrize(
     "settings", [{"compile": True}, {"gradient_checkpointing": True}, {"channels_last": False}], ids=str
 )
-def test_what_changes_the_computing_alone_learns_the_same(settings: dict[str, bool], freeze_encoder: bool) -> None:
+def test_compile_gradient_checkpointing_and_memory_format_do_not_change_what_is_learned(
+    settings: dict[str, bool], freeze_encoder: bool
+) -> None:
     runs: list[tuple[list[float], SegmentationModel]] = []
     counters.clear()
     run_as_worker(lambda: runs.append(train(freeze_encoder)))
@@ -57,14 +59,14 @@ def test_what_changes_the_computing_alone_learns_the_same(settings: dict[str, bo
     (plain_losses, plain), (losses, model) = runs
     assert losses == pytest.approx(plain_losses, rel=1e-4)
     state, expected = model.state_dict(), plain.state_dict()
-    assert list(state) == list(expected)  # checkpoints and bundles of one setting are read by another
+    assert list(state) == list(expected)  # So checkpoints and bundles do not depend on these settings.
     moved = measure_distance(expected, build(freeze_encoder).state_dict())
-    assert measure_distance(state, expected) < 0.02 * moved  # BatchNorm over a few pixels makes more of rounding
+    assert measure_distance(state, expected) < 0.02 * moved  # BatchNorm over few pixels amplifies rounding errors.
 
 
 @pytest.mark.usefixtures("ray_session")
 @pytest.mark.parametrize("settings", [{}, {"compile": True}, {"gradient_checkpointing": True}], ids=str)
-def test_a_frozen_encoder_keeps_every_bit_and_the_rest_learns(settings: dict[str, bool]) -> None:
+def test_a_frozen_encoder_stays_identical_while_the_rest_learns(settings: dict[str, bool]) -> None:
     runs: list[SegmentationModel] = []
     run_as_worker(lambda: runs.append(train(freeze_encoder=True, **settings)[1]))
     before = build(freeze_encoder=True).state_dict()

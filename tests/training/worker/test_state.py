@@ -1,4 +1,4 @@
-"""A checkpoint taken up by new objects: every optimizer, schedule and scaler goes on as if nothing had been."""
+"""A checkpoint restored into new objects continues identically for every optimizer, schedule and scaler."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from segray.config import ModelConfig, TrainSettings
 from segray.models.build import SegmentationModel, build_model
 from segray.training.checkpoint import TrainingState, load_state, save_state
 from segray.training.worker.optimisation import WeightAverage, build_optimizer, build_schedule
-from segray.training.worker.state import take_up
+from segray.training.worker.state import restore_state
 from segray.training.worker.steps import Learner, train_step
 from tests.training.worker.learner import make_batch, make_learner
 
@@ -19,7 +19,7 @@ NUM_STEPS = 8
 
 
 class Run:
-    """A model and all that moves it, on one rank."""
+    """The objects that one rank trains with."""
 
     def __init__(self, settings: TrainSettings) -> None:
         torch.manual_seed(0)
@@ -37,8 +37,8 @@ class Run:
             self.average.update()
         return losses
 
-    def describe(self, num_steps_done: int) -> TrainingState:
-        with self.average.in_place():
+    def gather(self, num_steps_done: int) -> TrainingState:
+        with self.average.applied():
             average = {name: value.clone() for name, value in self.model.state_dict().items()}
         return TrainingState(
             num_steps_done=num_steps_done,
@@ -61,15 +61,15 @@ class Run:
     ],
     ids=str,
 )
-def test_what_is_taken_up_goes_on_to_the_same_bits(settings: dict[str, Any], tmp_path: Path) -> None:
+def test_a_restored_run_continues_identically(settings: dict[str, Any], tmp_path: Path) -> None:
     chosen = TrainSettings(learning_rate=0.01, **settings)
-    unbroken, interrupted, again = Run(chosen), Run(chosen), Run(chosen)
-    losses = unbroken.train(range(NUM_STEPS))
+    uninterrupted, interrupted, restored = Run(chosen), Run(chosen), Run(chosen)
+    losses = uninterrupted.train(range(NUM_STEPS))
     interrupted.train(range(3))
-    save_state(str(tmp_path), interrupted.describe(3))
-    take_up(load_state(str(tmp_path)), again.model, again.learner, again.schedule, again.average)
-    assert again.train(range(3, NUM_STEPS)) == losses[3:]
-    for name, expected in unbroken.describe(NUM_STEPS).weights.items():
-        assert torch.equal(again.describe(NUM_STEPS).weights[name], expected), name
-    assert again.learner.scaler.state_dict() == unbroken.learner.scaler.state_dict()
-    assert again.schedule.get_last_lr() == unbroken.schedule.get_last_lr()
+    save_state(str(tmp_path), interrupted.gather(3))
+    restore_state(load_state(str(tmp_path)), restored.model, restored.learner, restored.schedule, restored.average)
+    assert restored.train(range(3, NUM_STEPS)) == losses[3:]
+    for name, expected in uninterrupted.gather(NUM_STEPS).weights.items():
+        assert torch.equal(restored.gather(NUM_STEPS).weights[name], expected), name
+    assert restored.learner.scaler.state_dict() == uninterrupted.learner.scaler.state_dict()
+    assert restored.schedule.get_last_lr() == uninterrupted.schedule.get_last_lr()

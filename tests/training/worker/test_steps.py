@@ -1,4 +1,4 @@
-"""One step against plain torch; parts against the whole; a loss that is not finite moves nothing."""
+"""A training step compared with plain torch, gradient accumulation, and losses that are not finite."""
 
 import copy
 
@@ -37,10 +37,10 @@ def compute_reference_loss(plain: nn.Module, batch: TrainBatch) -> torch.Tensor:
     return functional.cross_entropy(plain(image), torch.from_numpy(batch.truth).long(), ignore_index=IGNORE)
 
 
-def test_a_step_is_that_of_plain_torch(batch: TrainBatch) -> None:
+def test_a_step_equals_one_of_plain_torch(batch: TrainBatch) -> None:
     model = build_network()
     plain = copy.deepcopy(model)
-    for parameter in model.parameters():  # of a step before, which must not count again
+    for parameter in model.parameters():  # Gradients of an earlier step, which must be discarded.
         parameter.grad = torch.ones_like(parameter)
     loss = step(make_learner(model, torch.optim.SGD(model.parameters(), 0.1)), batch)
     expected = compute_reference_loss(plain, batch)
@@ -53,7 +53,7 @@ def test_a_step_is_that_of_plain_torch(batch: TrainBatch) -> None:
 
 @pytest.mark.parametrize("num_parts", [2, 3, 8])
 @pytest.mark.parametrize("terms", [{name: 1.0} for name in LOSS_TERMS] + [{"ce": 1.0, "dice": 0.5}], ids=str)
-def test_accumulation_is_equal_to_the_larger_batch(num_parts: int, terms: dict[str, float]) -> None:
+def test_gradient_accumulation_equals_the_larger_batch(num_parts: int, terms: dict[str, float]) -> None:
     whole, in_parts = make_learner(build_network(), loss={**terms}), make_learner(build_network(), loss={**terms})
     for number in range(3):
         batch = make_batch([number], size=8)
@@ -63,12 +63,12 @@ def test_accumulation_is_equal_to_the_larger_batch(num_parts: int, terms: dict[s
         torch.testing.assert_close(got, reference, rtol=1e-4, atol=1e-6)
 
 
-def test_long_gradients_are_shortened_and_short_ones_are_not() -> None:
+def test_only_gradients_above_the_maximum_norm_are_clipped() -> None:
     norms = []
-    for longest in (None, 1e6, 0.01):
+    for max_norm in (None, 1e6, 0.01):
         network = build_network()
         before = copy.deepcopy(network)
-        learner = make_learner(network, torch.optim.SGD(network.parameters(), 1.0), max_gradient_norm=longest)
+        learner = make_learner(network, torch.optim.SGD(network.parameters(), 1.0), max_gradient_norm=max_norm)
         step(learner, make_batch([0]))
         moves = [new - old for new, old in zip(network.parameters(), before.parameters(), strict=True)]
         norms.append(torch.cat([move.flatten() for move in moves]).norm().item())
@@ -76,7 +76,7 @@ def test_long_gradients_are_shortened_and_short_ones_are_not() -> None:
     assert norms[2] == pytest.approx(0.01, rel=1e-3)
 
 
-def test_a_loss_that_is_not_finite_moves_nothing(model: SegmentationModel, batch: TrainBatch) -> None:
+def test_a_non_finite_loss_changes_no_weight(model: SegmentationModel, batch: TrainBatch) -> None:
     with torch.no_grad():
         model.network.get_parameter("segmentation_head.0.bias")[0] = float("nan")
     before = [parameter.clone() for parameter in model.parameters()]
@@ -87,7 +87,7 @@ def test_a_loss_that_is_not_finite_moves_nothing(model: SegmentationModel, batch
 
 
 @pytest.mark.parametrize("terms", [{name: 1.0} for name in LOSS_TERMS], ids=str)
-def test_a_batch_that_is_all_ignored_is_a_loss_of_zero_and_no_step(terms: dict[str, float]) -> None:
+def test_a_fully_ignored_batch_has_loss_zero_and_changes_no_weight(terms: dict[str, float]) -> None:
     network = build_network()
     before = copy.deepcopy(network)
     batch = make_batch([0])
@@ -98,23 +98,23 @@ def test_a_batch_that_is_all_ignored_is_a_loss_of_zero_and_no_step(terms: dict[s
 
 
 def test_stages_are_announced_in_order() -> None:
-    heard: list[str] = []
-    train_step(make_learner(build_network()), split(make_batch([0]), 2), heard.append)
-    assert heard == ["forward", "backward", "forward", "backward", "update"]
+    stages: list[str] = []
+    train_step(make_learner(build_network()), split(make_batch([0]), 2), stages.append)
+    assert stages == ["forward", "backward", "forward", "backward", "update"]
 
 
-def test_gradients_without_end_move_nothing_even_where_the_loss_is_finite() -> None:
+def test_a_non_finite_gradient_changes_no_weight_even_if_the_loss_is_finite() -> None:
     network = build_network()
     before = copy.deepcopy(network)
     network.get_parameter("0.weight").register_hook(lambda g: g * float("inf"))  # type: ignore[no-untyped-call]
-    with pytest.raises(NonFiniteLossError, match=r"the gradient's length is (inf|nan)"):
+    with pytest.raises(NonFiniteLossError, match=r"the gradient norm is (inf|nan)"):
         step(make_learner(network, max_gradient_norm=1.0), make_batch([0]))
     for new, old in zip(network.parameters(), before.parameters(), strict=True):
         assert torch.equal(new, old)
 
 
 @pytest.mark.parametrize(("precision", "dtype"), [("fp16", torch.float16), ("bf16", torch.bfloat16)])
-def test_a_step_in_half_precision_computes_in_it_and_comes_near(precision: str, dtype: torch.dtype) -> None:
+def test_a_step_in_half_precision_is_close_to_one_in_fp32(precision: str, dtype: torch.dtype) -> None:
     whole, half = build_network(), build_network()
     seen: set[torch.dtype] = set()
     half[2].register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))  # type: ignore[index]

@@ -1,0 +1,117 @@
+"""Translate errors of S3 and of boto3 to segray errors: one line with the reason and the remedy."""
+
+import ssl
+from collections.abc import Callable
+from typing import TypeVar
+
+import urllib3
+from botocore import exceptions as boto
+from botocore.exceptions import ClientError
+from botocore.parsers import ResponseParserError
+
+from segray.errors import MissingFileError, StorageError, UnusableFileError, flatten_message
+from segray.storage.store import TransientError
+
+ResultT = TypeVar("ResultT")
+
+_TRANSIENT_CODES = {"SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "BadDigest"} | {
+    "XAmzContentSHA256Mismatch",  # Like BadDigest: the content was corrupted in transit.
+    "ConditionalRequestConflict",
+    "Throttling",
+    "ThrottlingException",
+    "TooManyRequests",
+}
+_EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
+_CREDENTIAL_CODES = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "RequestTimeTooSkewed"}
+_REGION_CODES = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"}
+_PERMISSION_CODES = {"AccessDenied", "AllAccessDisabled", "403"}
+_CREDENTIAL_ERRORS = (
+    boto.NoCredentialsError,
+    boto.PartialCredentialsError,
+    boto.TokenRetrievalError,
+    boto.ProfileNotFound,
+    boto.ConfigNotFound,
+    boto.ConfigParseError,
+    boto.SSOError,
+)
+_TRANSIENT_ERRORS = (
+    boto.ConnectionError,
+    boto.HTTPClientError,  # A connection timed out or broke.
+    boto.IncompleteReadError,
+    boto.CredentialRetrievalError,  # The machine's metadata service did not answer.
+    boto.FlexibleChecksumError,  # Corrupted in transit, where the store keeps a checksum.
+    ResponseParserError,  # A truncated response is not valid XML.
+    urllib3.exceptions.HTTPError,  # botocore does not wrap all errors that occur while a body is read.
+    ssl.SSLError,
+)
+
+
+class PreconditionError(StorageError):
+    """The file exists already."""
+
+
+class UnsupportedRequestError(StorageError):
+    """The store does not support this kind of request."""
+
+
+def call_translated(act: Callable[[], ResultT], verb: str, uri: str, bucket: str) -> ResultT:
+    """Call ``act``, and convert its errors.
+
+    Args:
+        act: The operation.
+        verb: What it does, for the message: "cannot VERB URI".
+        uri: The file or prefix, for the message.
+        bucket: Name of the bucket.
+
+    Raises:
+        TransientError: A retry may solve the error.
+        StorageError: A retry cannot solve it.
+    """
+    try:
+        return act()
+    except ClientError as error:
+        raise _translate_refusal(error, verb, uri, bucket) from error
+    except _CREDENTIAL_ERRORS as error:
+        raise StorageError(
+            f"cannot {verb} {uri}: no usable credentials: {flatten_message(error)}; "
+            "configure credentials for this user and for each node, as for the AWS CLI"
+        ) from error
+    except _TRANSIENT_ERRORS as error:
+        raise TransientError(flatten_message(error)) from error
+    except boto.BotoCoreError as error:
+        raise StorageError(f"cannot {verb} {uri}: {flatten_message(error)}") from error
+
+
+def _translate_refusal(error: ClientError, verb: str, uri: str, bucket: str) -> Exception:
+    """Return the segray error for an error response: one line with the reason and the remedy."""
+    response = error.response
+    code = str(response.get("Error", {}).get("Code", ""))
+    status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
+    text = response.get("Error", {}).get("Message") or code
+    what = f"cannot {verb} {uri}: "
+    if status == 501 or code == "NotImplemented":
+        return UnsupportedRequestError(f"{what}the store does not support this request ({text})")
+    if status == 412 or code == "PreconditionFailed":
+        return PreconditionError(f"{what}the file exists already")
+    if code == "NoSuchBucket":
+        return StorageError(f"{what}no such bucket: {bucket}; check its name and AWS_ENDPOINT_URL, or create it")
+    # Responses to HEAD have no body. Any other 404 without S3's own code may come from a gateway.
+    if code == "NoSuchKey" or (status == 404 and verb == "stat"):
+        return MissingFileError(f"{what}no such file; check the spelling, or create it first")
+    if status >= 500 or code in ("404", "429") or code in _TRANSIENT_CODES:
+        return TransientError(f"the store answered {status} {code}")
+    if code in _EXPIRED_CODES:
+        return StorageError(f"{what}the credentials have expired; renew them; to resume, rerun the same command")
+    if code in _CREDENTIAL_CODES:
+        return StorageError(f"{what}the credentials were refused ({code}); check access key, secret key and clock")
+    if code in _REGION_CODES:
+        return StorageError(f"{what}wrong region ({code}: {flatten_message(Exception(text))}); set AWS_REGION")
+    if code == "InvalidObjectState":
+        return UnusableFileError(f"{what}the file is archived ({text}); restore it")
+    if code in ("KeyTooLongError", "InvalidURI"):
+        return UnusableFileError(f"{what}{text}; rename it")
+    if code == "400":  # A response to HEAD has no body that states the reason.
+        return StorageError(f"{what}the store refused the request; the credentials may have expired: renew them")
+    if code in _PERMISSION_CODES or status in (401, 403):
+        return StorageError(f"{what}permission denied ({code}); check the permissions of these credentials")
+    return StorageError(f"{what}{code}: {flatten_message(Exception(text))}")

@@ -1,0 +1,240 @@
+"""One rank of training, on a device of choice and without a Ray cluster: Ray Train's local mode."""
+
+import math
+import multiprocessing
+import os
+import socket
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+from multiprocessing.context import ForkServerContext, SpawnContext
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+import ray.train
+import ray.train.torch
+import torch
+
+from segray.config import ModelConfig, TrainConfig
+from segray.data.manifest import Sample, Splits
+from segray.data.preprocessing import Preprocessing
+from segray.data.synthetic import draw_shape
+from segray.training.job import TrainJob, get_classes
+from segray.training.progress_board import ProgressBoard
+from segray.training.watchdog import Heartbeat
+from segray.training.worker.feed import TrainBatch
+from segray.training.worker.state import Trainer, set_up
+from segray.training.worker.steps import train_step
+
+IMAGE_SIDE = 64
+MODEL = ModelConfig(arch="classic_unet", widths=(8, 16))
+BATCH_SIZE = 4
+STALL_TIMEOUT_S = 600.0
+
+
+@dataclass(frozen=True)
+class Trained:
+    """What a rank returns; all of it can be sent to another process.
+
+    Attributes:
+        losses: Loss of each step.
+        weights: State dict of the model as a checkpoint has it.
+        precision: Number format that the rank computed in.
+        logits_dtype: Data type of the network's output in the last step.
+        loss_scale: Of the gradient scaler, after the last step; 1 unless in fp16.
+        device_type: Where the weights were.
+        kinds: Class names of the replica and of all modules of the model, in this order.
+    """
+
+    losses: list[float]
+    weights: dict[str, npt.NDArray[Any]]
+    precision: str
+    logits_dtype: str
+    loss_scale: float
+    device_type: str
+    kinds: list[str]
+
+
+class LocalActor:
+    """Gives an object the interface of a Ray actor: ``actor.method.remote(…)`` calls the method at once."""
+
+    def __init__(self, instance: object, on_text: Callable[[str], None] = lambda text: None) -> None:
+        self._instance = instance
+        self._on_text = on_text
+
+    def __getattr__(self, name: str) -> SimpleNamespace:
+        def call(*arguments: Any) -> Any:
+            result = getattr(self._instance, name)(*arguments)
+            if isinstance(result, str):
+                self._on_text(result)
+            return result
+
+        return SimpleNamespace(remote=call)
+
+
+def draw_images(num_images: int, side: int = IMAGE_SIDE, first_seed: int = 0) -> list[npt.NDArray[np.uint8]]:
+    """Return images (side, side, 3) uint8 of drawn shapes."""
+    return [np.asarray(draw_shape(first_seed + number, side)[0]) for number in range(num_images)]
+
+
+def draw_batch() -> TrainBatch:
+    """Return images of drawn shapes and their truth as class indices."""
+    shapes = [draw_shape(seed, IMAGE_SIDE) for seed in range(BATCH_SIZE)]
+    images = np.stack([np.asarray(image) for image, _ in shapes])
+    truth = np.stack([np.asarray(trimap) - 1 for _, trimap in shapes])  # trimap values 1, 2, 3 are classes 0, 1, 2
+    return TrainBatch(images, truth.astype(np.uint8), [str(seed) for seed in range(BATCH_SIZE)])
+
+
+def _build_job(folder: Path, num_steps: int, model: ModelConfig, settings: dict[str, Any]) -> TrainJob:
+    """Describe a run of one epoch per step; its samples are never read."""
+    train = {"num_epochs": num_steps, "global_batch_size": BATCH_SIZE, "learning_rate": 0.01, **settings}
+    config = TrainConfig.model_validate(
+        {
+            "data": {"layout": {"oxford_iiit_pet": {"root": str(folder)}}},
+            "image_size": [IMAGE_SIDE, IMAGE_SIDE],
+            "model": model.model_dump(),
+            "train": train,
+            "output": str(folder),
+        }
+    )
+    samples = [Sample(f"image {number}", f"mask {number}") for number in range(BATCH_SIZE)]
+    board = LocalActor(ProgressBoard(STALL_TIMEOUT_S))
+    return TrainJob(config, get_classes(config), Splits(samples, []), Preprocessing(), None, str(folder), board)
+
+
+def run_as_rank(device: torch.device, act: Callable[[], None], *, group: bool = False) -> None:
+    """Call a function where Ray Train's workers run theirs, but in this process.
+
+    Args:
+        device: What Ray Train says the rank's device is.
+        act: The function.
+        group: Whether the rank is in a process group of one: NCCL where there is CUDA, else Gloo.
+    """
+    environment: AbstractContextManager[Any] = nullcontext()
+    if group:
+        ranks = dict.fromkeys(("RANK", "LOCAL_RANK"), "0") | dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), "1")
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_find_free_port())}
+        environment = mock.patch.dict(os.environ, ranks | address)
+    scaling = ray.train.ScalingConfig(num_workers=0)  # local mode
+    trainer = ray.train.torch.TorchTrainer(lambda _: act(), train_loop_config={}, scaling_config=scaling)
+    # One thread: the network is tiny, and threads that share cores with other processes wait for each other.
+    one_core = mock.patch("segray.training.worker.state.count_cores", return_value=1)
+    with environment, one_core, mock.patch("ray.train.torch.get_device", return_value=device):
+        trainer.fit()
+
+
+def _find_free_port() -> int:
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return int(server.getsockname()[1])
+
+
+def train(
+    device: torch.device,
+    folder: Path,
+    *,
+    num_steps: int = 8,
+    model: ModelConfig = MODEL,
+    group: bool = False,
+    **settings: Any,
+) -> Trained:
+    """Train on one batch of drawn shapes with the objects that a worker sets up.
+
+    Args:
+        device: Where to train.
+        folder: Where checkpoints are looked for; there are none.
+        num_steps: Steps of the whole run.
+        model: The network.
+        group: Whether the rank is in a process group of one.
+        settings: The section ``train`` of the configuration, as far as it is not the default.
+    """
+    job = _build_job(folder, num_steps, model, settings)
+    trained: list[Trained] = []
+
+    def act() -> None:
+        trainer = set_up(job, Heartbeat(job.board, 0, STALL_TIMEOUT_S))
+        dtypes: list[torch.dtype] = []
+        trainer.model.network.register_forward_hook(lambda module, inputs, output: dtypes.append(output.dtype))
+        trainer.learner.replica.train()
+        batch, losses = draw_batch(), []
+        for _ in range(num_steps):
+            losses.append(train_step(trainer.learner, [batch], lambda stage: None))
+            trainer.schedule.step()
+        trained.append(_describe(trainer, losses, dtypes[-1]))
+
+    run_as_rank(device, act, group=group)
+    return trained[0]
+
+
+def _describe(trainer: Trainer, losses: list[float], logits_dtype: torch.dtype) -> Trained:
+    state = trainer.gather_state()
+    assert state is not None
+    return Trained(
+        losses=losses,
+        weights={name: value.numpy() for name, value in state.model.items()},
+        precision=trainer.learner.precision,
+        logits_dtype=str(logits_dtype).removeprefix("torch."),
+        loss_scale=trainer.learner.scaler.get_scale(),
+        device_type=next(trainer.model.parameters()).device.type,
+        kinds=[type(module).__name__ for module in (trainer.learner.replica, *trainer.model.modules())],
+    )
+
+
+def measure_distance(weights: dict[str, npt.NDArray[Any]], other: dict[str, npt.NDArray[Any]]) -> float:
+    """Return the Euclidean distance of two models' weights and statistics."""
+    assert list(weights) == list(other)
+    return math.hypot(*(float(np.linalg.norm(weights[name] - other[name].astype(np.float64))) for name in other))
+
+
+def start_process(
+    device: torch.device, act: Callable[..., None], *arguments: Any
+) -> tuple[multiprocessing.process.BaseProcess, Connection]:
+    """Start a process that calls a function with the sending end of a pipe, then the arguments; return both.
+
+    The process shares no state of CUDA or OpenMP with this one. On a CPU it is forked from a server that has imported
+    the function's module, which saves time. CUDA cannot be used after a fork, and an import may initialise it.
+    """
+    context: SpawnContext | ForkServerContext
+    if device.type == "cuda":
+        context = multiprocessing.get_context("spawn")
+    else:
+        context = multiprocessing.get_context("forkserver")
+        context.set_forkserver_preload([act.__module__])
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=act, args=(sender, *arguments), daemon=True)
+    process.start()
+    sender.close()
+    return process, receiver
+
+
+def train_in_process(device: torch.device, runs: list[dict[str, Any]], folder: Path, timeout_s: float) -> list[Trained]:
+    """Call ``train`` once for each of ``runs`` in a process of its own, and fail the test if it ends or hangs."""
+    process, receiver = start_process(device, _train_all, device, runs, folder)
+    try:
+        if not receiver.poll(timeout_s):
+            pytest.fail(f"no result after {timeout_s:g} s")
+        trained: list[Trained] | str = receiver.recv()
+    except EOFError:
+        process.join()
+        pytest.fail(f"the process ended with exit code {process.exitcode}")
+    finally:
+        process.kill()
+        process.join()
+    if isinstance(trained, str):
+        pytest.fail(trained)
+    return trained
+
+
+def _train_all(sender: Connection, device: torch.device, runs: list[dict[str, Any]], folder: Path) -> None:
+    import traceback
+
+    try:
+        sender.send([train(device, folder, **run) for run in runs])
+    except Exception:
+        sender.send(traceback.format_exc())

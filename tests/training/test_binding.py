@@ -1,0 +1,40 @@
+"""``train.json``: it binds an output folder to the settings and images of one run."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from segray.errors import RunMismatchError
+from segray.training.binding import Binding
+
+
+@pytest.fixture
+def binding(tmp_path: Path) -> Binding:
+    return Binding(str(tmp_path / "train.json"), {"train": {"seed": 1}, "data": {"class_names": ["a", "b"]}}, "abc")
+
+
+def test_a_folder_without_the_file_is_free_and_then_bound(binding: Binding) -> None:
+    binding.require_same()
+    binding.write()
+    assert json.loads(Path(binding.uri).read_text()) == {"config": binding.settings, "listing": "abc"}
+    binding.require_same()
+
+
+def test_every_difference_is_named(binding: Binding, tmp_path: Path) -> None:
+    binding.write()
+    other = replace(binding, settings={**binding.settings, "train": {"seed": 2}}, listing="abd")
+    with pytest.raises(RunMismatchError) as caught:
+        other.require_same()
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path} belongs to another run (different listing: images or masks were added")
+    assert "train.seed: " in message
+    assert message.endswith("; choose another output")
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"config": {}, "listing": 3}'])
+def test_an_invalid_file_is_refused(binding: Binding, content: str) -> None:
+    Path(binding.uri).write_text(content)
+    with pytest.raises(RunMismatchError, match=r"train\.json: not written by this version of segray"):
+        binding.require_same()
