@@ -39,7 +39,7 @@ class SegrayError(Exception):
     exit_code = 1
 
     def __str__(self) -> str:
-        return super().__str__().partition("\n")[0]  # Ray Data appends lines of its own to the error of a worker.
+        return super().__str__().partition("\n")[0]  # Ray Data appends lines to a worker's error.
 
 
 class ConfigError(SegrayError):
@@ -59,7 +59,7 @@ class DataError(SegrayError):
 
 
 class FaultKind(StrEnum):
-    """Reason why a planned image is an error row: the value of the column ``error_kind``. The list is closed.
+    """Reason why a planned image is an error row: the value of the column ``error_kind``. There are no others.
 
     After the images are fixed, a rerun with ``segment.retry_errors: true`` processes their fragments again.
 
@@ -108,8 +108,8 @@ class FaultKind(StrEnum):
     )
     CHANGED = (
         "changed",
-        "The file was replaced after it was listed, so its content is no longer the one that was planned.",
-        "Rerun with segment.retry_errors: true to use the present file.",
+        "The file was replaced after it was listed, so its content differs from the planned one.",
+        "Rerun with segment.retry_errors: true to use the new file.",
     )
     MASK_MISSING = (
         "mask_missing",
@@ -138,7 +138,7 @@ class ImageFault(DataError):
     Args:
         kind: Reason, as in the column ``error_kind``.
         message: What was received, and what was expected.
-        remedy: What to do. Empty if the message already says so, or if only another file would help.
+        remedy: What to do. Empty if the message already says it, or if the file can only be replaced.
     """
 
     def __init__(self, kind: FaultKind, message: str, remedy: str = "") -> None:

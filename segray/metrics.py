@@ -1,4 +1,4 @@
-"""Compute scores from pixel counts. An undefined score is NaN here and null in Parquet, and means exclude it.
+"""Compute scores from pixel counts. Undefined scores are NaN here and null in Parquet; means exclude them.
 
 Counts are int64. A pixel of class c that is predicted as c is a true positive of c; predicted as d, it is a false
 negative of c and a false positive of d. Pixels whose truth is ignored are not counted. IoU and Dice are computed from
@@ -18,7 +18,7 @@ FloatArray = npt.NDArray[np.float64]
 
 
 class PixelCounts(NamedTuple):
-    """True positive, false positive and false negative pixels of each class; each array is (..., C) int64."""
+    """Numbers of true positive, false positive and false negative pixels per class; each array is (..., C) int64."""
 
     tp_px: IntArray
     fp_px: IntArray
@@ -26,18 +26,18 @@ class PixelCounts(NamedTuple):
 
 
 def count_from_confusion(confusion: IntArray) -> PixelCounts:
-    """Return the counts of a (..., C, C) confusion matrix, whose rows are the truth and columns the prediction."""
+    """Return the counts of a (..., C, C) confusion matrix: rows are true classes, columns are predicted classes."""
     tp_px = np.diagonal(confusion, axis1=-2, axis2=-1)
     return PixelCounts(tp_px, confusion.sum(axis=-2) - tp_px, confusion.sum(axis=-1) - tp_px)
 
 
 def compute_iou(counts: PixelCounts) -> FloatArray:
-    """Return tp / (tp + fp + fn) of each class, (..., C) in 0..1; NaN if a class is in neither truth nor mask."""
+    """Return tp / (tp + fp + fn) of each class, (..., C) in 0..1; NaN if a class is neither true nor predicted."""
     return divide(counts.tp_px, counts.tp_px + counts.fp_px + counts.fn_px)
 
 
 def compute_dice(counts: PixelCounts) -> FloatArray:
-    """Return 2 tp / (2 tp + fp + fn) of each class, (..., C) in 0..1; NaN if a class is in neither truth nor mask."""
+    """Return 2 tp / (2 tp + fp + fn) of each class, (..., C) in 0..1; NaN if a class is neither true nor predicted."""
     return divide(2 * counts.tp_px, 2 * counts.tp_px + counts.fp_px + counts.fn_px)
 
 
@@ -54,7 +54,7 @@ def compute_recall(counts: PixelCounts) -> FloatArray:
 def compute_accuracy(confusion: IntArray) -> FloatArray:
     """Return the one-against-rest accuracy (tp + tn) / all of each class, (C,) in 0..1; NaN without scored pixels.
 
-    MMSegmentation uses the name accuracy for what is ``compute_recall`` here.
+    What MMSegmentation calls accuracy is ``compute_recall`` here.
 
     Args:
         confusion: (C, C) confusion matrix.

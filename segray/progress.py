@@ -16,7 +16,7 @@ def build_bar(console: Console, unit: str) -> Progress:
     """Build a progress bar that counts in ``unit``; without a terminal it draws nothing.
 
     Lines printed to ``bar.console`` appear above the bar, or as plain lines without a terminal. Each task needs the
-    field ``note``, which is shown behind the unit.
+    field ``note``, which is shown after the unit.
     """
     return Progress(
         TextColumn("[bold]{task.description}"),

@@ -12,9 +12,9 @@ _LIBRARIES = ("segray", "ray", "torch", "torchvision", "segmentation-models-pyto
 PLAN_SCHEMA = pa.schema(
     [
         ("uri", pa.string()),
-        ("size_bytes", pa.int64()),  # Null if the image comes from a list.
-        ("etag", pa.string()),  # Entity tag that the content must have when it is read; null if not listed.
-        ("mask_uri", pa.string()),  # Null without ground truth, and for an image without a mask.
+        ("size_bytes", pa.int64()),  # Null if the input is a text list, or a manifest without this column.
+        ("etag", pa.string()),  # Entity tag that the content must have when it is read; null accepts any.
+        ("mask_uri", pa.string()),  # Null without ground truth, or if the image has no mask.
         ("mask_etag", pa.string()),
         ("fragment", pa.int64()),
     ]

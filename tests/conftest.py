@@ -1,8 +1,8 @@
-"""Fixtures of several test files, and which tests each make target runs. Heavy libraries are imported by the fixtures.
+"""Fixtures shared by several test files, and the markers of tests. Heavy libraries are imported by the fixtures.
 
-Markers: a test that needs Ray, an object store, or more than a few seconds is ``integration``; ``make test`` runs those
-of them that are marked ``smoke``, ``make test-all`` all of them. ``slow`` tests run in ``make test-faults`` and
-``make test-cluster``.
+Markers: a test that needs Ray, an object store, or more than a few seconds is ``integration``. ``make test`` runs
+only those of them that are marked ``smoke``; ``make test-all`` runs all of them. ``slow`` tests run in
+``make test-faults`` and ``make test-cluster``.
 """
 
 import os
@@ -30,6 +30,8 @@ if TYPE_CHECKING:
     from tests.faults.object_store import ObjectStore
     from tests.faults.proxy import FaultProxy
 
+# Several processes share the cores: threads that wait must not spin. Set before torch is imported; Ray inherits it.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 MEMORY = Path("/dev/shm")
 pytest_plugins = ["tests.segmented"]
 keep_on_loopback()
@@ -89,7 +91,7 @@ def save_pet_bundle(folder: Path, weights: "dict[str, torch.Tensor]") -> None:
 
 @pytest.fixture(scope="session")
 def bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of random weights, with BatchNorm statistics such that all classes are predicted."""
+    """A bundle of random weights that predicts all classes, most pixels with a clear margin."""
     import torch
 
     from segray.models.build import build_model
@@ -100,13 +102,19 @@ def bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with torch.no_grad():
         for _ in range(3):
             model.train()(torch.randn(4, 3, SHAPE_SIZE, SHAPE_SIZE))
+        std, mean = torch.std_mean(model.eval()(torch.randn(4, 3, SHAPE_SIZE, SHAPE_SIZE)), (0, 2, 3))
+        head = model.get_submodule("network.head")
+        assert isinstance(head, torch.nn.Conv2d)
+        assert head.bias is not None
+        head.weight.mul_((5 / std)[:, None, None, None])
+        head.bias.sub_(mean).mul_(5 / std)
     save_pet_bundle(folder, model.state_dict())
     return folder
 
 
 @pytest.fixture
 def make_hub_snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Path]:
-    """A model hub that cannot be reached; only files in the cache folders that this function creates are found."""
+    """Make the model hub unreachable, and return a function that creates a folder in its cache for an encoder."""
     from huggingface_hub import constants
     from segmentation_models_pytorch.encoders import encoders
 

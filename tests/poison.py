@@ -1,4 +1,4 @@
-"""Damaged, mislabelled, unsupported and unusual image files, each with the row that it must give.
+"""Damaged, mislabelled, unsupported and unusual image files, each with the row that it must produce.
 
 The files are built on each call and have the same bytes for a given version of Pillow, so the repository holds no
 binary files.
@@ -20,13 +20,13 @@ _TIFF_CODES = {1: "B", 3: "H", 4: "I"}
 
 @dataclass(frozen=True)
 class Poison:
-    """One file, and the row that it gives with the default settings.
+    """One file, and the row that it produces with the default settings.
 
     Attributes:
         name: File name, with an extension that is listed as an image.
         content: The content of the file.
         kind: ``error_kind``; None if the file can be decoded.
-        message: Regular expression that is found in ``error_message``.
+        message: Regular expression that ``error_message`` must match.
         size: Height and width, if the file can be decoded.
         note: ``note``, if the file can be decoded.
     """

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-# from the top down: a module imports its own level's package and what is below it
+# From the top down: a module imports from its own package and from lower levels.
 LEVELS = [
     {"__main__", "cli", "api", "demo"},
     {"segmentation", "training"},
@@ -115,7 +115,7 @@ def test_the_tree_equals_the_disk() -> None:
     assert all((ROOT / path).exists() for path in drawn)
 
 
-def test_no_module_is_a_drawer_for_everything() -> None:
+def test_no_module_has_a_catch_all_name() -> None:
     assert not {path.stem for path in MODULES} & {"utils", "util", "helpers", "common", "misc"}
 
 

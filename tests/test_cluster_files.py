@@ -151,7 +151,9 @@ CHECKS = [check_addresses, check_pins, check_secrets]
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("check", CHECKS)
-def test_a_file_is_closed_pinned_and_without_secrets(check: Callable[[str, str], None], name: str) -> None:
+def test_each_file_is_not_public_pins_ray_and_contains_no_secrets(
+    check: Callable[[str, str], None], name: str
+) -> None:
     check(name, (ROOT / name).read_text())
 
 
@@ -224,9 +226,8 @@ def test_policies_contain_no_wildcard_actions(name: str) -> None:
         actions = statement["Action"] if isinstance(statement["Action"], list) else [statement["Action"]]
         assert not any("*" in action for action in actions)
         if statement.get("Resource") == "*":
-            assert all(
-                action.startswith("ec2:Describe") for action in actions
-            )  # Describe calls do not support resources.
+            # Describe calls cannot be limited to resources.
+            assert all(action.startswith("ec2:Describe") for action in actions)
 
 
 def test_workers_have_access_only_to_the_bucket() -> None:

@@ -1,4 +1,4 @@
-"""Exceptions: exit codes, one-line messages, and what each kind of fault says about itself."""
+"""Exceptions: exit codes, one-line messages, and the description and remedy of each fault kind."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The list of packages in ``benchmarks/pack_gpu.sh`` compared with what segray and its GPU tests import."""
+"""The list of packages in ``benchmarks/pack_gpu.sh`` compared with the dependencies of segray and its GPU tests."""
 
 import re
 from importlib.metadata import requires
@@ -14,8 +14,8 @@ UNUSED = {"hf-xet"}  # Downloads from the model hub, which a machine without a n
 PYTHON = {"python_version": "3.12", "python_full_version": "3.12.3", "extra": ""}
 
 
-def find_dependencies(name: str, found: set[str]) -> set[str]:
-    """Add the distributions that one depends on, without extras and without those of the machine, to ``found``."""
+def add_dependencies(name: str, found: set[str]) -> None:
+    """Add the dependencies of a distribution to ``found``, without extras and without those of the machine."""
     for line in requires(name) or []:
         requirement = Requirement(line)
         dependency = canonicalize_name(requirement.name)
@@ -23,8 +23,7 @@ def find_dependencies(name: str, found: set[str]) -> set[str]:
             continue
         if dependency not in found | OF_THE_MACHINE | UNUSED:
             found.add(dependency)
-            find_dependencies(dependency, found)
-    return found
+            add_dependencies(dependency, found)
 
 
 def test_the_pack_holds_the_dependencies_of_segray_and_its_gpu_tests() -> None:
@@ -32,7 +31,7 @@ def test_the_pack_holds_the_dependencies_of_segray_and_its_gpu_tests() -> None:
     assert found
     expected: set[str] = {"pytest", "psutil"}
     for name in ("segray", "pytest"):
-        find_dependencies(name, expected)
+        add_dependencies(name, expected)
     assert found.group(1).split() == sorted(expected - REPACKED)
 
 

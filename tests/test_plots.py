@@ -97,11 +97,8 @@ def test_curves_omit_epochs_that_were_not_evaluated_and_undefined_scores() -> No
     ]
     line = [tuple(int(value) for value in colour) for colour in build_palette(3)]
     evaluated = draw_curves(history, CLASSES)
-    assert [count_colour(evaluated, colour) > 300 for colour in line] == [
-        True,
-        False,
-        True,
-    ]  # Class 1 is only in the legend.
+    # Class 1 is only in the legend.
+    assert [count_colour(evaluated, colour) > 300 for colour in line] == [True, False, True]
     never = draw_curves([history[0], history[2]], CLASSES)
     assert [count_colour(never, colour) for colour in line] == [0, 0, 0]
     worst_first = [{**TRAINED, **SCORES, "epoch": 1, "val_dataset_iou": [0.9] * 5 + [None] + [0.1] * 24}]
@@ -133,7 +130,7 @@ def test_pictures_of_any_number_of_classes_can_be_opened(num_classes: int) -> No
     assert open_picture(draw_samples([LabelledPicture("x" * 200, image, truth)], classes)).shape[1] == 2 * 495
 
 
-def test_a_picture_of_the_most_tall_samples_allowed_can_be_opened() -> None:
+def test_a_picture_of_the_maximum_number_of_tall_samples_can_be_opened() -> None:
     tall = LabelledPicture("a", np.zeros((320, 16, 3), np.uint8), np.zeros((320, 16), np.uint8))
     assert 20_000 < open_picture(draw_samples([tall] * 32, CLASSES)).shape[0] < 2**16
 

@@ -47,7 +47,7 @@ class AugmentationSettings(Section):
         "is padded with ignored pixels.",
     )
     aspect: Range = Field(
-        (1.0, 1.0), description="``[lowest, highest]`` factor that the width is stretched by, relative to the height."
+        (1.0, 1.0), description="``[lowest, highest]`` factor by which the width is stretched relative to the height."
     )
     rotation_deg: float = Field(0.0, ge=0, le=180, description="Maximum rotation in degrees, in either direction.")
     colour_jitter: Fraction = Field(
@@ -58,7 +58,7 @@ class AugmentationSettings(Section):
     )
     cutout: Fraction = Field(
         0.0,
-        description="Probability, 0 to 1, that one rectangle, with sides of 10 to 40% of the sample's, is blanked and "
+        description="Probability, 0 to 1, that one rectangle, with sides 10 to 40% of the sample's, is blanked and "
         "ignored.",
     )
 

@@ -22,8 +22,8 @@ class SplitConfig(Section):
 
     images: str | None = Field(
         None,
-        description="URI of a folder of images, searched with its subfolders. An image and its mask have the same "
-        "path below their folders, without the extension.",
+        description="URI of a folder of images, searched with its subfolders. An image and its mask must have "
+        "the same path below their folders, apart from the extension.",
     )
     masks: str | None = Field(
         None, description="URI of the folder of masks: one-channel PNG, BMP, GIF or TIFF files of class values."

@@ -43,7 +43,8 @@ class LossSettings(Section):
     focal_gamma: float = Field(
         2.0,
         ge=1,
-        description="Exponent of ``focal``; a larger value gives less weight to pixels that are already right.",
+        description="Exponent of ``focal``; a larger value gives less weight to pixels that are already classified "
+        "correctly.",
     )
     tversky_alpha: Fraction = Field(0.3, description="Weight of false positives in ``tversky``, 0 to 1.")
     tversky_beta: Fraction = Field(0.7, description="Weight of false negatives in ``tversky``, 0 to 1.")
@@ -57,7 +58,7 @@ class LossSettings(Section):
         0.0625,
         gt=0,
         le=1,
-        description="``ohem``: share of the scored pixels of an image, the hardest, that always count.",
+        description="``ohem``: share of an image's scored pixels, 0 to 1, that always count, hardest first.",
     )
 
     @model_validator(mode="before")

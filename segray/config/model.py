@@ -40,3 +40,8 @@ class ModelConfig(Section):
         description="Channels of each level of ``classic_unet``, from full resolution down. Other architectures "
         "ignore it.",
     )
+
+    @property
+    def title(self) -> str:
+        """The network for people: ``unet on resnet18``, or ``classic_unet``, which has no separate encoder."""
+        return self.arch if self.arch.lower() == "classic_unet" else f"{self.arch} on {self.encoder_name}"

@@ -67,13 +67,13 @@ class SegmentSettings(Section):
         "is.",
     )
     max_error_fraction: float = Field(
-        0.01, ge=0, le=1, description="Share of error rows, 0 to 1, from which the exit code is 3."
+        0.01, ge=0, le=1, description="The exit code is 3 if the share of error rows, 0 to 1, is this or higher."
     )
     num_report_images: int = Field(
-        6, ge=0, le=100, description="Pictures in ``report.html``; each image is read once more for it."
+        6, ge=0, le=100, description="Images shown in ``report.html``; each is read a second time."
     )
     retry_errors: bool = Field(
-        False, description="On a rerun, process the fragments that hold error rows again, after the images were fixed."
+        False, description="On a rerun, process fragments with error rows again. Use it after fixing the images."
     )
 
     @field_validator("extensions")
@@ -86,7 +86,7 @@ class SegmentSettings(Section):
 
     @property
     def device(self) -> str:
-        """Kind of device that predicts, ``gpu`` or ``cpu``. It is the same for a whole run, as the last bits differ."""
+        """Kind of device that predicts, ``gpu`` or ``cpu``. A run uses only one, because their last bits differ."""
         return "gpu" if self.num_gpus_per_predictor else "cpu"
 
     @property

@@ -59,7 +59,7 @@ class TrainSettings(Section):
         gt=0,
         lt=1,
         description="Decay per step, such as 0.999, of an exponential moving average of the weights, which is then "
-        "evaluated and written to the bundle. ``null``: the weights themselves.",
+        "evaluated and written to the bundle. ``null``: no averaging.",
     )
     early_stopping_epochs: int | None = Field(
         None,

@@ -96,7 +96,7 @@ class Augmentation:
         if strength:
             for number in generator.permutation(len(_COLOUR_CHANGES)):
                 picture = _COLOUR_CHANGES[number](picture, float(generator.uniform(1 - strength, 1 + strength)))
-        if generator.random() < self.settings.blur:  # By Pillow: torchvision would blur a tensor.
+        if generator.random() < self.settings.blur:  # Pillow's blur: torchvision's uses torch.
             picture = picture.filter(ImageFilter.GaussianBlur(float(generator.uniform(*_BLUR_SIGMA_PX))))
         return np.asarray(picture)
 

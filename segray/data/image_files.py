@@ -36,7 +36,7 @@ with contextlib.suppress(AttributeError, OSError):  # A Pillow that links libtif
 
 
 class _FirstFrameGif(GifImageFile):
-    """A GIF of which only the first frame is read, so the disposal method of its frames is ignored.
+    """Reads only the first frame of a GIF, and ignores the disposal method of frames.
 
     When it opens a file, Pillow prepares the disposal by filling an area of the frame's declared size, up to 4 GB,
     before ``_load`` can check that size.
@@ -111,8 +111,8 @@ def open_image(
         content: The whole file.
         formats: Names of the formats to accept: ``PNG``, ``JPEG``, ``WebP``, ``BMP``, ``GIF``, ``TIFF``.
         max_px: Maximum height times width to decode.
-        at_least_px: Minimum side in pixels of a JPEG that is decoded at 1/2, 1/4 or 1/8 of its size, where that divides
-            both sides exactly. None decodes it at its full size.
+        at_least_px: Decode a JPEG at 1/8, 1/4 or 1/2 of its size, if that divides both sides exactly and leaves them at
+            least this many pixels. None decodes it at its full size.
 
     Raises:
         ImageFault: ``unreadable``, ``truncated``, ``unsupported`` or ``too_large``. Any exception inside the block is
@@ -164,7 +164,7 @@ def _explain(name: str, content: bytes, error: Exception) -> tuple[FaultKind, st
 
 
 def _is_truncated(name: str, content: bytes) -> bool:
-    """Return whether a file that cannot be decoded lacks its end; Pillow's errors rarely tell that from damage."""
+    """Return whether a file that cannot be decoded is incomplete; Pillow's errors rarely distinguish this from damage."""
     match name:
         case "PNG":
             return b"IEND" not in content
@@ -221,7 +221,7 @@ def _reduce(image: ImageFile, at_least_px: int) -> None:
 
 
 def get_scale(image: ImageFile) -> int:
-    """Return the factor, 1, 2, 4 or 8, by which ``open_image`` divided the sides of an image; it divides exactly."""
+    """Return the factor, 1, 2, 4 or 8, by which ``open_image`` reduced the sides of an image."""
     return image.decoderconfig[0] if isinstance(image, JpegImageFile) and image.decoderconfig else 1
 
 
@@ -241,7 +241,7 @@ def _check_png(content: bytes, image: PngImageFile) -> None:
             raise ImageFault(FaultKind.UNREADABLE, "PNG: damaged (wrong checksum of the pixel data)")
         rest: bytes | memoryview = data[4:]
         while is_suspect and rest:
-            num_bytes += len(inflate.decompress(rest, 1 << 20))  # In pieces, as it may be a bomb.
+            num_bytes += len(inflate.decompress(rest, 1 << 20))  # In pieces: it may be a decompression bomb.
             rest = inflate.unconsumed_tail
     row_bits = image.width * depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
     if is_suspect and num_bytes < image.height * (1 + (row_bits + 7) // 8):

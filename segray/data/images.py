@@ -53,9 +53,9 @@ def decode_image_reduced(
 ) -> tuple[npt.NDArray[np.uint8], tuple[int, int], str | None]:
     """Decode as ``decode_image_with_note``, but decode a JPEG that is much larger than ``size`` at a reduced size.
 
-    The reduced size is 1/2, 1/4 or 1/8 of the full size. It must divide both sides exactly, and leave none shorter than
-    twice the longer side of ``size`` (height, width). After resizing to ``size``, the result differs from that of the
-    full image by less than one grey level on average.
+    The sides are divided by 8, 4 or 2: by the largest of these that divides both exactly and leaves neither shorter
+    than twice the longer side of ``size`` (height, width). After resizing to ``size``, the result differs from that of
+    the full image by less than one grey level on average.
 
     Returns:
         The pixels, (height, width) of the full image, and the note.

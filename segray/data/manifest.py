@@ -65,10 +65,10 @@ def load_splits(data: DataConfig, unpaired: list[Unpaired] | None = None) -> Spl
 
     Args:
         data: Location of the labelled images.
-        unpaired: List that images without a mask and masks without an image are appended to. If None, they raise.
+        unpaired: List to which images without a mask and masks without an image are appended. If None, they are errors.
 
     Raises:
-        DataError: A folder or split is empty, or an image has no mask or a mask no image.
+        DataError: A folder or split is empty, a manifest or list cannot be used, or a mask or image has no counterpart.
         StorageError: A folder or manifest cannot be read.
     """
     found: list[Unpaired] = []
@@ -146,7 +146,7 @@ def read_manifest(uri: str) -> pa.Table:
     """Read a Parquet or CSV table; in a CSV, the columns of URIs, splits and entity tags are always read as strings.
 
     Raises:
-        DataError: The file is not Parquet or CSV.
+        DataError: The file is not Parquet or CSV, or is damaged.
         StorageError: The file cannot be read.
     """
     content = io.BytesIO(read_bytes(uri))
@@ -155,7 +155,7 @@ def read_manifest(uri: str) -> pa.Table:
             return pq.read_table(content)
         strings = dict.fromkeys(("image_uri", "uri", "mask_uri", "split", "etag"), pa.string())
         return csv.read_csv(content, convert_options=csv.ConvertOptions(column_types=strings))
-    except pa.ArrowInvalid as error:
+    except (pa.ArrowException, OSError) as error:  # OSError: damaged Parquet.
         raise DataError(f"{uri}: expected Parquet or CSV with a header: {flatten_message(error)}") from error
 
 
@@ -164,7 +164,11 @@ def _load_manifest(uri: str, split: str) -> list[Sample]:
     missing = {"image_uri", "mask_uri", "split"} - set(table.column_names)
     if missing:
         raise DataError(f"{uri}: expected columns image_uri, mask_uri and split; missing: {', '.join(sorted(missing))}")
-    rows = table.select(["image_uri", "mask_uri", "split"]).to_pylist()
+    try:
+        table = pa.table({name: table[name].cast(pa.string()) for name in ("image_uri", "mask_uri", "split")})
+    except (pa.ArrowException, KeyError) as error:  # KeyError: a column name occurs twice.
+        raise DataError(f"{uri}: cannot be read as a table of samples: {flatten_message(error)}") from error
+    rows = table.to_pylist()
     if any(not row["image_uri"] or not row["mask_uri"] for row in rows):
         raise DataError(f"{uri}: a row has no image_uri or mask_uri; fill it in or remove the row")
     samples = [Sample(normalize_uri(r["image_uri"]), normalize_uri(r["mask_uri"])) for r in rows if r["split"] == split]
@@ -179,7 +183,10 @@ def _load_manifest(uri: str, split: str) -> list[Sample]:
 def _load_oxford_split(root: str, name: str) -> list[Sample]:
     list_uri = join_uri(root, "annotations", f"{name}.txt")
     # A line is "Abyssinian_100 1 1 1": name, class, species, breed.
-    names = [line.split()[0] for line in read_bytes(list_uri).decode("utf-8").splitlines() if line.strip()]
+    try:
+        names = [line.split()[0] for line in read_bytes(list_uri).decode("utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{list_uri}: expected UTF-8 text with one image name per line: {error}") from error
     if not names:
         raise DataError(f"{list_uri}: expected one image name per line, got an empty file")
     return sorted(

@@ -23,7 +23,7 @@ class Preprocessing(BaseModel):
 
     @classmethod
     def of_encoder(cls, model: ModelConfig) -> Self:
-        """Return the normalisation that an encoder's pretrained weights expect, or ImageNet's without such weights.
+        """Return the normalisation that an encoder's pretrained weights expect, or ImageNet's if there are none.
 
         Raises:
             ConfigError: The weights expect BGR images, or what they expect cannot be looked up.
@@ -37,8 +37,7 @@ class Preprocessing(BaseModel):
         except (OSError, RuntimeError, ValueError) as error:
             raise ConfigError(
                 f"model.encoder_weights: cannot look up what {model.encoder_weights!r} of {model.encoder_name} "
-                "expects: "
-                f"{flatten_message(error)[:300]}; give this machine access to the model hub, or set null"
+                f"expects: {flatten_message(error)[:300]}; give this machine access to the model hub, or set null"
             ) from error
         if params["input_space"] != "RGB":
             raise ConfigError(

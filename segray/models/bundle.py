@@ -223,7 +223,7 @@ def load_bundle(uri: str) -> Bundle:
         model.load_state_dict(load_safetensors(content))
     except (RuntimeError, SafetensorError) as error:
         raise BundleError(
-            f"{join_uri(uri, _WEIGHTS)}: the weights do not fit {manifest.model.arch} on {manifest.model.encoder_name} "
+            f"{join_uri(uri, _WEIGHTS)}: the weights do not fit {manifest.model.title} "
             f"as built by segmentation-models-pytorch {version('segmentation-models-pytorch')}; the bundle was made "
             f"with {manifest.versions.get('segmentation-models-pytorch')}; install that version"
         ) from error

@@ -129,7 +129,7 @@ def export_bundle(bundle_uri: str, export_format: ExportFormat, output_uri: str 
     if export_format is ExportFormat.ONNX:
         _require_onnx_packages()
     bundle = load_bundle(bundle_uri)
-    subject = f"{bundle_uri}: {bundle.manifest.model.arch} on {bundle.manifest.model.encoder_name}"
+    subject = f"{bundle_uri}: {bundle.manifest.model.title}"
     alternative = _suggest_other(export_format)
     try:
         with _silenced():

@@ -16,7 +16,7 @@ def load_mask(row: Mapping[str, Any]) -> npt.NDArray[np.integer]:
         row: The columns ``mask``, ``mask_encoding``, ``height`` and ``width``.
 
     Returns:
-        (height, width) class indices, uint8, or uint16 above 256 classes; read-only.
+        (height, width) class indices, uint8, or uint16 above 256 classes. The array may be read-only.
     """
     indices: npt.NDArray[np.integer]
     if row["mask_encoding"] == "png":

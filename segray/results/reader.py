@@ -20,7 +20,7 @@ _MASKS_PER_BATCH = 16
 
 
 class RunResults:
-    """A run folder, opened for reading. A run that is still running can be opened: it shows the rows written so far.
+    """A run folder, opened for reading. A run in progress can be opened too, and has the rows written so far.
 
     Attributes:
         output: URI of the run folder.

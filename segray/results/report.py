@@ -15,7 +15,7 @@ from segray.results.summary import FinishedRun, format_cell, read_rows
 from segray.runs.plan import load_fragment
 from segray.storage import get_file_name
 
-_MIN_FRAGMENTS = 6  # minimal number of fragments to look for error rows in
+_MIN_FRAGMENTS = 6  # minimum number of fragments that are searched for error rows
 _MAX_ERRORS = 20
 _MAX_PICTURE_SIDE_PX = 640
 
@@ -80,7 +80,7 @@ def _load_panel(row: dict[str, Any], planned: dict[str, Any], classes: ClassMap)
     try:
         image = read_image(row["uri"], row["height"] * row["width"], planned["etag"])
         truth = read_truth(mask_uri, image.shape[:2], classes, etag=planned["mask_etag"]) if mask_uri else None
-    except (ImageFault, StorageError):  # The image has changed meanwhile, or the driver cannot read it.
+    except (ImageFault, StorageError):  # The image has changed since, or the driver cannot read it.
         return None
     step = -(-max(image.shape[:2]) // _MAX_PICTURE_SIDE_PX)
     mask = load_mask(row)

@@ -28,7 +28,7 @@ class RunStatus:
         num_fragments: Number of planned fragments.
         num_fragments_done: Number of written fragments.
         rows: Number of rows by error kind; rows without an error are counted under ``ok``.
-        images_per_s: Rate over the ten minutes before the last fragment was written; None below two fragments.
+        images_per_s: Rate over the ten minutes before the last fragment was written; None before the second.
         idle_s: Seconds since the last fragment was written; None if there is none.
     """
 

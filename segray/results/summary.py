@@ -29,7 +29,7 @@ from segray.schema import SUMMARY_SCHEMA
 from segray.storage import read_columns
 
 _NUM_READERS = 8
-_READ_AHEAD = 256  # maximal number of fragments whose columns are in memory at a time
+_READ_AHEAD = 256  # maximum number of fragments whose columns are in memory at a time
 _COUNTS = ("pixel_count", "tp_px", "fp_px", "fn_px")
 _SCORES = ("iou", "dice")
 _COLUMNS = ["error_kind", *_COUNTS, *_SCORES]

@@ -57,7 +57,7 @@ def build_mismatch_error(
 
     Args:
         output_uri: The folder.
-        differences: In what the two runs differ.
+        differences: What differs between the two runs, one phrase each.
         remedy: What to do instead of choosing another folder; empty if there is nothing else.
         output_setting: Name of the option or setting with which the folder is chosen.
     """
@@ -69,7 +69,7 @@ def read_record(uri: str, kind: type[RecordT], output_setting: str = "--output")
     """Read and validate a JSON record; return None if there is no file.
 
     Raises:
-        RunMismatchError: The file is not JSON, is no record of this kind, or has a newer format version.
+        RunMismatchError: The file is not JSON, is not a record of this kind, or has a newer format version.
         StorageError: The store refused the request or failed.
     """
     try:

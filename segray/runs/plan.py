@@ -34,7 +34,7 @@ class ListedImage(NamedTuple):
     """An input image of a run.
 
     Attributes:
-        size_bytes: Size of the encoded file. None if a text list names the image: it is not accessed before it is read.
+        size_bytes: Size of the encoded file. None if neither a listing nor a manifest gives it.
         etag: Entity tag that the file must have when it is read; None accepts any content.
         mask_uri: Its ground truth, or None.
         mask_etag: Entity tag of the mask, used as ``etag`` is.
@@ -162,7 +162,7 @@ def load_fragment(output_uri: str, cut_sha256: str, fragment: int) -> pa.Table:
     return part.filter(pc.equal(part["fragment"], fragment))
 
 
-@lru_cache(maxsize=2)  # The next fragment of a decode task is nearly always in the same file.
+@lru_cache(maxsize=2)  # Successive fragments of a decode process are nearly always in the same file.
 def _load_plan_file(uri: str) -> pa.Table:
     return read_columns(uri)
 

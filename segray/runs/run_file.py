@@ -124,7 +124,7 @@ def require_run(output_uri: str) -> RunFile:
 
 
 def require_same_plan(output_uri: str, plan: Plan) -> None:
-    """Raise if another process has updated the plan of a run meanwhile (``segment.retry_errors``).
+    """Raise if another process has updated the plan of a run in the meantime (``segment.retry_errors``).
 
     Raises:
         RunMismatchError: The plan in ``run.json`` is not ``plan``.
@@ -132,7 +132,7 @@ def require_same_plan(output_uri: str, plan: Plan) -> None:
     run = read_run(output_uri)
     if run is None or run.plan != plan:
         raise RunMismatchError(
-            f"{output_uri}: another process has updated the plan with fixed images meanwhile; rerun the same command"
+            f"{output_uri}: another process has updated the plan with fixed images; rerun the same command"
         )
 
 

@@ -34,11 +34,11 @@ class NodeType:
 class Capacity:
     """The nodes of a cluster, and the nodes that may be added.
 
-    Args:
+    Attributes:
         nodes: Resources of every living node.
         types: Types of nodes that may be added.
         num_more: Maximum number of nodes that may be added, over all types.
-        is_open: Nodes of unknown resources may be added; only the autoscaler knows them.
+        is_open: Whether nodes with unknown resources may be added.
     """
 
     nodes: tuple[Mapping[str, float], ...]
@@ -68,7 +68,7 @@ class Capacity:
         return max((_count_on(node, each) for node in [*self.nodes, *self._choose_more(each)]), default=0)
 
     def _choose_more(self, each: Mapping[str, float]) -> list[Mapping[str, float]]:
-        """Return the nodes that would be added for such tasks, from the types that hold most of them."""
+        """Return the nodes that would be added for such tasks, starting with the type that holds the most."""
         ranked = sorted(self.types, key=lambda node_type: -_count_on(node_type.resources, each))
         return [node_type.resources for node_type in ranked for _ in range(node_type.num_more)][: self.num_more]
 
@@ -86,13 +86,13 @@ class Capacity:
 
 
 def require_placeable(capacity: Capacity, what: str, each: Mapping[str, float], count: int, setting: str) -> None:
-    """Check that the cluster can ever run so many tasks at a time.
+    """Check that the cluster can run ``count`` tasks at a time, now or after it has grown.
 
     Args:
         capacity: The cluster's capacity.
         what: Name of the task, in the singular.
         each: Resources that one task needs.
-        count: How many must run at a time.
+        count: Number of tasks that must run at a time.
         setting: The setting that requests them, for the message.
 
     Raises:
@@ -127,8 +127,8 @@ def read_capacity(nodes: Iterable[Mapping[str, Any]], *, is_head: bool, is_open:
 
     Args:
         nodes: The output of ``ray.nodes()``.
-        is_head: This machine is the head of a launched cluster.
-        is_open: Without such a configuration, whether nodes may be added nevertheless.
+        is_head: Whether this machine is the head of a launched cluster.
+        is_open: Whether nodes may be added although there is no such configuration.
     """
     alive = [node for node in nodes if node["Alive"]]
     resources = tuple(node["Resources"] for node in alive)
@@ -144,7 +144,7 @@ def read_capacity(nodes: Iterable[Mapping[str, Any]], *, is_head: bool, is_open:
         num_more_of_it = min(num_more, node_type.get("max_workers", 0) - num_alive)
         if num_more_of_it <= 0:
             continue
-        if not node_type.get("resources"):  # On-premises machines, whose resources `ray up` does not know.
+        if not node_type.get("resources"):  # On-premises machines, whose resources are not in the configuration.
             return Capacity(resources, is_open=True)
         # Not every provider reports the memory of its machines.
         types.append(NodeType(name, {"memory": math.inf, **node_type["resources"]}, num_more_of_it))

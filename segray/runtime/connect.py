@@ -42,7 +42,7 @@ _CLUSTER_SWITCH = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 
 
 def release_memory() -> None:
-    """Return freed memory of this process to the system, which the C library keeps under ``MEMORY_VARIABLES``."""
+    """Return freed memory of this process to the system; with ``MEMORY_VARIABLES`` the C library keeps it."""
     with suppress(OSError, AttributeError):  # Only glibc has malloc_trim, and only glibc needs it.
         ctypes.CDLL(None).malloc_trim(0)
 
@@ -67,7 +67,7 @@ def is_submitted_job() -> bool:
 def keep_on_loopback() -> None:
     """Make a private Ray that this process starts listen on 127.0.0.1 only; do nothing if ``RAY_ADDRESS`` is set.
 
-    By default Ray opens its ports to the network, protected by nothing but its token. The switch was made for desktops
+    By default Ray opens its ports to the network, protected only by its token. The switch was made for desktops
     whose firewalls ask about open ports; Ray has no other. Ray reads it from the environment when it is imported. If
     this process has imported Ray already, Ray's copy of the switch is updated too; ``_node_ip_address="127.0.0.1"`` as
     an argument of ``ray.init`` has no effect, because Ray replaces a loopback address with the machine's own address.
@@ -108,7 +108,7 @@ def connect_ray(num_cpus: float = 0, num_gpus: float = 0) -> Iterator[None]:
         yield
         return
     address = os.environ.get("RAY_ADDRESS")
-    # Ray's future behaviour; it warns each time while the variable is unset.
+    # Opt in to Ray's future behaviour: Ray warns at each start if the variable is unset.
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     # Workers' output goes to Ray's log folder. What users need to know comes from segray's display and errors.
     with_logs = bool(os.environ.get("SEGRAY_WORKER_LOGS"))
@@ -141,7 +141,7 @@ def _require_gpus(num_gpus: float) -> None:
 
 
 def _build_init_options(address: str | None, num_cpus: float) -> dict[str, Any]:
-    """Return the arguments of ``ray.init`` for a cluster or a private Ray, whose environment variables are set too."""
+    """Return the arguments of ``ray.init``; for a private Ray, set its environment variables too."""
     if address:
         return {"address": address, "runtime_env": {"env_vars": _collect_forwarded_variables()}}
     # A private Ray requires a token, Ray's default where RAY_AUTH_MODE is unset. Its announcement is suppressed.

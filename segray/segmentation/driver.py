@@ -53,7 +53,7 @@ def run_segmentation(job: SegmentJob, console: Console, with_profile: bool = Fal
     job = job.normalize()
     manifest, bundle_sha256 = load_manifest(job.bundle_uri)
     sources = open_sources(job.image_uris, job.mask_uris, job.settings)
-    # Damaged weights are reported in one line, before anything is written or started.
+    # bind_run reads the weights before it writes anything, so damaged weights are reported before Ray starts.
     run = bind_run(job, sources, bundle_sha256, lambda: read_weights(job.bundle_uri, manifest), console)
     if run.pending:
         profile = _process_pending(job, manifest, run, console, started_s)
@@ -91,7 +91,7 @@ def _process_pending(
     with build_bar(console, "images") as bar:
         task = bar.add_task("segment", total=num_pending, note="starting")
 
-        importlib.import_module("ray")  # Completely imported before two threads import parts of it.
+        importlib.import_module("ray")  # Import it completely before two threads import parts of it.
         # Importing Ray Data takes 2 s; it is imported while Ray starts its processes, which takes longer.
         threading.Thread(
             target=importlib.import_module, args=["segray.segmentation.stages.pipeline"], daemon=True
@@ -134,7 +134,7 @@ def _describe_run(
         f"segmenting {num_pending} of {run.plan.num_images} images in {len(run.pending)} fragments, "
         f"{placement.num_predictors} predictor{'s' if placement.num_predictors > 1 else ''} "
         f"on {'GPU' if settings.num_gpus_per_predictor else 'CPU'} ({settings.precision}), "
-        f"{manifest.model.arch}/{manifest.model.encoder_name}, {len(manifest.class_names)} classes"
+        f"{manifest.model.title}, {len(manifest.class_names)} classes"
     )
 
 
@@ -149,7 +149,7 @@ def _describe_shortage(placement: Placement, settings: SegmentSettings, capacity
 
 
 def _count_resources(settings: SegmentSettings) -> tuple[float, float]:
-    """Return the CPUs and GPUs that a run needs at least: those of the predictors, and two CPUs to decode and write."""
+    """Return the minimum CPUs and GPUs of a run: those of the predictors, plus two CPUs to decode and write."""
     if settings.num_gpus_per_predictor:
         num_predictors = settings.num_predictors or 1
     else:

@@ -1,4 +1,4 @@
-"""A bundle loaded in this process, to try it on single images."""
+"""Load a bundle in this process to predict single images."""
 
 from typing import NamedTuple
 
@@ -27,7 +27,7 @@ class Prediction(NamedTuple):
 
 
 class BundleModel:
-    """The model of a bundle, loaded on a device of this process.
+    """The model of a bundle, loaded on a device in this process.
 
     Attributes:
         manifest: Content of ``bundle.json``: classes, image size, scores, training settings.

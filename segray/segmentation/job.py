@@ -22,6 +22,7 @@ class SegmentJob:
         output_uri: The run folder.
         mask_uris: One folder of ground truth for each image URI, paired by path without extension; empty to segment
             without scoring.
+        settings: The section ``segment`` of the configuration.
     """
 
     bundle_uri: str
@@ -57,6 +58,7 @@ class PipelineJob:
         bundle_sha256: sha256 of the bundle's manifest when the run was planned; workers refuse any other bundle.
         classes: Classes of the model.
         image_size: Height and width of the model's input.
+        settings: The section ``segment`` of the configuration.
         has_truth: Whether masks are read and scored.
     """
 

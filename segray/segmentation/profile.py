@@ -1,7 +1,7 @@
 """Profile of a run: time per step of each stage, utilisation of the predictors, and which setting to change.
 
-Every fragment carries the times of its steps through the pipeline, and the driver adds them up. Reading a clock costs
-nothing compared with processing an image, so times are always recorded; they are shown on request.
+The times of a fragment's steps are passed through the pipeline together with its images, and the driver adds them up.
+Reading a clock costs nothing compared with processing an image, so times are always recorded, and shown on request.
 """
 
 import threading
@@ -16,7 +16,7 @@ import pyarrow as pa
 from rich.console import Console
 from rich.table import Table
 
-_BUSY_SHARE = 0.9  # If predictors are busy for more of their time, only a faster model makes a run faster.
+_BUSY_SHARE = 0.9  # Above this share the predictors limit the rate; faster reading or decoding would not help.
 
 STEPS_TYPE = pa.list_(pa.struct([("step", pa.string()), ("wall_s", pa.float64()), ("core_s", pa.float64())]))
 
@@ -27,7 +27,7 @@ class Step(StrEnum):
     FETCH = "fetch"
     DECODE = "decode"  # includes resizing
     PACK = "pack"  # serialisation for the transfer to a predictor
-    WAIT = "wait"  # a predictor waits for decoded images; its start is not counted
+    WAIT = "wait"  # a predictor waits for decoded images; its start-up is not counted
     PREDICT = "predict"  # the forward pass
     COUNT = "count"  # masks and statistics from logits
     ENCODE = "encode"
@@ -126,7 +126,7 @@ class Profile:
 
     @property
     def busy_share(self) -> float:
-        """Share of the predictors' time, without their start, in which they did not wait for images, 0 to 1."""
+        """Share, 0 to 1, of the predictors' time after start-up that they did not spend waiting for images."""
         seconds = [self.wall_s[step] for step in _STAGES["predict"]]
         return 1 - self.wall_s[Step.WAIT] / sum(seconds) if sum(seconds) else 0.0
 

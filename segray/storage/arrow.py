@@ -26,7 +26,7 @@ _ATOMIC_PUT_STORES = {"gcs", "abfs"}
 class ArrowStore:
     """A bucket, container or name node.
 
-    Entity tags are built from modification time and size, because pyarrow's listings contain no others.
+    Entity tags are built from modification time and size, because pyarrow's listings contain no entity tags.
     """
 
     def __init__(self, scheme: str, authority: str) -> None:

@@ -49,7 +49,7 @@ def list_files(
     Raises:
         MissingFileError: The folder does not exist.
         UnusableFileError: A file name is not valid UTF-8.
-        StorageError: The store refused or failed, or returned its keys unsorted.
+        StorageError: The store refused the request or failed, or returned its keys unsorted.
     """
     store, key = _open(uri)
     wanted = None if extensions is None else tuple(f".{extension.lower()}" for extension in extensions)
@@ -99,7 +99,7 @@ def read_bytes(uri: str, etag: str | None = None) -> bytes:
     Raises:
         MissingFileError: The file does not exist.
         ChangedFileError: The file has another entity tag.
-        StorageError: The store refused or failed.
+        StorageError: The store refused the request or failed.
     """
     store, key = _open(uri)
     content = store.read(key)
@@ -113,7 +113,7 @@ def open_for_reading(uri: str) -> io.BufferedReader:
 
     Raises:
         MissingFileError: The file does not exist.
-        StorageError: The store refused or failed, here or in any later read.
+        StorageError: The store refused the request or failed, here or in any later read.
     """
     store, key = _open(uri)
     found = store.find(key)
@@ -156,7 +156,8 @@ def write_bytes(uri: str, content: bytes | memoryview) -> None:
     Readers see the old file or the new one, never a part, even if the writer dies.
 
     Raises:
-        StorageError: The store refused or failed. If only the response was lost, the file has been replaced.
+        StorageError: The store refused the request or failed. If only the
+            response was lost, the file has been replaced.
     """
     store, key = _open(uri)
     store.write(key, content)
@@ -168,7 +169,7 @@ def create_bytes(uri: str, content: bytes) -> bool:
     Atomic on S3 and on disks with hard links. Elsewhere there is a short gap between the check and the write.
 
     Raises:
-        StorageError: The store refused or failed.
+        StorageError: The store refused the request or failed.
     """
     store, key = _open(uri)
     return store.create(key, content)
@@ -184,7 +185,7 @@ def remove_folder(uri: str) -> None:
     """Remove a folder, or every file under a prefix, if it exists.
 
     Raises:
-        StorageError: The store refused or failed; some files may be left.
+        StorageError: The store refused the request or failed; some files may be left.
     """
     with suppress(MissingFileError):
         for file in list(list_files(uri)):

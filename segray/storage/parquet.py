@@ -15,8 +15,8 @@ _NUM_ATTEMPTS = 3
 def read_columns(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     """Read columns of a Parquet file that was written with page checksums.
 
-    Range requests have no checksum of their own, so only the page checksums reveal bytes that were corrupted in
-    transit. The file is then read again, up to 3 times in all.
+    Range requests have no checksum of their own, so corruption in transit is detected only by the page checksums.
+    The file is then read again, up to 3 times in all.
 
     Args:
         uri: The file.
@@ -29,7 +29,10 @@ def read_columns(uri: str, columns: Sequence[str] | None = None) -> pa.Table:
     for attempt in range(1, _NUM_ATTEMPTS + 1):
         try:
             with io.BytesIO(read_bytes(uri)) if columns is None else open_for_reading(uri) as file:
-                return pq.ParquetFile(file, page_checksum_verification=True).read(columns=columns)
+                parquet = pq.ParquetFile(file, page_checksum_verification=True)
+                if missing := set(columns or ()) - set(parquet.schema_arrow.names):  # pyarrow ignores unknown names.
+                    raise pa.ArrowInvalid(f"no column {', '.join(sorted(missing))}")
+                return parquet.read(columns=columns)
         except (pa.ArrowException, OSError) as error:
             if attempt == _NUM_ATTEMPTS:
                 raise StorageError(

@@ -64,8 +64,8 @@ def call_translated(act: Callable[[], ResultT], verb: str, uri: str, bucket: str
         bucket: Name of the bucket.
 
     Raises:
-        TransientError: A retry may solve the error.
-        StorageError: A retry cannot solve it.
+        TransientError: A retry may succeed.
+        StorageError: A retry cannot succeed.
     """
     try:
         return act()

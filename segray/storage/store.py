@@ -24,7 +24,7 @@ class StoredFile:
     Attributes:
         uri: The file, in the spelling of ``normalize_uri``.
         size_bytes: Its size.
-        etag: Identifies the content: the store's entity tag, or modification time and size.
+        etag: Identifies the content: the store's entity tag, or modification time and size; None if unknown.
         modified_s: Modification time, in seconds since 1970.
     """
 
@@ -43,7 +43,7 @@ class Content:
 
 
 class TransientError(Exception):
-    """An error that a retry may solve: no response, half a response, throttling. Only ``retrying`` handles it."""
+    """An error that a retry may resolve: no or half a response, throttling. Only ``retrying`` handles it."""
 
 
 class Store(Protocol):

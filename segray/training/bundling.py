@@ -30,6 +30,7 @@ def write_bundle(job: TrainJob, bundle_uri: str, console: Console) -> None:
 
     Raises:
         TrainingError: No checkpoint is both evaluated and intact.
+        DataError: A validation image to draw can no longer be used.
         StorageError: Permissions, network or disk error.
     """
     best = find_best_state(job.run_uri, console.print)
@@ -60,7 +61,7 @@ def write_bundle(job: TrainJob, bundle_uri: str, console: Console) -> None:
 
 
 def _draw_predictions(job: TrainJob, model: SegmentationModel, scores: Sequence[tuple[float, int]]) -> bytes:
-    """Return a PNG of validation images beside their ground truth and prediction, given (mean IoU, index) of each."""
+    """Return a PNG of validation images beside their truth and prediction; each score is a (mean IoU, index) pair."""
     config, classes = job.config, job.classes
     panels = []
     for score, number in scores:

@@ -161,8 +161,7 @@ def find_newest_history(run_uri: str) -> list[dict[str, Any]]:
 def find_best_state(run_uri: str, warn: Callable[[str], None]) -> TrainingState:
     """Return the intact checkpoint with the highest validation mean IoU, the latest among equals.
 
-    Ray Train also keeps the latest among equals. The earliest may have been removed, depending on how often the run was
-    restarted.
+    ``remove_surplus`` also keeps the latest among equals, so the result does not depend on when it was called.
 
     Raises:
         TrainingError: No checkpoint of the run is both evaluated and intact.
@@ -174,9 +173,9 @@ def find_best_state(run_uri: str, warn: Callable[[str], None]) -> TrainingState:
 
 
 def remove_surplus(run_uri: str, num_best: int) -> None:
-    """Remove all checkpoints except the newest two and the best ``num_best``, and remove interrupted uploads.
+    """Remove all complete checkpoints except the newest two and the best ``num_best``, and older interrupted uploads.
 
-    Two are kept because the newest may be damaged.
+    Two are kept because the newest may be damaged. An incomplete checkpoint newer than these may still be uploading.
     """
     found = list(_read_indices(run_uri, lambda _: None))
     newest = sorted(found, key=lambda pair: pair[1].num_steps_done, reverse=True)[:2]
@@ -191,7 +190,7 @@ def remove_surplus(run_uri: str, num_best: int) -> None:
 
 
 def _get_num_steps(uri: str) -> int:
-    """Return the step in a checkpoint's name, which tells an interrupted upload from one still in progress."""
+    """Return the number of steps in a checkpoint's name; it can be read even if the checkpoint is incomplete."""
     number = get_file_name(uri).removeprefix(CHECKPOINT_PREFIX).partition("_")[0]
     return int(number) if number.isdecimal() else 0
 
@@ -205,7 +204,7 @@ def _get_score_key(index: CheckpointIndex) -> tuple[float, int]:
 def _load_first_intact(
     run_uri: str, key: Callable[[CheckpointIndex], Any], warn: Callable[[str], None]
 ) -> tuple[str, TrainingState] | None:
-    """Load the intact checkpoint with the highest key; tensors are read only of it and of damaged ones before it."""
+    """Load the intact checkpoint with the highest key, without reading the tensors of any with a lower key."""
     for uri, _ in sorted(_read_indices(run_uri, warn), key=lambda pair: key(pair[1]), reverse=True):
         try:
             return uri, load_state(uri)

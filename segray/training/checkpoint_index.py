@@ -1,4 +1,4 @@
-"""Read and write ``checkpoint.json``: everything in a checkpoint except its tensors, and the sha256 of those.
+"""Read and write ``checkpoint.json``: everything in a checkpoint except its tensors, plus their sha256.
 
 The file holds the index as JSON text beside the sha256 of that text, so that any damage to the file is detected.
 """

@@ -34,7 +34,8 @@ def run_training(config: TrainConfig, console: Console) -> str:
         DataError: The labelled images cannot be used.
         RunMismatchError: The output belongs to a run with other settings or images.
         ClusterError: The cluster can never run the workers.
-        TrainingError: The loss is not finite, a worker stalled, or workers failed more often than allowed.
+        TrainingError: The loss is not finite, a worker stalled, workers failed more often than allowed, or no intact
+            checkpoint is left.
         StorageError: Permissions, network or disk error.
     """
     check_network(config)
@@ -71,7 +72,7 @@ def print_wait(config: TrainConfig, console: Console) -> None:
     """Print which resources the workers will wait for, if the connected cluster cannot run them at the moment.
 
     Raises:
-        ClusterError: The cluster can never run the workers.
+        ClusterError: The cluster can never run the workers, or a task of the label check.
     """
     _, wait = place_on_cluster(config.train)
     if wait:
@@ -79,10 +80,10 @@ def print_wait(config: TrainConfig, console: Console) -> None:
 
 
 def check_run(config: TrainConfig, splits: Splits, console: Console) -> SplitReport:
-    """Check the labels on a connected Ray, and print warnings; return the report on the training labels.
+    """Check the labels and print warnings; return the report on the training labels. Ray must be connected.
 
     Raises:
-        ConfigError: The encoder's weights expect input that segray does not support.
+        ConfigError: The input that the encoder's weights expect is not supported, or cannot be looked up.
         DataError: The labels cannot be used for training.
         StorageError: Permissions, network or disk error.
     """
@@ -98,7 +99,7 @@ def build_job(config: TrainConfig, splits: Splits, report: SplitReport, run_uri:
     """Return the job description for the workers of a run; ``report`` is the one on the training labels.
 
     Raises:
-        ConfigError: The encoder's weights expect input that segray does not support.
+        ConfigError: The input that the encoder's weights expect is not supported, or cannot be looked up.
     """
     preprocessing = Preprocessing.of_encoder(config.model)
     return TrainJob(config, get_classes(config), splits, preprocessing, _get_class_weights(config, report), run_uri)

@@ -35,7 +35,7 @@ _TIMEOUT_FACTOR = 2
 
 
 def fit(job: TrainJob, output: str, console: Console, track: Callable[[list[dict[str, Any]]], bool]) -> None:
-    """Train on a connected Ray, from the newest intact checkpoint under ``output`` to the last epoch.
+    """Train from the newest intact checkpoint under ``output``, if any, to the last epoch. Ray must be connected.
 
     Args:
         job: The job description; its ``board`` is set here.
@@ -70,10 +70,10 @@ def fit(job: TrainJob, output: str, console: Console, track: Callable[[list[dict
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]
-    """Ray's trainer without its placement group cleaner where that cannot work.
+    """Ray's trainer, without its placement group cleaner if Ray runs without a dashboard.
 
-    The cleaner frees the workers' resources if the controller dies, and asks the dashboard whether it has. Without a
-    dashboard it never gets an answer, and Ray waits 12 s for it at the end of every run (measured, Ray 2.60). A private
+    The cleaner frees the workers' resources if the controller dies, and asks the dashboard for the controller's state.
+    Without a dashboard it never gets an answer, and Ray waits 12 s for it at the end of every run (measured, Ray 2.60). A private
     Ray has no dashboard, and its resources end with the driver anyway.
     """
 
@@ -106,7 +106,7 @@ def _build_trainer(job: TrainJob, num_workers: int, filesystem: FileSystem, stor
 
 
 def _explain_failure(error: TrainingFailedError, diagnosis: str | None, max_failures: int) -> SegrayError:
-    """Return the error to raise for a failure of Ray Train: a worker's own error, a stall, or too many failures."""
+    """Return the error to raise if Ray Train failed: a worker's own error, a stall, or too many failures."""
     return (
         find_segray_error(error)
         or (TrainingError(diagnosis) if diagnosis else None)

@@ -13,7 +13,7 @@ def get_worker_needs(settings: TrainSettings) -> dict[str, float]:
 
 
 def place_workers(settings: TrainSettings, capacity: Capacity) -> int:
-    """Return the highest number of workers that a cluster can run; less than requested only if the run is elastic.
+    """Return the highest number of workers that a cluster can run; fewer than requested only if the run is elastic.
 
     Ray's autoscaler adds no node at all unless it can place every worker of a request. An elastic run (one with
     ``min_train_workers``) requests its maximum, so that maximum must not exceed what the cluster can provide.
@@ -33,7 +33,7 @@ def place_on_cluster(settings: TrainSettings) -> tuple[int, str | None]:
     """Return the highest number of workers for the connected cluster, and a message if they must wait for resources.
 
     Raises:
-        ClusterError: The cluster can never run the required number of workers.
+        ClusterError: The cluster can never run the required number of workers, or a task of the label check.
     """
     capacity = find_capacity()
     num_workers = place_workers(settings, capacity)

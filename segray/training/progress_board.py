@@ -26,7 +26,7 @@ class ProgressBoard:
     Rank 0 posts steps, lines and metrics, and every rank reports its step and stage for stall detection.
 
     Args:
-        stall_timeout_s: Time without progress of any rank after which a run has stalled.
+        stall_timeout_s: A run has stalled if no rank has made progress for this long.
     """
 
     def __init__(self, stall_timeout_s: float) -> None:
@@ -106,7 +106,7 @@ class ProgressPoster:
 
 
 class _Display:
-    """Copies what is new on the board to the progress bar and to ``track``."""
+    """Shows new posts of the board beside the progress bar, and passes new metrics to ``track``."""
 
     def __init__(
         self, board: Any, bar: Progress, num_steps: int, track: Callable[[list[dict[str, Any]]], bool]
@@ -148,7 +148,7 @@ def show_training(
     Args:
         console: Where progress is shown.
         num_steps: Training steps of the whole run.
-        stall_timeout_s: Time without progress of any rank after which a run has stalled.
+        stall_timeout_s: A run has stalled if no rank has made progress for this long.
         track: Called from a thread with the metrics of new epochs; returns whether training may continue.
     """
     # Pinned to the driver's node: an actor without CPUs may be placed on any node, including one that is removed later.

@@ -54,7 +54,7 @@ class Tracker(Protocol):
         """Log the metrics of an epoch; a resumed run logs its earlier epochs again, with the same values."""
 
     def close(self, succeeded: bool) -> None:
-        """Finish tracking; ``succeeded`` tells whether the run ended without an error."""
+        """Finish tracking; ``succeeded`` is whether the run ended without an error."""
 
 
 def flatten_metrics(metrics: Mapping[str, Any], classes: ClassMap) -> dict[str, float | None]:
@@ -87,7 +87,7 @@ class Tracking:
         console: Where a warning is printed, once, for each tracker that fails.
 
     Raises:
-        ConfigError: A tracker's package is not installed, or it cannot be reached.
+        ConfigError: A tracker's package is not installed, or its server or folder cannot be opened.
     """
 
     def __init__(self, config: TrainConfig, classes: ClassMap, output: str, console: Console) -> None:

@@ -1,4 +1,4 @@
-"""Detect stalled training: a rank that makes no progress blocks all others forever, as each waits for its gradients.
+"""Detect stalled training: a rank that makes no progress blocks all others forever, because they wait for its gradients.
 
 Each rank has a thread that reports the rank's step and stage to the board on the driver's node. Once no rank has made
 progress for the configured time, the diagnosis names the ranks that stopped reporting or, if all still report, those
@@ -26,9 +26,9 @@ class Beat(NamedTuple):
     Attributes:
         step: Index of the step it is in, from 0.
         stage: Index of its stage in ``STAGES``.
-        num_updates: How often it has made progress since its process began.
-        progress_s: When it last made progress.
-        reported_s: When it last reported.
+        num_updates: How many times it has made progress since its process started.
+        progress_s: Time at which it last made progress.
+        reported_s: Time at which it last reported.
     """
 
     step: int
@@ -41,10 +41,10 @@ class Beat(NamedTuple):
 class StallDetector:
     """Tracks where each rank is and detects when the run has stalled.
 
-    All times are of this process's clock.
+    All times are read from the clock of the process that receives the reports.
 
     Args:
-        timeout_s: Time without progress of any rank after which a run has stalled.
+        timeout_s: A run has stalled if no rank has made progress for this long.
         clock: Returns the current time in seconds.
 
     Attributes:
@@ -58,7 +58,7 @@ class StallDetector:
         self.diagnosis: str | None = None
 
     def restart(self, num_ranks: int) -> None:
-        """Replace all ranks by new ones, which count as having made progress just now."""
+        """Replace all ranks with new ones, whose time without progress starts now."""
         now_s = self._clock()
         self._beats = {rank: Beat(0, 0, 0, now_s, now_s) for rank in range(num_ranks)}
 
@@ -94,7 +94,7 @@ class StallDetector:
 
 
 class Heartbeat:
-    """Reports from a thread where a rank is, and ends the rank's process if the run has stalled.
+    """A thread that reports a rank's step and stage, and ends the rank's process if the run has stalled.
 
     Args:
         board: Handle of the ``ProgressBoard`` actor.

@@ -1,4 +1,4 @@
-"""EC2 and IAM simulated by moto, for `ray up` with provider aws; instances are the hosts with the same addresses."""
+"""EC2 and IAM simulated by moto, for `ray up` with provider aws; the instances are the hosts, by their addresses."""
 
 import base64
 import json

@@ -16,7 +16,8 @@ from tests.faults.scene import BUCKET, fill_bucket
 NUM_HOSTS = 4
 ENVIRONMENT = ROOT / ".venv"  # Every host has a link to it, which avoids installing 5 GB four times.
 # The hosts share one machine, so each gives Ray one CPU and little memory.
-SMALL_NODE = " --num-cpus=1 --object-store-memory=200000000 --memory=4000000000"
+LITTLE_MEMORY = " --object-store-memory=200000000 --memory=4000000000"
+ONE_CPU = " --num-cpus=1"
 
 SKIP_REASON = find_skip_reason()
 NEEDS_HOSTS = [pytest.mark.slow, pytest.mark.skipif(bool(SKIP_REASON), reason=SKIP_REASON)]
@@ -70,6 +71,6 @@ def build_home_files(store: ObjectStore) -> dict[str, str]:
     }
 
 
-def shrink_nodes(commands: list[str]) -> list[str]:
-    """Return the commands that start Ray, with the limits of a small node."""
-    return [command + SMALL_NODE if "ray start" in command else command for command in commands]
+def shrink_nodes(commands: list[str], options: str = ONE_CPU + LITTLE_MEMORY) -> list[str]:
+    """Return the commands with the limits of a small node appended to those that start Ray."""
+    return [command + options if "ray start" in command else command for command in commands]

@@ -12,7 +12,7 @@ import yaml
 
 from tests.cluster.calls import build_segment_call, list_image_uris
 from tests.cluster.cloud import Cloud
-from tests.cluster.conftest import ENVIRONMENT, NEEDS_HOSTS
+from tests.cluster.conftest import ENVIRONMENT, LITTLE_MEMORY, NEEDS_HOSTS, shrink_nodes
 from tests.cluster.hosts import CLOUD, Hosts
 from tests.cluster.launcher import ROOT, Job, Launcher, wait_until
 from tests.faults.object_store import ACCOUNT, USER, ObjectStore
@@ -21,7 +21,6 @@ from tests.faults.scene import BUCKET, read_files, read_table
 pytestmark = NEEDS_HOSTS
 
 HEAD, *WORKERS = ("n1", "n2", "n3", "n4")
-SMALL_NODE = " --object-store-memory=200000000 --memory=4000000000"
 IDLE_S = 20
 
 
@@ -65,7 +64,7 @@ def fit_to_hosts(config: dict[str, Any], hosts: Hosts, cloud: Cloud) -> dict[str
     exported = f"export PATH={ENVIRONMENT}/bin:$PATH {' '.join(variables)}"
     config["setup_commands"] = [f"grep -qs RAY_AUTH_MODE ~/.bashrc || echo '{exported}' >> ~/.bashrc"]
     for name in ("head_start_ray_commands", "worker_start_ray_commands"):
-        config[name] = [command + SMALL_NODE if "ray start" in command else command for command in config[name]]
+        config[name] = shrink_nodes(config[name], LITTLE_MEMORY)
     return config
 
 
@@ -106,7 +105,7 @@ def watch_workers(cloud: Cloud, job: Job) -> set[frozenset[str]]:
 def test_a_segmentation_starts_workers_from_none_and_they_are_terminated_afterwards(
     cluster: Launcher, cloud: Cloud, store: ObjectStore
 ) -> None:
-    call = build_segment_call("segmented/from-zero", fragment_size=1, num_predictors=2)
+    call = build_segment_call("segmented/from-zero", num_predictors=2)
     job = cluster.submit(*call)
     seen = watch_workers(cloud, job)
     assert job.process.returncode == 0, job.text
@@ -173,7 +172,7 @@ def test_a_job_without_the_cluster_configuration_prints_the_autoscalers_report(c
 
 def test_the_head_used_only_permissions_of_its_policy(cluster: Launcher, cloud: Cloud) -> None:
     policy = json.loads(cloud.fill_in("head-policy.json"))["Statement"]
-    allowed = {action for statement in policy for action in [statement["Action"]]}
+    allowed = {statement["Action"] for statement in policy}
     calls = cloud.read_calls(f"{ACCOUNT}:{USER}")
     assert {f"ec2:{call['Action'][0]}" for call in calls} | {"iam:PassRole"} == allowed
     (start,) = (statement for statement in policy if statement["Sid"] == "StartWorkersOfThisCluster")

@@ -154,7 +154,7 @@ def probe(address: str) -> str:
             return "metrics" if kind.startswith("text/plain; version=") else f"HTTP {answer.status}"
     except urllib.error.HTTPError as error:
         return "refused" if error.code == 401 else f"HTTP {error.code}"
-    except Exception:  # Not an HTTP port, which can show in half a dozen kinds of errors.
+    except Exception:  # Not an HTTP port; the errors vary.
         pass
     answers: set[Any] = set()
     with grpc.insecure_channel(address) as channel:

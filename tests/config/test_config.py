@@ -47,9 +47,8 @@ def test_defaults_and_overrides(tmp_path: Path) -> None:
     assert config.model.encoder_name == "vgg16"
     assert config.data.class_values == (5, 9)
     assert load(tmp_path, VALID).data.class_values == (0, 1)
-    assert (
-        load(tmp_path, VALID, "train.learning_rate=1e-4").train.learning_rate == 1e-4
-    )  # YAML 1.1 reads 1e-4 as a string.
+    # YAML 1.1 reads 1e-4 as a string.
+    assert load(tmp_path, VALID, "train.learning_rate=1e-4").train.learning_rate == 1e-4
 
 
 def test_the_oxford_layout_defines_its_classes(tmp_path: Path) -> None:

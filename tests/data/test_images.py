@@ -66,9 +66,8 @@ def test_16_bit_colour_keeps_the_upper_8_bits() -> None:
 def test_1_bit_images_are_black_and_white() -> None:
     white = [[[255] * 3, [0] * 3, [255] * 3]]
     np.testing.assert_array_equal(decode_image(build_png(3, 1, 1, 0, b"\0\xa0")), white)
-    np.testing.assert_array_equal(
-        decode_image(build_tiff(3, 1, [1], 0, b"\x40")), white
-    )  # Photometric interpretation 0: white is zero.
+    # Photometric interpretation 0: white is zero.
+    np.testing.assert_array_equal(decode_image(build_tiff(3, 1, [1], 0, b"\x40")), white)
 
 
 def test_alpha_is_dropped_and_colours_are_kept_as_stored() -> None:
@@ -89,9 +88,8 @@ def test_premultiplied_alpha_is_divided_out() -> None:
     np.testing.assert_array_equal(decode_image(content), [[[99] * 3, [200] * 3]])  # 50 * 255 / 128 = 99.6
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Palette images with Transparency"
-)  # pytest resets the warning filter of segray.data.image_files.
+# pytest resets the warning filter of segray.data.image_files.
+@pytest.mark.filterwarnings("ignore:Palette images with Transparency")
 @pytest.mark.parametrize("alphas", [b"\0", b"\x80\x00\x40", b"\xff\x00"])
 def test_a_palette_with_transparency_decodes_to_the_palette_colours(alphas: bytes) -> None:
     colours = bytes([200, 100, 50, 0, 255, 0, 1, 2, 3])
@@ -304,9 +302,8 @@ def test_a_large_jpeg_is_decoded_at_twice_the_needed_size_with_almost_equal_pixe
     difference = resize_image(reduced, (64, 96)).astype(int) - resize_image(whole, (64, 96))
     assert np.abs(difference).mean() < 0.3
     assert np.abs(difference).max() <= 2
-    with pytest.raises(
-        ImageFault, match="1000x800 pixels, more than the limit"
-    ):  # The full size counts, and is checked before decoding.
+    # The limit applies to the full size, and is checked before decoding.
+    with pytest.raises(ImageFault, match="1000x800 pixels, more than the limit"):
         decode_image_reduced(content, 800 * 1000 - 1, (64, 96))
 
 

@@ -103,7 +103,21 @@ def test_errors_say_what_is_wrong_with_a_manifest(tmp_path: Path) -> None:
     path.write_text("image_uri,mask_uri,split\na,,train\n")
     with pytest.raises(DataError, match="a row has no image_uri or mask_uri"):
         load(train={"manifest": str(path)}, val={"manifest": str(path)})
+    path.write_text("image_uri,mask_uri,split,split\na,m,train,train\n")
+    with pytest.raises(DataError, match=r"manifest\.csv: cannot be read as a table of samples"):
+        load(train={"manifest": str(path)}, val={"manifest": str(path)})
     broken = tmp_path / "manifest.parquet"
-    broken.write_bytes(b"no")
-    with pytest.raises(DataError, match="expected Parquet or CSV"):
-        load(train={"manifest": str(broken)}, val={"manifest": str(broken)})
+    pq.write_table(pa.table({"image_uri": ["a"]}), broken)
+    damaged_footer = bytearray(broken.read_bytes())
+    damaged_footer[-60:-8] = bytes(52)
+    for content in (b"no", damaged_footer):
+        broken.write_bytes(content)
+        with pytest.raises(DataError, match="expected Parquet or CSV"):
+            load(train={"manifest": str(broken)}, val={"manifest": str(broken)})
+
+
+def test_a_list_of_the_oxford_layout_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "annotations").mkdir()
+    (tmp_path / "annotations" / "trainval.txt").write_bytes(b"\xff\xfe")
+    with pytest.raises(DataError, match=r"trainval\.txt: expected UTF-8 text with one image name per line"):
+        load_splits(DataConfig.model_validate({"layout": {"oxford_iiit_pet": {"root": str(tmp_path)}}}))

@@ -39,7 +39,7 @@ log_level = WARNING
 log_address = {root}/no-syslog
 """
 
-# There is only one replica, so a slow response on a busy machine must be waited for: no other server can answer, no
+# There is only one replica, so clients must wait for slow responses on a busy machine: no other server can answer, no
 # updater adds late entries to listings, and a server that is considered broken would not be used for a minute.
 TIMEOUT_SETTINGS = """\
 conn_timeout = 10
@@ -90,7 +90,7 @@ name = only
 default = yes
 """
 
-# Does the work of nine runs of swift-ring-builder.
+# Replaces nine runs of swift-ring-builder.
 MAKE_RINGS = """\
 import sys
 from swift.common.ring import RingBuilder
@@ -107,7 +107,7 @@ def find_swift() -> Path:
     folder = Path(__file__).parents[2] / ".venv-swift" / "bin"
     if not (folder / "swift-proxy-server").exists():
         raise FileNotFoundError(
-            f"no object store for the tests: Swift is not installed in {folder.parent}; run make test to install it"
+            f"no object store for the tests: Swift is not installed in {folder.parent}; run make test-all to install it"
         )
     return folder
 
@@ -175,7 +175,7 @@ class ObjectStore:
         self.client().create_bucket(Bucket=name)
 
     def _start(self) -> None:
-        cache_port = self._port + len(BACKENDS) + 1  # Without memcached nothing listens there, which is only slower.
+        cache_port = self._port + len(BACKENDS) + 1  # Unused if memcached is not installed.
         values = {
             "root": self.root,
             "address": self._address,

@@ -1,4 +1,4 @@
-"""An HTTP proxy in front of the object store that injects faults of stores and networks by rule and counts requests."""
+"""An HTTP proxy in front of the object store that injects store and network faults by rule, and records requests."""
 
 import http.client
 import os
@@ -52,7 +52,7 @@ REFUSALS = {
 
 @dataclass(frozen=True)
 class Request:
-    """A counted request; `status` is None until it is answered."""
+    """A recorded request; `status` is None until it is answered."""
 
     operation: Operation
     key: str  # Percent-decoded, without the bucket; "" for requests to the bucket itself.
@@ -234,9 +234,8 @@ class _Server(ThreadingHTTPServer):
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         error = sys.exception()
-        if isinstance(error, Exception) and not isinstance(
-            error, ConnectionError
-        ):  # Clients may disconnect at any time.
+        # Clients may disconnect at any time.
+        if isinstance(error, Exception) and not isinstance(error, ConnectionError):
             self.proxy.errors.append(error)
 
     def close_connections(self) -> None:
@@ -250,9 +249,8 @@ class _Handler(BaseHTTPRequestHandler):
 
     server: _Server
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm = (
-        True  # Otherwise the body of a response waits 40 ms for the acknowledgement of the headers.
-    )
+    # Otherwise the body of a response is delayed by 40 ms, until the headers are acknowledged.
+    disable_nagle_algorithm = True
 
     def setup(self) -> None:
         super().setup()

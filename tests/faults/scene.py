@@ -21,7 +21,7 @@ from pyarrow import parquet as pq
 from segray.config import IMAGE_EXTENSIONS
 from tests.faults.object_store import ObjectStore
 from tests.faults.proxy import FaultProxy
-from tests.poison import build_poison
+from tests.poison import build_poison, encode
 
 ROOT = Path(__file__).parents[2]
 BUCKET = "faults"
@@ -55,17 +55,11 @@ def fill_bucket(store: ObjectStore, bundle: Path) -> None:
             (f"images/{name}.png", rng.integers(0, 256, (*size, 3), np.uint8)),
             (f"masks/{name}.png", rng.choice([0, 1, 2, 3], size).astype(np.uint8)),
         ):
-            client.put_object(Bucket=BUCKET, Key=key, Body=encode_png(pixels))
+            client.put_object(Bucket=BUCKET, Key=key, Body=encode(Image.fromarray(pixels)))
     for key, content in pick_poison().items():
         client.put_object(Bucket=BUCKET, Key=f"images/{key}", Body=content)
     client.put_object(Bucket=BUCKET, Key="images/folder/", Body=b"")
     client.put_object(Bucket=BUCKET, Key="images/notes.txt", Body=b"no image")
-
-
-def encode_png(pixels: np.ndarray[Any, Any]) -> bytes:
-    buffer = io.BytesIO()
-    Image.fromarray(pixels).save(buffer, "PNG")
-    return buffer.getvalue()
 
 
 def pick_poison() -> dict[str, bytes]:
@@ -135,7 +129,7 @@ class Cluster:
 
 
 def build_environment(**more: str) -> dict[str, str]:
-    """Return the environment of a user who has set no variable of Ray but the token."""
+    """Return the environment of a user who has set no Ray variables except the token."""
     inherited = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "AWS_"))}
     ray = {
         "RAY_AUTH_MODE": "token",
@@ -268,9 +262,8 @@ def require_invariant(files: dict[str, bytes], clean: dict[str, bytes], except_f
         except_for: Keys of images whose rows may differ. With any, only the rows of the other images are compared.
     """
     rows, expected = read_table(files).to_pylist(), read_table(clean).to_pylist()
-    assert [row["uri"] for row in rows] == [
-        row["uri"] for row in expected
-    ]  # Each image once: none lost, none duplicated.
+    # Each image once: none lost, none duplicated.
+    assert [row["uri"] for row in rows] == [row["uri"] for row in expected]
     excluded = {f"s3://{BUCKET}/{key}" for key in except_for}
     assert excluded <= {row["uri"] for row in rows}
     for row, other in zip(rows, expected, strict=True):

@@ -1,4 +1,4 @@
-"""Fault tests that `make test` includes: one fault of every family."""
+"""One fault of each family: the fault tests that are not slow."""
 
 from tests.faults.proxy import Action, Call, Request, Rule
 from tests.faults.scene import BUCKET, FRAGMENT_SIZE, NUM_GOOD, Clean, Scene, pick_poison, read_table, require_invariant
@@ -19,9 +19,7 @@ def test_the_fault_free_run_has_a_row_for_every_image(clean: Clean) -> None:
 def test_rows_are_identical_if_a_third_of_all_requests_fail(scene: Scene, clean: Clean, output: str) -> None:
     scene.proxy.set_rules(
         *(
-            Rule(
-                action, operation, probability=0.12
-            )  # Of the requests that the earlier rules did not match: 30% in all.
+            Rule(action, operation, probability=0.12)  # Three actions per operation: 32% of its requests fail.
             for operation in ("GET", "PUT", "LIST")
             for action in (Action.UNAVAILABLE, Action.RESET, Action.CUT_BODY)
         )
@@ -50,9 +48,8 @@ def test_a_rerun_after_a_killed_driver_reads_only_the_remaining_images(scene: Sc
     read = [f"s3://{BUCKET}/{request.key}" for request in scene.proxy.requests if request.operation == "GET"]
     assert not set(rows) & set(read)
     images = [uri for uri in read if "/images/" in uri and "/runs/" not in uri]
-    assert sorted(images) == sorted(
-        set(read_table(clean.files)["uri"].to_pylist()) - set(rows)
-    )  # Each of the others once.
+    # Each of the others is read once.
+    assert sorted(images) == sorted(set(read_table(clean.files)["uri"].to_pylist()) - set(rows))
     scene.proxy.forget()
     assert scene.run(output).process.returncode == 0
     assert scene.proxy.count("PUT") == 0

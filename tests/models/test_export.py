@@ -225,7 +225,7 @@ def test_a_program_that_does_not_match_the_original_is_not_written(
 
     monkeypatch.setattr(DeployableModel, "forward", forget_to_normalise)
     with pytest.raises(
-        BundleError, match=r"unet on resnet18 exported to .* does not match .*; nothing was written; try"
+        BundleError, match=r"classic_unet exported to .* does not match .*; nothing was written; try"
     ):
         export_bundle(str(bundle_dir), export_format, str(tmp_path / "file"))
     assert not (tmp_path / "file").exists()
@@ -247,7 +247,7 @@ def test_a_model_that_cannot_be_exported_is_one_error_line(
     assert run("export", str(bundle_dir), "--format", export_format, "--output", str(tmp_path / "file")) == 1
     printed = capfd.readouterr()
     assert printed.out == ""
-    assert printed.err.startswith(f"error: {bundle_dir}: unet on resnet18 cannot be exported to {export_format}: ")
+    assert printed.err.startswith(f"error: {bundle_dir}: classic_unet cannot be exported to {export_format}: ")
     assert "data-dependent" in printed.err
     assert printed.err.count("\n") == 1
     assert not (tmp_path / "file").exists()
@@ -268,8 +268,8 @@ def test_output_of_the_exporters_does_not_reach_the_terminal(capfd: pytest.Captu
 
 
 def test_weights_too_large_for_an_onnx_file_raise(bundle_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(export, "_MAX_ONNX_BYTES", 1_000_000)
-    with pytest.raises(BundleError, match=r"0\.1 GB of weights exceed the 2 GB .*; try --format torch_export"):
+    monkeypatch.setattr(export, "_MAX_ONNX_BYTES", 1_000)
+    with pytest.raises(BundleError, match=r"0\.0 GB of weights exceed the 2 GB .*; try --format torch_export"):
         export_bundle(str(bundle_dir), ONNX, "/nowhere/model.onnx")
 
 

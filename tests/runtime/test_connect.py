@@ -15,7 +15,7 @@ from ray import cloudpickle
 from ray.exceptions import ObjectStoreFullError, RayTaskError, WorkerCrashedError
 
 from segray.errors import ClusterError, FaultKind, ImageFault, StorageError
-from segray.runtime import connect as cluster
+from segray.runtime import connect
 from segray.runtime.connect import translated_ray_errors
 
 ROOT = Path(__file__).parents[2]
@@ -92,7 +92,7 @@ def test_variables_are_forwarded_to_a_cluster_unless_the_job_sets_them(monkeypat
     monkeypatch.setenv("MALLOC_ARENA_MAX", "4")
     job = {"runtime_env": {"env_vars": {"AWS_REGION": "us-east-1"}}}
     monkeypatch.setenv("RAY_JOB_CONFIG_JSON_ENV_VAR", json.dumps(job))
-    forwarded = cluster._collect_forwarded_variables()
+    forwarded = connect._collect_forwarded_variables()
     assert "AWS_REGION" not in forwarded
     assert forwarded["MALLOC_ARENA_MAX"] == "4"
     assert forwarded["MALLOC_MMAP_MAX_"] == "0"

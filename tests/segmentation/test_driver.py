@@ -30,7 +30,7 @@ from tests.segmented import NUM_IMAGES, SETTINGS, read_rows
 def run_in_process(
     fragments: Sequence[int], job: PipelineJob, placement: Placement, replaced: frozenset[int]
 ) -> Iterator[dict[str, Any]]:
-    """Replace ``run_pipeline``."""
+    """Run the stages one after the other; replaces ``run_pipeline``."""
     decode = FragmentDecoder(job, LocalLedger(DECODE))
     predict = FragmentPredictor(job, placement.num_per_node, LocalLedger(PREDICT))
     write = FragmentWriter(job, replaced)

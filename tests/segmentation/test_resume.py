@@ -57,7 +57,7 @@ def test_the_folder_of_a_run_with_other_settings_is_refused(
     assert read_files(finished) == before
 
 
-def test_the_folder_of_a_run_of_another_bundle_is_refused(
+def test_the_folder_of_a_run_with_another_bundle_is_refused(
     finished: Path, bundle_dir: Path, bucket: Path, tmp_path: Path
 ) -> None:
     bundle = Path(shutil.copytree(bundle_dir, tmp_path / "bundle"))
@@ -114,7 +114,7 @@ def test_images_changed_after_the_listing_was_frozen_become_error_rows(
     assert outcome.errors == {"changed": 1, "mask_missing": 1, "missing": 1, "unreadable": 1}
 
 
-def test_retry_errors_accepts_changes_of_error_rows_only(
+def test_retry_errors_accepts_only_changes_to_images_with_error_rows(
     run_with_errors: tuple[Path, Path], finished: Path, bundle_dir: Path, bucket: Path
 ) -> None:
     images, run = run_with_errors[0] / "images", run_with_errors[1]
@@ -135,7 +135,7 @@ def test_retry_errors_accepts_changes_of_error_rows_only(
     assert segment(bundle_dir, run_with_errors[0], run).errors == {}  # The folder is bound to the new listing now.
     assert segment(bundle_dir, run_with_errors[0], run, settings=retry).errors == {}
     assert read_files(run) == after
-    (images / "image 4#.png").write_bytes(b"broken again")  # It is no error row any more, so it must not change.
+    (images / "image 4#.png").write_bytes(b"broken again")  # It is not an error row any more, so it must not change.
     with pytest.raises(RunMismatchError, match=r"different listing: 1 changed; .*image 4#\.png was changed"):
         segment(bundle_dir, run_with_errors[0], run, settings=retry)
 

@@ -1,4 +1,4 @@
-"""End-to-end tests on Ray: every planned image is one row with the correct mask, whatever happens to other images."""
+"""End-to-end tests on Ray: every planned image has one row with the correct mask, even if other images are unusable."""
 
 import io
 import json
@@ -29,7 +29,7 @@ pytestmark = pytest.mark.usefixtures("ray_session")
 IGNORED = -1  # Raw mask values start at 1, and 0 is ignored.
 
 
-def test_every_planned_image_is_one_row_of_the_documented_schema(finished: Path, bucket: Path) -> None:
+def test_every_planned_image_has_one_row_of_the_documented_schema(finished: Path, bucket: Path) -> None:
     rows = read_rows(finished)
     assert [row["uri"] for row in rows] == sorted(str(path) for path in bucket.rglob("images/**/*.png"))
     assert {row["status"] for row in rows} == {"ok"}

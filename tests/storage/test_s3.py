@@ -218,7 +218,7 @@ def test_an_unavailable_store_is_reported_after_the_retries(
     ],
     ids=["secret", "profile", "garbage", "none", "bucket", "name", "prefix", "region"],
 )
-def test_a_mistake_of_the_user_becomes_one_line(
+def test_a_user_mistake_gives_a_one_line_error(
     bucket: str, tmp_path_factory: pytest.TempPathFactory, change: dict[str, str], uri: str, message: str | None
 ) -> None:
     garbage = tmp_path_factory.mktemp("aws") / "garbage"

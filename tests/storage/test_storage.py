@@ -1,4 +1,4 @@
-"""Tests of segray.storage on a local disk: odd names, atomic writes, one line for every error."""
+"""Tests of segray.storage on a local disk: odd names, atomic writes, one-line errors."""
 
 import errno
 import os
@@ -192,6 +192,9 @@ def test_columns_are_read_again_if_a_page_checksum_is_wrong(tmp_path: Path, monk
     for damaged in range(1, 8):
         reads.clear()
         assert storage.read_columns(str(path), ["x"])["x"].to_pylist() == list(range(20_000)), damaged
+    damaged = 0
+    with pytest.raises(StorageError, match=r"table\.parquet: .*: no column z; "):
+        storage.read_columns(str(path), ["x", "z"])
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(StorageError, match=r"table\.parquet: damaged, or not a Parquet file"):
         storage.read_columns(str(path), ["x"])

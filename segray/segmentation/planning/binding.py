@@ -40,13 +40,13 @@ _STATUS_INTERVAL_IMAGES = 10_000
 
 @dataclass(frozen=True)
 class BoundRun:
-    """A run, and what is left to do of it.
+    """A run, and the fragments that remain to be processed.
 
     Attributes:
         record: Content of ``run.json`` while the run is in progress.
-        has_truth: Whether any input comes with ground truth.
+        has_truth: Whether any input has ground truth.
         pending: Numbers of the fragments to process, ascending.
-        replaced: Those of them that exist already, with error rows, and are to be overwritten.
+        replaced: Pending fragments whose file exists, contains error rows, and is to be overwritten.
         is_complete: Whether an earlier call completed the run and nothing is pending.
     """
 
@@ -64,7 +64,7 @@ class BoundRun:
 
 @dataclass(frozen=True)
 class _Request:
-    """What the current call asks for: its job, opened inputs, fingerprint, and where to show progress."""
+    """The current call: its job, opened inputs, fingerprint, and the console for progress."""
 
     job: SegmentJob
     sources: list[Source]
@@ -101,7 +101,9 @@ def bind_run(
     errors: dict[int, list[str]] = {}
     if recorded is None:
         if finished:
-            raise RunMismatchError(f"{output} holds rows, but no run.json says of which run; choose another --output")
+            raise RunMismatchError(
+                f"{output} holds rows, but no run.json says which run they belong to; choose another --output"
+            )
         plan = _freeze_plan(request, check_bundle)
         finished = list_finished_fragments(output)
     else:
@@ -116,7 +118,7 @@ def bind_run(
     is_complete = recorded is not None and recorded.status == "complete" and not pending
     if recorded is not None and pending:
         check_bundle()
-        # Otherwise an interrupted retry would leave a run that is marked complete with the summary of its old rows.
+        # Mark the run as running: an interrupted retry must not leave it marked complete with an outdated summary.
         write_if_changed(get_run_uri(output), record.format())
     return BoundRun(record, has_truth, sorted(pending), frozenset(errors), is_complete)
 
@@ -140,9 +142,9 @@ def _freeze_plan(request: _Request, check_bundle: Callable[[], object]) -> Plan:
 
 
 def _compare_listing(request: _Request, recorded: RunFile, errors: dict[int, list[str]]) -> Plan:
-    """Return the plan of an existing run, with the present state of images that are error rows and to be retried.
+    """Return the plan of an existing run; images that are retried have the size and entity tags of the new listing.
 
-    ``errors`` are the URIs of these images by fragment.
+    ``errors`` holds the URIs of the retried images, which are error rows, by fragment.
     """
     job, output, frozen = request.job, request.job.output_uri, recorded.plan
     if not job.settings.relist:

@@ -44,7 +44,7 @@ def merge_listings(
     Args:
         frozen: The plan of the run, sorted by URI.
         present: The present listing, sorted by URI.
-        retryable: URIs of images that may change because they are error rows. One that was removed stays planned.
+        retryable: URIs of images that may change because they are error rows. If one was removed, it stays in the plan.
         changes: Receives every change of other images.
     """
     others = iter(present)

@@ -40,7 +40,7 @@ def open_sources(image_uris: Sequence[str], mask_uris: Sequence[str], settings: 
     Raises:
         ConfigError: The number of mask folders is wrong, or masks cannot be paired with a list.
         DataError: A text list or manifest cannot be used.
-        StorageError: An input is missing, or the store refused the request or failed.
+        StorageError: The store refused the request or failed. A missing folder is reported when its source is read.
     """
     if mask_uris and len(mask_uris) != len(image_uris):
         raise ConfigError(
@@ -169,7 +169,8 @@ def merge_sources(sources: Sequence[Source]) -> Iterator[ListedImage]:
     """Yield the images of all sources, sorted by URI, each once.
 
     Raises:
-        DataError: An image is listed with two different masks.
+        DataError: An image is listed with two different masks, or no image of a folder has a mask.
+        StorageError: A folder is missing, or the store refused the request or failed.
     """
     last: ListedImage | None = None
     for image in heapq.merge(*(source.images for source in sources), key=lambda image: image.uri):

@@ -20,10 +20,11 @@ from segray.segmentation.job import PipelineJob
 from segray.segmentation.profile import STEPS_TYPE, Step, Stopwatch
 from segray.segmentation.stages.ledger import MAX_DEATHS_PER_IMAGE, AttemptPlan, LedgerClient
 
-# Limit of the encoded files that are being fetched or waiting, assuming that all are as large as the largest so far.
+# Limit of the encoded files that are being fetched or wait to be decoded. Each is assumed to be as large as the largest
+# file so far.
 _MAX_AHEAD_BYTES = 128 * 2**20
 _GUESSED_BYTES = 32 * 2**20  # Assumed size until the first file is fetched, if the listing has no sizes.
-_LARGE_PX = 2**24  # After larger images, freed memory is returned to the system: a decode process should not keep it.
+_LARGE_PX = 2**24  # After a larger image, the decode process returns its freed memory to the system.
 _ROW = pa.struct(
     [
         ("uri", pa.string()),
@@ -39,10 +40,7 @@ DECODED_SCHEMA = pa.schema(
         ("fragment", pa.int64()),
         ("rows", pa.large_list(_ROW)),  # all planned images, in plan order
         ("images", pa.large_binary()),  # (n, H, W, 3) uint8 of the n images without an error, in plan order
-        (
-            "truths",
-            pa.large_list(pa.large_binary()),
-        ),  # class-index maps at the images' own sizes, or null
+        ("truths", pa.large_list(pa.large_binary())),  # class-index maps at the images' own sizes, or null
         ("steps", STEPS_TYPE),
     ]
 )
@@ -66,7 +64,7 @@ class DecodedImage:
     """One planned image after decoding.
 
     Attributes:
-        row: Columns of ``DECODED_SCHEMA``'s rows; the others are null.
+        row: Columns of the rows in ``DECODED_SCHEMA``; columns without a value are null.
         image: (h, w, 3) uint8 at the model's input size; None if the image is an error row.
         truth: (H, W) class indices at the image's own size; None without ground truth.
     """
@@ -162,7 +160,7 @@ class FragmentDecoder:
             return _Fetched(image, None)
         try:
             return _Fetched(image, fetch_mask(planned["mask_uri"], planned["mask_etag"]))
-        except ImageFault as fault:  # Raised by the mask; a fault of the image takes precedence.
+        except ImageFault as fault:  # Raised after the image is decoded, whose own fault takes precedence.
             return _Fetched(image, None, fault)
 
     def _decode(self, planned: dict[str, Any], fetch: Callable[[], _Fetched], watch: Stopwatch) -> DecodedImage:
@@ -198,7 +196,7 @@ class FragmentDecoder:
 
 
 def _fail(image: dict[str, Any], kind: FaultKind, message: str) -> DecodedImage:
-    """Return an error row that keeps what is known of the image."""
+    """Return an error row with the URI of the image, and its size if that is known."""
     known: dict[str, Any] = {name: image[name] for name in ("uri", "height", "width") if name in image}
     return DecodedImage({**known, "error_kind": str(kind), "error_message": message})
 

@@ -28,7 +28,7 @@ class Launched:
 
     Attributes:
         predictions: Predictions of the images, in CPU memory.
-        copied: Event after which their values are valid; None if they are already (on a CPU).
+        copied: Event after which their values are valid; None if they are valid already (on a CPU).
     """
 
     predictions: list[ImagePrediction]

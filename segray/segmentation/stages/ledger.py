@@ -3,8 +3,8 @@
 Ray restarts a task whose process died, but cannot tell which image of the fragment it was processing. So the first
 attempt at a fragment runs at full speed. If its process dies, later attempts process one image at a time and record
 each image in the ledger before they start on it. An image that was being processed in several deaths becomes a
-``failed`` row. Deaths that have other causes (a lost node, the kernel's out-of-memory killer choosing another process)
-hit a different image each time, because suspects are processed last; they cost time, but no rows.
+``failed`` row. Deaths with other causes (a lost node, the kernel's out-of-memory killer choosing another process) occur
+at a different image each time, because suspects are processed last. They cost time, but produce no error rows.
 """
 
 from collections import Counter
@@ -40,8 +40,8 @@ class AttemptPlan:
     Attributes:
         attempt: Number of the attempt. Calls of an earlier attempt, which was presumed dead, are ignored.
         one_by_one: Process one image at a time and record each beforehand, because an earlier attempt died.
-        suspects: Images that were being processed when attempts died. They are processed last, so that an innocent
-            image is not being processed again when the next death has another cause.
+        suspects: Images that were being processed when attempts died. They are processed last, so that a
+            death with another cause occurs at another image and is not counted against the same one again.
         failed: Images that must not be processed any more.
     """
 
@@ -58,7 +58,7 @@ class AttemptPlan:
 class Ledger:
     """The state of all attempts of a run, by stage and fragment; runs as a Ray actor.
 
-    If it is lost and restarts empty, attempts are only counted anew.
+    If the actor is lost, it restarts empty, and attempts are counted from zero again.
     """
 
     def __init__(self, num_predictors: int) -> None:
@@ -123,7 +123,7 @@ class Ledger:
 
 
 class LedgerClient:
-    """Access of one stage to the ledger of the run."""
+    """Gives one stage access to the ledger of the run."""
 
     def __init__(self, stage: str, actor: Any) -> None:
         self._stage = stage
@@ -135,7 +135,7 @@ class LedgerClient:
         return attempt_plan
 
     def record_image(self, fragment: int, attempt_plan: AttemptPlan, index: int | None) -> None:
-        """See ``Ledger.record_image``; returns once it is recorded, because this process may die right afterwards."""
+        """See ``Ledger.record_image``; waits until it is recorded, because this process may die right afterwards."""
         ray.get(self._actor.record_image.remote(self._stage, fragment, attempt_plan.attempt, index))
 
     def end(self, fragment: int, attempt_plan: AttemptPlan) -> None:

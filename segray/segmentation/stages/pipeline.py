@@ -26,7 +26,7 @@ from segray.segmentation.stages.writer import FragmentWriter
 # The ledger decides when to give up, because it knows whether there is progress. This limit is for processes that die
 # before they reach the ledger.
 _MAX_RETRIES = 100
-_MAX_WRITE_RETRIES = 10  # A writer decodes no image that could kill it.
+_MAX_WRITE_RETRIES = 10  # Fewer: a writer decodes no images, so no image can crash it.
 _ONE_FRAGMENT: dict[str, Any] = {"batch_size": 1, "batch_format": "pyarrow", "zero_copy_batch": True}
 
 
@@ -66,8 +66,8 @@ def _configure_ray_data() -> DataContext:
     # Ray 2.60 deprecates max_retries, max_restarts and max_task_retries here, but has no replacement yet.
     warnings.filterwarnings("ignore", "`ray_remote_args` is deprecated")
     context.target_max_block_size = None  # A fragment must never be split.
-    # By default, half of the CPUs is reserved for the stages in equal parts, and what the writers do not use of their
-    # part stays idle.
+    # By default, half of the CPUs are reserved for the stages in equal parts. The writers need less than their part,
+    # and the rest of it would stay idle.
     context.op_resource_reservation_ratio = 0.1
     context.raise_original_map_exception = True  # Otherwise only the text of a stage's exception reaches the driver.
     return context

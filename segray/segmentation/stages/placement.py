@@ -1,4 +1,4 @@
-"""Chooses the number of predictors and the resources of each stage, and checks that the cluster can have them."""
+"""Chooses the number of predictors and the resources of each stage, and checks that the cluster can provide them."""
 
 import math
 from collections.abc import Mapping
@@ -10,9 +10,9 @@ from segray.runtime.capacity import Capacity, require_placeable
 _PREDICTOR_BYTES = 2 * 2**30  # Libraries, weights and the activations of one batch of a resnet18 U-Net take 1.3 GiB.
 _FRAGMENTS_PER_PREDICTOR = 4
 # CPUs of a predictor, a decode task and a write task. Nodes with GPUs have CPUs to spare. On nodes without GPUs,
-# predictors must never fill a node: if another node dies, its predictors restart here, and nothing could decode. No
-# multiple of 0.89 is a whole number below 89, so at least a hundredth of a CPU is always free for the tasks; their
-# number is limited by `num_tasks` instead.
+# predictors must never occupy all CPUs of a node: when a node dies, its predictors restart on the others, and no CPU
+# would be left to decode. No multiple of 0.89 is a whole number below 89, so at least a hundredth of a CPU is always
+# free for the tasks; their number is limited by `num_tasks` instead.
 _GPU_STAGE_CPUS = (1.0, 1.0, 0.25)
 _CPU_STAGE_CPUS = (0.89, 0.01, 0.01)
 
@@ -27,7 +27,7 @@ class Placement:
         needs: Resources that a predictor requests, by Ray's names.
         decode_cpus: CPUs that a decode task requests.
         write_cpus: CPUs that a write task requests.
-        num_tasks: Maximal number of decode tasks, and of write tasks, at a time; None if only CPUs limit it.
+        num_tasks: Maximum number of concurrent decode tasks, and also of write tasks; None if only CPUs limit it.
     """
 
     num_predictors: int
@@ -43,11 +43,11 @@ def place_stages(settings: SegmentSettings, num_fragments: int, capacity: Capaci
 
     By default there is one predictor per GPU, or several if they share it. Without GPUs there is one per CPU, except
     for an eighth of the CPUs (at least two), which decode and write: a predictor with one thread is as fast as one
-    thread of a larger predictor, and never waits for other threads. Each is assumed to need 2 GiB of memory, and gets
-    at least four fragments, because it takes seconds to start.
+    thread of a larger predictor, and never waits for other threads. Each predictor is assumed to need 2 GiB of
+    memory, and gets at least four fragments, because it takes seconds to start.
 
     Raises:
-        ClusterError: The cluster can never hold one predictor and a decode task beside it.
+        ClusterError: The cluster can never run one predictor and one decode task at the same time.
     """
     share = settings.num_gpus_per_predictor
     predict_cpus, decode_cpus, write_cpus = _GPU_STAGE_CPUS if share else _CPU_STAGE_CPUS
@@ -55,7 +55,7 @@ def place_stages(settings: SegmentSettings, num_fragments: int, capacity: Capaci
     setting = "segment.num_gpus_per_predictor" if share else "segment.num_predictors"
     require_placeable(capacity, "predictor", needs, 1, setting)
     if share:
-        require_placeable(capacity, "process", {"CPU": 1}, 2, "segment: to predict and to decode")
+        require_placeable(capacity, "process", {"CPU": 1}, 2, "segment: one predictor and one decode task")
     num_fitting = capacity.count(needs) if not share else min(capacity.count(needs), capacity.count({"CPU": 1}) - 1)
     num_cpus = _count_known(capacity, {"CPU": 1})
     if settings.num_predictors:
@@ -71,7 +71,7 @@ def place_stages(settings: SegmentSettings, num_fragments: int, capacity: Capaci
 
 
 def _count_known(capacity: Capacity, each: Mapping[str, float]) -> float:
-    """Return how many fit on the cluster; if unknown nodes may be added, how many fit on the present ones."""
+    """Return how many tasks fit on the cluster; if unknown nodes may be added, how many fit on the present nodes."""
     most = capacity.count(each)
     return max(1, capacity.count(each, with_more=False)) if math.isinf(most) else most
 

@@ -54,7 +54,7 @@ class FragmentPredictor:
     Args:
         job: What the stages share; the model is loaded from its bundle.
         num_predictors_per_node: Number of predictors that share the cores of a node, if there is no GPU.
-        ledger: Where the fragment being processed is recorded.
+        ledger: Records which fragment and image are being processed.
     """
 
     def __init__(self, job: PipelineJob, num_predictors_per_node: int, ledger: LedgerClient) -> None:
@@ -73,7 +73,7 @@ class FragmentPredictor:
             if bundle.sha256 != job.bundle_sha256:
                 raise BundleError(f"{job.bundle_uri}: replaced during the run; restore it, or choose another --output")
             self._inference = Inference(bundle, job.settings, num_predictors_per_node)
-        except SegrayError as error:  # Raised with the first fragment: Ray keeps only the text of constructors' errors.
+        except SegrayError as error:  # Raised by __call__: Ray keeps only the text of errors in constructors.
             self._error = error
 
     def __call__(self, batch: pa.Table) -> pa.Table:

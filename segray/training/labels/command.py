@@ -16,7 +16,7 @@ from segray.training.labels.report import LabelReport, print_findings
 
 
 def check_labels(samples: Sequence[Sample], classes: ClassMap, split: str, console: Console) -> SplitReport:
-    """Check the labels of one split and show progress."""
+    """Check the labels of one split and show progress; return the report."""
     report = SplitReport.empty(classes.num_classes)
     with build_bar(console, "images") as bar:
         task = bar.add_task(f"check {split}", total=len(samples), note="")
@@ -67,8 +67,8 @@ def run_check(
         draw_to: URI of that picture; None writes ``augmented.png`` under the output.
 
     Raises:
-        SegrayError: The images and masks cannot be listed or paired, no pixel of a split is labelled, or the store
-            failed.
+        SegrayError: The images and masks cannot be listed or paired, no pixel of a split is labelled, or storage
+            cannot be accessed.
     """
     report, splits = _check(config, console)
     print_findings(report, console, list_all)

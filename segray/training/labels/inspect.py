@@ -108,10 +108,10 @@ class SplitReport:
 
 
 def check_samples(samples: Sequence[Sample], classes: ClassMap) -> SplitReport:
-    """Open the given images and masks and count labelled pixels; a bad image does not hide a bad mask.
+    """Open the given images and masks and count labelled pixels; a mask is checked even if its image is bad.
 
     Raises:
-        StorageError: The store refused the read or failed; a missing file is a fault in the report instead.
+        StorageError: Permissions, network or disk error; a missing file is a fault in the report instead.
     """
     report = SplitReport.empty(classes.num_classes)
     for sample in samples:
@@ -161,7 +161,7 @@ def _check_mask(
 
 
 def _explain_size(sample: Sample, raw: npt.NDArray[np.integer], size: tuple[int, ...]) -> LabelFault:
-    """Return the fault of a mask whose size differs from its image's; it says if EXIF rotated only the image."""
+    """Return the fault of a mask whose size differs from its image's; the message says if EXIF rotates the image."""
     fault = describe_size_fault(raw.shape, size)
     if raw.shape == size[::-1] and swaps_sides(read_bytes(sample.image_uri)):
         return LabelFault(
@@ -189,7 +189,7 @@ def _count_pixels(mask_uri: str, truth: npt.NDArray[np.integer], classes: ClassM
 
 
 def check_dataset(samples: Sequence[Sample], classes: ClassMap) -> Iterator[SplitReport]:
-    """Check samples on all CPUs of the cluster; yield the growing report, in sample order."""
+    """Check samples on all CPUs of the cluster; yield the report so far, repeatedly, in sample order."""
     check = ray.remote(num_cpus=1, max_retries=3)(check_samples)
     classes_ref = ray.put(classes)
     report = SplitReport.empty(classes.num_classes)
@@ -216,9 +216,9 @@ def _fetch(chunk: Any) -> SplitReport:
 
 
 def complete_reports(reports: Mapping[str, SplitReport], splits: Splits, classes: ClassMap) -> dict[str, SplitReport]:
-    """Return the reports, by split name, completed with what only all files together reveal.
+    """Return the reports, by split name, completed with the findings that require all files.
 
-    This adds how to declare undeclared values, and which images of ``val`` are also in ``train``.
+    These are how to declare undeclared values, and which images of ``val`` are also in ``train``.
     """
     values = frozenset[int]().union(*(report.values for report in reports.values()))
     remedy = classes.suggest_declaration(values)

@@ -16,11 +16,11 @@ def draw_training(config: TrainConfig, samples: Sequence[Sample], classes: Class
     """Draw the first samples of a run, image and truth, augmented as the run will augment them; return a PNG file.
 
     The sample and its augmentation at a position in the stream do not depend on the batch size or the number of
-    workers, so one step of ``num_drawn`` samples shows what any run starts with.
+    workers, so a single step of ``num_drawn`` samples holds the first samples of any run.
 
     Raises:
         DataError: An image or mask cannot be used.
-        StorageError: The store refused or failed.
+        StorageError: Permissions, network or disk error.
     """
     steps = iterate_training(
         samples,

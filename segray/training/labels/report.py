@@ -38,7 +38,7 @@ class LabelReport:
 
     @property
     def warnings(self) -> list[Finding]:
-        """Every file that training can use but that looks unintended."""
+        """Every file that training can use but whose content may be unintended."""
         return _collect_warnings(self.splits)
 
     @property

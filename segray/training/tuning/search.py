@@ -94,8 +94,8 @@ class TuneResult:
     """A complete search.
 
     Attributes:
-        config: The best configuration; training with it returns the bundle of the best trial.
-        config_uri: URI of ``best.yaml``, which holds it.
+        config: The best configuration; training with it resumes the best trial and writes its bundle.
+        config_uri: URI of ``best.yaml``, which contains it.
         trials: All trials, best first.
     """
 
@@ -183,7 +183,7 @@ def _run_trials(search: Search, console: Console) -> ScoreBoard:
             ),
             run_config=tune.RunConfig(
                 storage_path=folder,
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # Runs write their own.
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # Training writes its own.
                 callbacks=[board],
                 verbose=0,
             ),
@@ -195,7 +195,7 @@ def _run_trials(search: Search, console: Console) -> ScoreBoard:
 
 
 def _list_node_resources() -> list[str]:
-    """Return the name, in a list, of the custom resource that stands for the driver's own node."""
+    """Return the name of the resource that only the driver's node has (``node:<address>``), in a list."""
     node_id = ray.get_runtime_context().get_node_id()
     (resources,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == node_id)
     return [name for name in resources if name.startswith("node:") and name != "node:__internal_head__"]
@@ -226,7 +226,7 @@ def _build_table(ranked: Sequence[TrialRecord]) -> Table:
 
 
 def format_trials_csv(ranked: Sequence[TrialRecord]) -> bytes:
-    """Format the trials, best first, as CSV."""
+    """Return the trials, best first, as CSV."""
     buffer = io.StringIO()
     writer = csv.writer(buffer, lineterminator="\n")
     writer.writerow(["trial", METRIC, "num_epochs", "outcome", *ranked[0].values])

@@ -29,6 +29,8 @@ def set_values(config: TrainConfig, values: dict[str, Any]) -> TrainConfig:
         inner = content
         for section in sections:
             inner = inner.setdefault(section, {})
+            if not isinstance(inner, dict):
+                raise ConfigError(f"tune.space.{name}: {section} is {inner!r}, not a section that {last} can be set in")
         inner[last] = value
     try:
         return TrainConfig.model_validate(content)

@@ -48,7 +48,7 @@ class Search:
 class TrialRun(tune.Trainable):  # type: ignore[misc]
     """Trains with the drawn settings, starting from the trial's newest checkpoint; one step is one evaluated epoch.
 
-    Tune kills the process of a trial that it stops, so the run in that process must have ended before. Otherwise Ray
+    Tune kills the process of a trial that it stops, so the run in that process must end first. Otherwise Ray
     Train's workers would die with the process, but the CPUs and GPUs reserved for them would be released only if Ray's
     dashboard is running (Ray Train asks it whether its controller is alive), and without them no later trial can
     start. Therefore the run pauses after each epoch, and ends by itself if it may not continue.

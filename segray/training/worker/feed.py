@@ -7,7 +7,7 @@ them. So every rank takes the same number of full batches, no sample is dropped 
 run continues with the next sample.
 
 Images are decoded by threads, because the decoders release the interpreter lock, and because a torch DataLoader would
-fork the Ray worker, which is unsafe as that has threads of its own.
+fork the Ray worker, which is unsafe because the worker already has threads.
 """
 
 from collections import deque
@@ -91,7 +91,7 @@ class RankShare:
 
 
 def compute_num_steps(num_samples: int, global_batch_size: int) -> int:
-    """Return the number of steps in an epoch: the smallest number in which every sample is seen."""
+    """Return the number of steps in an epoch: the smallest number that takes at least ``num_samples`` samples."""
     return -(-num_samples // global_batch_size)
 
 
@@ -112,7 +112,7 @@ def _draw_order(num_samples: int, seed: int, sample_pass: int) -> npt.NDArray[np
 
 
 def _build_generator(seed: int, position: int) -> np.random.Generator:
-    """Return the random generator that augments a sample; the spawn key separates it from those of sample orders."""
+    """Return the random generator that augments a sample; the spawn key makes it independent of the sample order's."""
     return np.random.default_rng(np.random.SeedSequence([seed, position], spawn_key=(1,)))
 
 

@@ -35,14 +35,14 @@ from segray.training.worker.state import Trainer, set_up
 from segray.training.worker.steps import NonFiniteLossError, train_step
 
 _LAST_EPOCH_ONLY = ("val_confusion", "val_worst_images", "val_best_images")
-# Limits the checkpoints held in memory until they are uploaded; the step that creates one more waits.
+# At most two checkpoints wait in memory to be uploaded; a step that would create a third one waits.
 _upload_slots = threading.BoundedSemaphore(2)
 _UPLOAD_POLL_S = 5.0
 _PERMISSION_POLL_S = 0.2
 
 
 def run_loop(job: TrainJob) -> dict[str, Any]:
-    """Train from the newest checkpoint, or from the start, until all epochs are done or the driver stops the run.
+    """Train from the newest checkpoint, or from the start, until training is complete or the driver stops the run.
 
     Returns:
         ``{"error": None}``, or an error that a restart would not fix. It is returned instead of raised because Ray
@@ -109,7 +109,7 @@ def _run_epoch(trainer: Trainer) -> None:
 
 
 def _drop_large_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
-    """Remove the metrics that are only used of the last epoch; one grows with the square of the number of classes."""
+    """Return the metrics without those that are used only for the last epoch, such as its (C, C) confusion matrix."""
     return {name: value for name, value in metrics.items() if name not in _LAST_EPOCH_ONLY}
 
 

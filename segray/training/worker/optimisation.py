@@ -46,7 +46,7 @@ def build_optimizer(model: SegmentationModel, settings: TrainSettings) -> torch.
 def build_schedule(
     optimizer: torch.optim.Optimizer, settings: TrainSettings, num_steps: int
 ) -> lr_scheduler.LRScheduler:
-    """Build the schedule over ``num_steps`` steps; the peak of each parameter group is its present learning rate.
+    """Build the schedule over ``num_steps`` steps; the peak of each parameter group is its current learning rate.
 
     ``one_cycle`` is from Smith and Topin, "Super-Convergence", 2018; ``poly`` is (1 - step/steps) ** power, as in
     DeepLab.
@@ -75,7 +75,7 @@ def build_schedule(
 
 
 def get_highest_rate(optimizer: torch.optim.Optimizer) -> float:
-    """Return the learning rate of the next step: the highest of all parameter groups."""
+    """Return the current learning rate: the highest of all parameter groups."""
     return max(float(group["lr"]) for group in optimizer.param_groups)
 
 
@@ -87,7 +87,7 @@ class WeightAverage:
 
     Args:
         model: The model to average; the averages are kept on the devices of its tensors.
-        decay: Decay per step late in a run.
+        decay: Decay per step, once the limit above exceeds it.
     """
 
     def __init__(self, model: nn.Module, decay: float) -> None:
@@ -97,13 +97,13 @@ class WeightAverage:
         self.reset(0)
 
     def reset(self, num_steps: int) -> None:
-        """Set the average to the model's present weights, and the number of averaged steps to ``num_steps``."""
+        """Set the average to the model's current weights, and the number of averaged steps to ``num_steps``."""
         self._average = [tensor.detach().clone() for tensor in self._current]
         self._num_steps = num_steps
 
     @torch.no_grad()
     def update(self) -> None:
-        """Add the model's present weights to the average, after each step."""
+        """Add the model's current weights to the average; call this after each step."""
         decay = min(self._decay, (1 + self._num_steps) / (10 + self._num_steps))
         torch._foreach_lerp_(self._average, self._current, 1 - decay)
         self._num_steps += 1

@@ -36,7 +36,7 @@ def build_replica(model: SegmentationModel, settings: TrainSettings, device: tor
         return model
     replica: nn.Module = ray.train.torch.prepare_model(model)
     rebuild_gradient_buckets(replica, device)
-    _compile_if_configured(model, settings)  # Not earlier, or it would compile for the input shape used just above.
+    _compile_if_configured(model, settings)  # Only now, or it would compile for the input shape used just above.
     return replica
 
 

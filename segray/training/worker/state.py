@@ -76,7 +76,7 @@ class Trainer:
 
     @property
     def steps_per_epoch(self) -> int:
-        """The number of steps in an epoch: the smallest number in which every sample is seen."""
+        """The number of steps in an epoch; see ``compute_num_steps``."""
         return compute_num_steps(len(self.job.splits.train), self.job.config.train.global_batch_size)
 
     def gather_state(self) -> TrainingState | None:

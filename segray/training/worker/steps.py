@@ -75,7 +75,8 @@ def train_step(learner: Learner, parts: Sequence[TrainBatch], announce: Callable
         announce: Called with the name of each stage as it begins, for stall detection.
 
     Raises:
-        NonFiniteLossError: The loss or gradient is not finite; raised on every rank, before the weights are updated.
+        NonFiniteLossError: The loss or gradient is not finite; raised on every rank, before the weights are updated. In
+            fp16, a step whose gradient alone is not finite is skipped instead.
     """
     truths = [torch.from_numpy(part.truth).to(learner.device, non_blocking=True).long() for part in parts]
     counts = _sum_over_ranks(torch.stack([learner.loss.count(truth) for truth in truths]).sum(0))

@@ -1,4 +1,4 @@
-"""Listing of input images: every form of input, unusual file names, and no duplicates."""
+"""Listing of input images: every kind of input, unusual file names, and no duplicates."""
 
 import json
 import os

@@ -53,7 +53,7 @@ def test_a_reduced_jpeg_keeps_its_size_and_ground_truth_and_nearly_its_pixels(tm
 
 
 class SlowStore:
-    """Fetches images with a delay, and records the maximal number of concurrent fetches."""
+    """Fetches images with a delay, and records the maximum number of concurrent fetches."""
 
     def __init__(self, seconds: float) -> None:
         self._seconds = seconds

@@ -1,4 +1,4 @@
-"""The ledger of worker deaths: images that kill their worker become error rows, and no others do."""
+"""The ledger of worker deaths: images that crash their worker process become error rows, and no others do."""
 
 import ctypes
 from pathlib import Path
@@ -26,7 +26,7 @@ from tests.segmentation.local_ledger import LocalLedger
 from tests.segmented import NUM_IMAGES, SETTINGS, read_rows, segment
 
 
-def test_only_the_image_of_repeated_deaths_fails() -> None:
+def test_only_an_image_that_was_processed_in_repeated_deaths_fails() -> None:
     ledger = Ledger(1)
     attempt_plan = ledger.begin(DECODE, 7)
     assert (attempt_plan.one_by_one, attempt_plan.failed) == (False, frozenset())
@@ -50,7 +50,7 @@ def test_suspects_are_processed_last_ordered_by_number_of_deaths() -> None:
     assert ledger.begin(DECODE, 0).order_images(5) == [0, 2, 4, 3, 1]
 
 
-def test_a_death_after_the_last_image_makes_no_suspect() -> None:
+def test_a_death_after_the_last_image_makes_no_image_a_suspect() -> None:
     ledger = Ledger(1)
     attempt_plan = ledger.begin(DECODE, 0)
     ledger.record_image(DECODE, 0, attempt_plan.attempt, 4)
@@ -178,7 +178,7 @@ def test_an_image_that_exhausts_memory_is_retried_alone(
 
 
 class DyingPredictor(predictor.FragmentPredictor):
-    """Dies of a segmentation fault when it predicts an image of one height."""
+    """Crashes with a segmentation fault when it predicts an image of height ``HEIGHT``."""
 
     HEIGHT = 40 + 7 * 3
 

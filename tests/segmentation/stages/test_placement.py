@@ -101,7 +101,7 @@ def test_with_unknown_autoscaling_the_present_nodes_or_the_request_decide() -> N
         (
             {"num_gpus_per_predictor": 1},
             {"CPU": 1, "GPU": 1},
-            "segment: to predict and to decode: requested 2 processes with 1 CPU each",
+            "segment: one predictor and one decode task: requested 2 processes with 1 CPU each",
         ),
         ({}, {"CPU": 0}, "segment.num_predictors: requested 1 predictor with 0.89 CPU, but at most 0 can be placed"),
     ],

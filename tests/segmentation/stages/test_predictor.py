@@ -28,7 +28,7 @@ NEVER = 2  # The model of the fixture never predicts this class.
 def bundle(bundle_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("never")
     weights = load_bundle(str(bundle_dir)).model.state_dict()
-    weights["network.segmentation_head.0.bias"][NEVER] = -1e6
+    weights["network.head.bias"][NEVER] = -1e6
     save_pet_bundle(folder, weights)
     return folder
 
@@ -75,7 +75,7 @@ def test_an_absent_class_has_null_scores_and_confidence(bundle: Path) -> None:
 
 def test_non_finite_logits_give_a_mask_and_null_statistics(bundle: Path, tmp_path: Path) -> None:
     weights = load_bundle(str(bundle)).model.state_dict()
-    weights["network.segmentation_head.0.bias"][0] = np.nan
+    weights["network.head.bias"][0] = np.nan
     save_pet_bundle(tmp_path, weights)
     (row,) = predict(tmp_path, [make_image("a", truth=1)])
     assert (row["entropy"], set(row["mean_confidence"])) == (None, {None})
@@ -101,9 +101,10 @@ def test_a_compiled_model_gives_the_same_masks(bundle: Path) -> None:
 
 
 def test_compiling_without_a_compiler_names_the_cause_and_the_remedy(
-    bundle: Path, monkeypatch: pytest.MonkeyPatch
+    bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = SegmentSettings(batch_size=3, precision="fp32", compile=True)  # a shape that is not in torch's caches
+    settings = SegmentSettings(batch_size=3, precision="fp32", compile=True)  # a shape that this process did not compile
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("PATH", "")
     torch.compiler.reset()
