@@ -1,15 +1,18 @@
-# make setup: everything into .venv.  make demo: train and segment drawn shapes.  CONTRIBUTING.md describes the tests.
+# make setup installs everything into .venv. make demo trains on drawn shapes and segments them. CONTRIBUTING.md describes the
+# test targets.
 PYTHON ?= python3
 BIN := .venv/bin
-# Tests of one file run in one process and share its fixtures. Two more processes than cores: tests wait for Ray.
-PARALLEL := --numprocesses 4 --dist loadfile
+# Tests of one file run in one process and share its fixtures. There is one more process than cores (2), because tests often
+# wait for Ray; tests/conftest.py puts the longest files first.
+PARALLEL := --numprocesses 3 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup demo docs test test-all test-faults test-cluster gpu-pack gpu-run wheel check lock clean
 
 setup: .venv/installed
 
-# uv and not pip: pip can choose a torch build that torchvision's wheel does not load. The last line proves the pair.
-# compat: a plain path entry; setuptools' import hook loses to any folder named segray in the current directory.
+# uv instead of pip, because pip can choose a torch build that torchvision's wheel cannot load. The import of both checks it.
+# editable_mode=compat adds a plain path entry; setuptools' default, an import hook, is shadowed by any folder named segray in
+# the current directory.
 .venv/installed: requirements.txt pyproject.toml
 	test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet uv
@@ -36,18 +39,20 @@ test-all: setup docs .venv-swift/installed
 
 # every fault of docs/guides/faults.md, on a real object store
 test-faults: setup .venv-swift/installed
-	$(BIN)/pytest tests/faults tests/training/tuning/test_tuning.py --durations=0
+	$(BIN)/pytest tests/faults --durations=0
+	$(BIN)/pytest --ignore tests/faults --ignore tests/cluster -m slow --durations=0
 
 # cluster.yaml and clusters/onprem.yaml launched, on hosts that are network namespaces: Linux, and root, or all are skipped
 test-cluster: setup .venv-swift/installed .venv-moto/installed
 	tests/cluster/install.sh
 	$(BIN)/pytest tests/cluster --durations=0
 
-# What a machine with a GPU and without a network lacks, into gpu-pack/ (40 MiB). GPU_PYTHON: its Python version, 3.12.
+# Packs the packages that `make gpu-run` needs on a machine with a GPU but without a network into gpu-pack/ (40 MiB). GPU_PYTHON
+# is the Python version of that machine; the default is 3.12.
 gpu-pack:
 	benchmarks/pack_gpu.sh
 
-# There: everything that needs a GPU, within 10 minutes and without `make setup`; results go to runs/gpu_run.json.
+# On that machine, run everything that needs a GPU, within 10 minutes and without `make setup`; writes runs/gpu_run.json.
 gpu-run:
 	@$(PYTHON) benchmarks/gpu_run.py $(if $(OUT),--output $(OUT)/gpu_run.json)
 
@@ -55,11 +60,11 @@ gpu-run:
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir site
 
-# into dist/, by way of a source archive: a folder build/ that lies about has no part in it
+# Into dist/. uv builds the wheel from a source archive, so files left over in build/ do not get into it.
 wheel: setup
 	$(BIN)/uv build --quiet --out-dir dist
 
-# The tests' object store has an environment of its own: its dependencies are not ours.
+# The tests' object store has an environment of its own, so that its dependencies do not mix with segray's.
 .venv-swift/installed: tests/faults/object_store.txt
 	test -x .venv-swift/bin/python || $(PYTHON) -m venv .venv-swift
 	.venv-swift/bin/python -m pip install --quiet --requirement tests/faults/object_store.txt
@@ -70,7 +75,7 @@ wheel: setup
 	.venv-moto/bin/python -m pip install --quiet --requirement tests/cluster/moto.txt
 	touch $@
 
-# after a change of dependencies in pyproject.toml; names no package index
+# Run it after changing dependencies in pyproject.toml. The result names no package index.
 lock:
 	$(BIN)/uv pip compile --quiet --universal --python-version 3.11 --extra dev --no-emit-index-url \
 	  --custom-compile-command "make lock" --upgrade pyproject.toml --output-file requirements.txt

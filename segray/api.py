@@ -1,4 +1,4 @@
-"""The Python API: what the commands do, as functions that return objects. ``import segray`` offers all of it.
+"""The Python API: what the commands do, as functions that return objects. The package ``segray`` exports all of it.
 
 Every function accepts paths and URIs as ``str`` or ``os.PathLike``, and raises a subclass of
 ``segray.errors.SegrayError`` where the command would print one line and exit. Nothing is printed unless a
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from segray.config import ExportFormat, SegmentFile, SegmentSettings, TrainConfig, load_config
 from segray.progress import build_quiet_console
 
-if TYPE_CHECKING:  # imported by the functions that need them, so that `import segray` stays fast
+if TYPE_CHECKING:  # The functions import what they need, so that `import segray` stays fast.
     from rich.console import Console
 
     from segray.models.export import ExportedFile
@@ -51,8 +51,9 @@ def train(config: ConfigSource, *, console: "Console | None" = None) -> TrainRes
 
     Raises:
         ConfigError: A setting is unknown, missing or wrong.
-        DataError: Labels cannot be learned from; ``check`` lists all problems.
+        DataError: The labels cannot be used for training; ``check`` lists all problems.
         RunMismatchError: The output belongs to a run with other settings or images.
+        ClusterError: Ray cannot be reached, or the cluster can never run the workers.
         TrainingError: The loss became non-finite, a worker stalled, or workers were lost too often.
         StorageError: Environment error (permissions, network, disk); fix it and call again to resume.
     """
@@ -95,9 +96,8 @@ def segment(
     from segray.segmentation.driver import run_segmentation
     from segray.segmentation.job import SegmentJob
 
-    if not isinstance(settings, SegmentSettings):
-        settings = load_config(SegmentFile, {"segment": dict(settings or {})}).segment
-    job = SegmentJob(os.fspath(bundle), _to_uris(images), os.fspath(output), _to_uris(masks), settings)
+    resolved = _load_segment_settings(settings)
+    job = SegmentJob(os.fspath(bundle), _to_uris(images), os.fspath(output), _to_uris(masks), resolved)
     return run_segmentation(job, console or build_quiet_console())
 
 
@@ -153,16 +153,18 @@ def status(output: Uri) -> "RunStatus":
 
 
 def export(bundle: Uri, format: "ExportFormat | str", *, output: Uri | None = None) -> "ExportedFile":
-    """Write a bundle's model, normalisation included, as one file that needs no segray.
+    """Write a bundle's model, including its normalisation, as one file that runs without segray.
 
     Args:
         bundle: A bundle written by ``train``.
         format: ``"onnx"`` (ONNX Runtime and others) or ``"torch_export"`` (torch alone).
-        output: The file; None is ``model.onnx`` or ``model.pt2`` in the bundle.
+        output: The file; None writes ``model.onnx`` or ``model.pt2`` into the bundle.
 
     Raises:
         ConfigError: The format is unknown, or a package that it needs is missing.
-        BundleError: There is no bundle, or the exported model does not compute what the bundle computes.
+        BundleError: There is no bundle, it cannot be exported, or the exported program does not match the original
+            model; nothing is written.
+        StorageError: Environment error: permissions, network or disk.
     """
     from segray.models.export import export_bundle
 
@@ -170,7 +172,7 @@ def export(bundle: Uri, format: "ExportFormat | str", *, output: Uri | None = No
 
 
 def load_bundle(uri: Uri, *, settings: Mapping[str, Any] | SegmentSettings | None = None) -> "BundleModel":
-    """Load a bundle for trying it on single images; ``segment`` is the way to process many.
+    """Load a bundle to try it on single images; to process many images, use ``segment``.
 
     Args:
         uri: A bundle written by ``train``.
@@ -178,17 +180,17 @@ def load_bundle(uri: Uri, *, settings: Mapping[str, Any] | SegmentSettings | Non
             are used.
 
     Returns:
-        A model whose ``predict(image)`` gives the mask that ``segment`` writes for that image, bit for bit, with the
+        A model whose ``predict(image)`` returns the mask that ``segment`` writes for that image, bit for bit, with the
         same settings on the same device.
 
     Raises:
+        ConfigError: A setting is unknown or wrong.
         BundleError: The bundle is missing, damaged or incompatible.
+        StorageError: Environment error: permissions, network or disk.
     """
     from segray.segmentation.interactive import BundleModel
 
-    if not isinstance(settings, SegmentSettings):
-        settings = load_config(SegmentFile, {"segment": dict(settings or {})}).segment
-    return BundleModel(os.fspath(uri), settings)
+    return BundleModel(os.fspath(uri), _load_segment_settings(settings))
 
 
 def open_results(output: Uri) -> "RunResults":
@@ -196,6 +198,7 @@ def open_results(output: Uri) -> "RunResults":
 
     Raises:
         MissingFileError: There is no run at ``output``.
+        StorageError: Environment error: permissions, network or disk.
     """
     from segray.results.reader import RunResults
 
@@ -204,6 +207,12 @@ def open_results(output: Uri) -> "RunResults":
 
 def _load_train_config(config: ConfigSource) -> TrainConfig:
     return config if isinstance(config, TrainConfig) else load_config(TrainConfig, config)
+
+
+def _load_segment_settings(settings: Mapping[str, Any] | SegmentSettings | None) -> SegmentSettings:
+    if isinstance(settings, SegmentSettings):
+        return settings
+    return load_config(SegmentFile, {"segment": dict(settings or {})}).segment
 
 
 def _to_uris(uris: Uri | Sequence[Uri] | None) -> tuple[str, ...]:

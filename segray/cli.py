@@ -1,6 +1,6 @@
-"""The ``segray`` command: one function per verb, which the files under ``jobs/`` run too.
+"""The ``segray`` command: one function per verb, which the files under ``jobs/`` also run.
 
-Modules that import torch or Ray are imported inside the verbs, so that mistakes are reported without delay.
+Modules that import torch or Ray are imported inside the verbs, so that wrong arguments are reported without delay.
 """
 
 import sys

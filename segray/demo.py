@@ -24,7 +24,7 @@ _SETTINGS = {
 
 
 def run_demo(folder: Path, console: Console) -> None:
-    """Generate shapes, train on them, segment a folder that contains two broken files, and print where results are.
+    """Generate shapes, train on them, segment a folder that contains two broken files, and print where the results are.
 
     Args:
         folder: Folder for data and results; an earlier demo in it is replaced.

@@ -1,4 +1,4 @@
-"""Draw pictures for people as PNG files: masks over images, training curves, confusion matrices, scores per class."""
+"""Draw PNG files for people to look at: masks over images, training curves, confusion matrices, scores per class."""
 
 import io
 from collections.abc import Sequence
@@ -127,7 +127,7 @@ def _draw_grid(
 
 
 def _shorten(title: str) -> str:
-    """Return a title that fits above a picture; the middle of a long one is replaced by an ellipsis."""
+    """Return a title that fits above a picture: the middle of a long one is replaced with an ellipsis."""
     half = _MAX_TITLE_LENGTH // 2
     return title if len(title) <= _MAX_TITLE_LENGTH else f"{title[: half - 1]}…{title[-half:]}"
 
@@ -230,7 +230,7 @@ def draw_confusion(confusion: IntArray, classes: ClassMap) -> bytes:
 
 
 def draw_class_bars(values: Sequence[float | None], classes: ClassMap, title: str) -> bytes:
-    """Draw one horizontal bar per class, none where the value is undefined; return a PNG file."""
+    """Draw one horizontal bar for each class whose value is defined; return a PNG file."""
     figure = Figure(figsize=(6, 0.8 + 0.28 * classes.num_classes), layout="constrained")
     axis = figure.subplots()
     widths = [0.0 if value is None else value for value in values]

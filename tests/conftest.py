@@ -43,10 +43,15 @@ INTEGRATION_FIXTURES = {"ray_session", "object_store"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark tests that use Ray or an object store through a fixture; others are marked where they are defined."""
+    """Mark tests that use Ray or an object store through a fixture, and run the files with such tests first.
+
+    Tests that use Ray in another way are marked where they are defined.
+    """
     for item in items:
         if INTEGRATION_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker("integration")
+    long_files = {item.path for item in items if item.get_closest_marker("integration")}
+    items.sort(key=lambda item: item.path not in long_files)
 
 
 @pytest.fixture(scope="session")
@@ -74,6 +79,7 @@ def make_train_config(shapes_root: Path) -> Callable[..., TrainConfig]:
         return TrainConfig.model_validate(
             {
                 "data": {"layout": {"oxford_iiit_pet": {"root": str(shapes_root)}}},
+                "model": TINY_MODEL.model_dump(),
                 "image_size": [SHAPE_SIZE, SHAPE_SIZE],
                 "train": settings,
                 "output": str(output),

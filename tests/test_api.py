@@ -1,12 +1,17 @@
 """The Python API on a real Ray: train, segment, predict, read results."""
 
+import json
+import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pytest
 from PIL import Image
@@ -86,6 +91,50 @@ def test_a_second_call_returns_the_same_result(
         settings=SETTINGS.model_dump(),
     )
     assert again == segmented
+
+
+def read_fragments(output: str) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in Path(output, "images").glob("*.parquet")}
+
+
+def test_a_killed_predictor_does_not_change_any_byte(
+    segmented: SegmentResult, trained: segray.TrainResult, tmp_path: Path
+) -> None:
+    output = tmp_path / "run"
+
+    def kill_a_predictor() -> bool:
+        deadline_s = time.monotonic() + 120
+        while time.monotonic() < deadline_s:
+            for process in psutil.Process().children(recursive=True):
+                if "FragmentPredictor" in process.name() and list(output.glob("images/*.parquet")):
+                    process.kill()
+                    return True
+            time.sleep(0.01)
+        return False
+
+    settings = SETTINGS.model_copy(update={"fragment_size": 1})
+    inputs = json.loads((Path(segmented.output) / "run.json").read_text())["inputs"]
+    with ThreadPoolExecutor(1) as executor:
+        killer = executor.submit(kill_a_predictor)
+        result = segray.segment(
+            bundle=trained.bundle, images=inputs["images"], masks=inputs["masks"], output=output, settings=settings
+        )
+        assert killer.result()
+    assert result.rows().equals(segmented.rows())
+
+
+def test_a_run_without_some_of_its_files_is_completed_with_the_same_bytes(
+    segmented: SegmentResult, trained: segray.TrainResult, tmp_path: Path
+) -> None:
+    output = Path(shutil.copytree(segmented.output, tmp_path / "run"))
+    before = read_fragments(str(output))
+    (output / "images" / "part-00000001.parquet").unlink()
+    inputs = json.loads((output / "run.json").read_text())["inputs"]
+    result = segray.segment(
+        bundle=trained.bundle, images=inputs["images"], masks=inputs["masks"], output=output, settings=SETTINGS
+    )
+    assert result.num_ok == NUM_IMAGES
+    assert read_fragments(str(output)) == before
 
 
 def test_a_loaded_bundle_predicts_the_masks_of_segment_bit_for_bit(

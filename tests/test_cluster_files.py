@@ -151,9 +151,7 @@ CHECKS = [check_addresses, check_pins, check_secrets]
 
 @pytest.mark.parametrize("name", ALL)
 @pytest.mark.parametrize("check", CHECKS)
-def test_each_file_is_not_public_pins_ray_and_contains_no_secrets(
-    check: Callable[[str, str], None], name: str
-) -> None:
+def test_each_file_is_not_public_pins_ray_and_contains_no_secrets(check: Callable[[str, str], None], name: str) -> None:
     check(name, (ROOT / name).read_text())
 
 

@@ -164,7 +164,7 @@ def _explain(name: str, content: bytes, error: Exception) -> tuple[FaultKind, st
 
 
 def _is_truncated(name: str, content: bytes) -> bool:
-    """Return whether a file that cannot be decoded is incomplete; Pillow's errors rarely distinguish this from damage."""
+    """Return whether a file that cannot be decoded is incomplete, which Pillow's errors rarely tell from damage."""
     match name:
         case "PNG":
             return b"IEND" not in content

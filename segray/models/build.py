@@ -15,7 +15,7 @@ from segray.models.classic_unet import ClassicUNet
 from segray.models.fcn import FCN, FCN_STRIDES
 from segray.models.segnet import SegNet
 
-# Every network halves its input at most five times. Other sizes are padded to a multiple of this and cropped back.
+# Every network halves its input at most five times. Images are padded to a multiple of this, and logits cropped back.
 STRIDE = 32
 # These are the keys of smp.MODEL_ARCHITECTURES_MAPPING (a test compares them), listed so that smp is not imported here.
 SMP_ARCHITECTURES = (
@@ -78,7 +78,8 @@ class SegmentationModel(nn.Module):
 def freeze_unused_parameters(model: SegmentationModel) -> None:
     """Freeze parameters that no logit depends on, such as encoder stages deeper than the decoder uses.
 
-    DistributedDataParallel would wait for their gradients, and weight decay would shrink them to no purpose.
+    DistributedDataParallel would wait for their gradients, and weight decay would shrink them for no reason. The model
+    must still be on the CPU.
     """
     was_training = model.training
     model.eval()  # In evaluation mode the probe does not change BatchNorm statistics.
@@ -91,16 +92,20 @@ def freeze_unused_parameters(model: SegmentationModel) -> None:
 
 
 def check_model(config: ModelConfig, num_classes: int) -> SegmentationModel:
-    """Build the network on the meta device, without weights, to check the settings before anything is loaded.
+    """Build the network without weights, on the meta device if possible, to check the settings before loading anything.
 
-    Only pretrained weights that cannot be downloaded remain undetected.
+    The only error that it cannot detect is that the pretrained weights cannot be downloaded.
 
     Raises:
         ConfigError: Names the setting and the accepted values.
     """
     _check_names(config)  # This imports smp if needed: inside the context below its constants would be meta tensors.
-    with torch.device("meta"):
-        return build_model(config.model_copy(update={"encoder_weights": None}), num_classes)
+    without_weights = config.model_copy(update={"encoder_weights": None})
+    try:
+        with torch.device("meta"):
+            return build_model(without_weights, num_classes)
+    except RuntimeError:  # smp's MiT encoders read tensor values while they are built, and meta tensors have none.
+        return build_model(without_weights, num_classes)
 
 
 def _check_names(config: ModelConfig) -> None:
@@ -161,7 +166,7 @@ def build_model(config: ModelConfig, num_classes: int) -> SegmentationModel:
             f"model.encoder_weights: cannot load {config.encoder_weights!r} for {config.encoder_name}: "
             f"{flatten_message(error)[:300]}; give this machine access to the model hub, or set null"
         ) from error
-    except (KeyError, ValueError, AssertionError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AssertionError, AttributeError) as error:
         raise ConfigError(
             f"model: {arch} cannot be built on {config.encoder_name} with encoder_weights {config.encoder_weights}: "
             f"{flatten_message(error)[:300]}"

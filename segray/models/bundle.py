@@ -84,8 +84,8 @@ class Bundle:
 
     Attributes:
         manifest: Content of ``bundle.json``.
-        model: In evaluation mode, on the CPU, in float32.
-        sha256: Of ``bundle.json``; it also identifies the weights, since the manifest holds their sha256.
+        model: The network, in evaluation mode, on the CPU, in float32.
+        sha256: sha256 of ``bundle.json``; it also identifies the weights, since the manifest holds their sha256.
     """
 
     manifest: BundleManifest
@@ -94,7 +94,7 @@ class Bundle:
 
 
 def pack_tensors(tensors: "dict[str, torch.Tensor]") -> bytes:
-    """Return the content of a safetensors file with these tensors, after separating any that share memory."""
+    """Return the content of a safetensors file with these tensors; tensors that share memory are stored separately."""
     from safetensors.torch import save as save_safetensors
 
     packed: dict[str, torch.Tensor] = {}
@@ -127,7 +127,7 @@ def save_bundle(
         files: Further files by name, such as pictures and metrics.
 
     Raises:
-        StorageError: The store refused the write or failed.
+        StorageError: Permissions, network or disk error.
     """
     content = pack_tensors(weights)
     classes = description.classes
@@ -156,7 +156,7 @@ def load_manifest(uri: str) -> tuple[BundleManifest, str]:
 
     Raises:
         BundleError: There is no bundle, it is damaged, or it has another format version.
-        StorageError: The store refused the read or failed.
+        StorageError: Permissions, network or disk error.
     """
     manifest_uri = join_uri(uri, _MANIFEST)
     try:
@@ -187,8 +187,8 @@ def read_weights(uri: str, manifest: BundleManifest) -> bytes:
     """Return the content of a bundle's weights file after comparing its sha256 with the manifest's.
 
     Raises:
-        BundleError: The file is missing, or differs from the one the bundle was written with.
-        StorageError: The store refused the read or failed.
+        BundleError: The file is missing, or differs from the one that the bundle was written with.
+        StorageError: Permissions, network or disk error.
     """
     weights_uri = join_uri(uri, _WEIGHTS)
     try:
@@ -208,8 +208,9 @@ def load_bundle(uri: str) -> Bundle:
     """Read a bundle and build its model.
 
     Raises:
-        BundleError: There is no bundle, or its weights differ from those it was written with.
-        StorageError: The store refused the read or failed.
+        BundleError: There is no bundle, it is damaged, it has another format version, or its weights do not fit the
+            network that the installed libraries build.
+        StorageError: Permissions, network or disk error.
     """
     from safetensors.torch import load as load_safetensors
 

@@ -68,7 +68,7 @@ def compute_boundary_counts(
 
 
 def _find_boundary(region: torch.Tensor, distance: int) -> torch.Tensor:
-    """Return the pixels of a region (H, W) around which a square of side 2 * distance + 1 is not all in the region."""
+    """Return the pixels of a region (H, W) whose surrounding square of side 2 * distance + 1 exceeds the region."""
     # Pixels in the square are counted with a summed-area table, which takes the same time for any distance.
     padded = functional.pad(region.to(torch.int32), (distance + 1, distance, distance + 1, distance))
     sums = padded.cumsum(0, dtype=torch.int32).cumsum(1, dtype=torch.int32)

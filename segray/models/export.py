@@ -2,8 +2,8 @@
 
 The file maps ``image``, (N, H, W, 3) uint8 RGB at the bundle's image size and for any N, to ``logits``, (N, C, H, W)
 float32. It includes the normalisation but not the resizing: the caller resizes an image to the bundle's size as
-``segray.data.images.resize_image`` does, and takes as mask the argmax of the logits resized (bilinear) to the image's
-own size, not an enlarged small mask. The README shows the code.
+``segray.data.images.resize_image`` does, resizes the logits (bilinear) to the image's own size, and takes their argmax
+as the mask. ``docs/guides/export.md`` shows the code.
 
 ``model.onnx`` is for ONNX Runtime and other ONNX software, ``model.pt2`` for ``torch.export.load(…).module()``. Every
 architecture of ``segray.models.build`` can be exported to both. Before the file is written, its content is run on the
@@ -40,7 +40,7 @@ Program = Callable[[torch.Tensor], torch.Tensor]  # It maps images (N, H, W, 3) 
 # An exported logit may differ by this share of the batch's largest logit. Masks are then equal wherever the two highest
 # logits differ by more than twice that. Rounding errors were measured at less than a hundredth of it.
 TOLERANCE = 1e-3
-# Share of pixels that may exceed the tolerance; 0 for other architectures. Measured: 0.3%, half-white images 1.5%.
+# Share of pixels that may exceed the tolerance; 0 for other architectures. Measured: 0.3%; 1.5% on half-white images.
 _MAX_SHARE_OFF = {"segnet": 0.05}
 _BATCH_SIZES = [1, 3]
 _EXAMPLE_BATCH_SIZE = 2  # The exporters would treat a batch size of 1 as a constant.
@@ -72,7 +72,7 @@ class ExportedFile:
     Attributes:
         uri: The file.
         size_bytes: Its size.
-        description: Its format and version in a few words.
+        description: Its format and version, such as ``ONNX opset 20``.
         agreement: Comparison with the original model.
     """
 
@@ -124,7 +124,7 @@ def export_bundle(bundle_uri: str, export_format: ExportFormat, output_uri: str 
         ConfigError: A package that the format needs is missing.
         BundleError: There is no bundle, its architecture cannot be exported, or the exported program does not match the
             original model; nothing is written.
-        StorageError: The store refused the write or failed.
+        StorageError: Permissions, network or disk error.
     """
     if export_format is ExportFormat.ONNX:
         _require_onnx_packages()
@@ -172,7 +172,7 @@ def _require_onnx_packages() -> None:
 
 @contextmanager
 def _silenced() -> Iterator[None]:
-    """Keep the prints, warnings and logs of the exporters off the terminal; their errors hold what matters."""
+    """Suppress what the exporters print, warn and log; their errors are still raised."""
     sink, disabled = io.StringIO(), logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
@@ -184,7 +184,7 @@ def _silenced() -> Iterator[None]:
 
 
 def _find_reason(error: BaseException) -> str:
-    """Return the text of an error's root cause; exporters wrap it in advice on how to report bugs."""
+    """Return the message of an error's root cause; exporters wrap it in advice on how to report bugs."""
     while error.__cause__ is not None:
         error = error.__cause__
     return flatten_message(error)[:_MAX_REASON_LENGTH]
@@ -196,7 +196,7 @@ def _suggest_other(export_format: ExportFormat) -> str:
 
 
 def _convert(bundle: Bundle, export_format: ExportFormat) -> tuple[bytes, str]:
-    """Return the file's content, and its format in a few words."""
+    """Return the file's content, and its format and version."""
     model = DeployableModel(bundle.model, bundle.manifest.preprocessing)
     example_nhwc = torch.zeros(_EXAMPLE_BATCH_SIZE, *bundle.manifest.image_size, 3, dtype=torch.uint8)
     shapes = ({0: torch.export.Dim("batch", min=1)},)
@@ -250,7 +250,7 @@ def _open_program(content: bytes, export_format: ExportFormat) -> Program:
 
 
 def _compare(bundle: Bundle, program: Program) -> Agreement:
-    """Compare a program with the original model on drawn images, in a batch of one and a batch of several."""
+    """Compare a program with the original model on generated images, in a batch of one and a batch of several."""
     image_nhwc = torch.from_numpy(_draw_images(sum(_BATCH_SIZES), bundle.manifest.image_size))
     batches = torch.split(image_nhwc, _BATCH_SIZES)
     with torch.inference_mode():

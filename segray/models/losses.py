@@ -57,7 +57,7 @@ class SegmentationLoss:
         self.term_weights = torch.tensor(list(settings.terms.values()), dtype=torch.float64)
 
     def count(self, truth_nhw: torch.Tensor) -> torch.Tensor:
-        """Return the count that divides the sum of each term, (T,) float64.
+        """Return the count that divides the sum of each of the T loss terms, (T,) float64.
 
         Args:
             truth_nhw: (N, H, W) int64 class indices, ``ignore_index`` where not scored.
@@ -68,7 +68,7 @@ class SegmentationLoss:
         return torch.stack([num_px if name in _PIXEL_TERMS else num_images for name in self._sums])
 
     def sum(self, logits_nchw: torch.Tensor, truth_nhw: torch.Tensor) -> torch.Tensor:
-        """Return the sum of each term, (T,) float32, differentiable in the logits.
+        """Return the sum of each of the T loss terms, (T,) float32, differentiable in the logits.
 
         Args:
             logits_nchw: (N, C, H, W), any float dtype; the loss is computed in float32.
@@ -107,7 +107,7 @@ class SegmentationLoss:
     def _sum_focal(self, logits_nchw: torch.Tensor, truth_nhw: torch.Tensor) -> torch.Tensor:
         """Sum the focal loss of the softmax.
 
-        The one of segmentation-models-pytorch scores each class against the rest, and is NaN if all pixels are ignored.
+        That of segmentation-models-pytorch scores each class against the rest, and is NaN if all pixels are ignored.
         """
         entropies = self._compute_entropies(logits_nchw, truth_nhw)
         return self._weigh((1 - torch.exp(-entropies)) ** self._settings.focal_gamma * entropies, truth_nhw).sum()

@@ -1,4 +1,4 @@
-"""SegNet: a VGG encoder whose pooling indices are used by a mirrored decoder to unpool.
+"""SegNet: a VGG encoder, and a mirrored decoder that unpools with the pooling indices of the encoder.
 
 Source: Badrinarayanan, Kendall and Cipolla, "SegNet: A Deep Convolutional Encoder-Decoder Architecture for Image
 Segmentation", TPAMI 2017. With the encoder vgg16_bn it is the network of the paper.
@@ -26,7 +26,7 @@ class SegNet(nn.Module):
             elif isinstance(layer, nn.Conv2d):
                 widths[-1].append(layer.in_channels)
         stages = [list(reversed(stage)) for stage in reversed(widths) if stage]
-        stages[-1].pop()  # Drop the image's 3 channels: the classifier takes the place of that convolution.
+        stages[-1].pop()  # Drop the convolution to the image's 3 channels, which the head replaces.
         self.decoder = nn.ModuleList()
         num_channels = stages[0][0]
         for stage in stages:

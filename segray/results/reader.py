@@ -45,8 +45,8 @@ class RunResults:
         Select columns where masks are not needed: ``results.images.to_table(columns=["uri", "status"])``.
         """
         finished = sorted(list_finished_fragments(self.output) & set(range(self._run.plan.num_fragments)))
-        filesystem, _ = open_filesystem(self.output)
-        paths = [open_filesystem(get_fragment_uri(self.output, fragment))[1] for fragment in finished]
+        filesystem, folder = open_filesystem(self.output)
+        paths = [get_fragment_uri(folder, fragment) for fragment in finished]
         return dataset.FileSystemDataset.from_paths(
             paths, schema=IMAGES_SCHEMA, format=dataset.ParquetFileFormat(), filesystem=filesystem
         )

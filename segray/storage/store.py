@@ -43,7 +43,7 @@ class Content:
 
 
 class TransientError(Exception):
-    """An error that a retry may resolve: no or half a response, throttling. Only ``retrying`` handles it."""
+    """An error that a retry may resolve: a missing or partial response, throttling. Only ``retrying`` handles it."""
 
 
 class Store(Protocol):

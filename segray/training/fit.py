@@ -73,8 +73,8 @@ class _Trainer(TorchTrainer):  # type: ignore[misc]
     """Ray's trainer, without its placement group cleaner if Ray runs without a dashboard.
 
     The cleaner frees the workers' resources if the controller dies, and asks the dashboard for the controller's state.
-    Without a dashboard it never gets an answer, and Ray waits 12 s for it at the end of every run (measured, Ray 2.60). A private
-    Ray has no dashboard, and its resources end with the driver anyway.
+    Without a dashboard it never gets an answer, and Ray waits 12 s for it at the end of every run (measured, Ray 2.60).
+    A private Ray has no dashboard, and its resources end with the driver anyway.
     """
 
     def _create_default_callbacks(self) -> list[Any]:

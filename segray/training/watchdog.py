@@ -1,4 +1,4 @@
-"""Detect stalled training: a rank that makes no progress blocks all others forever, because they wait for its gradients.
+"""Detect stalled training: a rank that makes no progress blocks all others forever, as they wait for its gradients.
 
 Each rank has a thread that reports the rank's step and stage to the board on the driver's node. Once no rank has made
 progress for the configured time, the diagnosis names the ranks that stopped reporting or, if all still report, those

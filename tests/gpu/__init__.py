@@ -1,1 +1,1 @@
-"""Tests that run on a GPU where there is one, and on the CPU otherwise."""
+"""Tests that run on a GPU if one is available, and otherwise on the CPU."""

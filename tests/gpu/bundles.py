@@ -1,4 +1,4 @@
-"""Bundles of small images, and masks of any device and precision against a bundle's logits on the CPU."""
+"""Helpers that save small bundles and compare masks, from any device and precision, with logits from the CPU."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,12 +19,12 @@ MARGINS = {"fp32": 0.02, "bf16": 0.1}
 
 
 def save_square_bundle(folder: Path, weights: dict[str, torch.Tensor], model: ModelConfig, side: int) -> None:
-    """Write a bundle for images of one side length."""
+    """Write a bundle whose model input is square."""
     save_bundle(str(folder), weights, BundleDescription(model, PET_CLASSES, (side, side), Preprocessing()))
 
 
 def compute_logits(bundle: Path, images: Sequence[npt.NDArray[np.uint8]]) -> torch.Tensor:
-    """Return the logits (N, C, h, w) of images at the model's input size: on the CPU, in float32, nothing folded."""
+    """Return the logits (N, C, h, w) of images of the model's input size: on the CPU, in float32, without folding."""
     loaded = load_bundle(str(bundle))
     with torch.inference_mode():
         logits_nchw: torch.Tensor = loaded.model(
@@ -34,7 +34,7 @@ def compute_logits(bundle: Path, images: Sequence[npt.NDArray[np.uint8]]) -> tor
 
 
 def assert_same_where_clear(mask: npt.NDArray[np.integer], logits_chw: torch.Tensor, precision: str) -> None:
-    """Compare a mask (H, W) with the argmax of the resized logits at clear pixels, of which there must be many."""
+    """Assert that a mask (H, W) equals the argmax of the resized logits at clear pixels, which must be the majority."""
     size = (mask.shape[0], mask.shape[1])
     resized = functional.interpolate(logits_chw[None], size=size, mode="bilinear", align_corners=False)[0]
     highest = resized.topk(2, dim=0).values

@@ -19,7 +19,7 @@ def device() -> torch.device:
 
 @pytest.fixture(autouse=True)
 def _keep_torch_settings() -> Iterator[None]:
-    """Restore the settings of torch that training and prediction change for their whole process."""
+    """Restore the torch settings that training and prediction change for the whole process."""
     num_threads, is_benchmarking = torch.get_num_threads(), torch.backends.cudnn.benchmark
     yield
     torch.set_num_threads(num_threads)

@@ -1,4 +1,4 @@
-"""One rank of training, on a device of choice and without a Ray cluster: Ray Train's local mode."""
+"""Run one training rank on a given device without a Ray cluster, in Ray Train's local mode."""
 
 import math
 import multiprocessing
@@ -40,15 +40,15 @@ STALL_TIMEOUT_S = 600.0
 
 @dataclass(frozen=True)
 class Trained:
-    """What a rank returns; all of it can be sent to another process.
+    """The result of training on one rank, in types that can be sent to another process.
 
     Attributes:
         losses: Loss of each step.
-        weights: State dict of the model as a checkpoint has it.
+        weights: State dict of the model, as in a checkpoint.
         precision: Number format that the rank computed in.
         logits_dtype: Data type of the network's output in the last step.
-        loss_scale: Of the gradient scaler, after the last step; 1 unless in fp16.
-        device_type: Where the weights were.
+        loss_scale: Scale of the gradient scaler after the last step; 1 unless in fp16.
+        device_type: Device type of the weights.
         kinds: Class names of the replica and of all modules of the model, in this order.
     """
 
@@ -87,12 +87,12 @@ def draw_batch() -> TrainBatch:
     """Return images of drawn shapes and their truth as class indices."""
     shapes = [draw_shape(seed, IMAGE_SIDE) for seed in range(BATCH_SIZE)]
     images = np.stack([np.asarray(image) for image, _ in shapes])
-    truth = np.stack([np.asarray(trimap) - 1 for _, trimap in shapes])  # trimap values 1, 2, 3 are classes 0, 1, 2
+    truth = np.stack([np.asarray(trimap) - 1 for _, trimap in shapes])  # Trimap values 1, 2, 3 are classes 0, 1, 2.
     return TrainBatch(images, truth.astype(np.uint8), [str(seed) for seed in range(BATCH_SIZE)])
 
 
 def _build_job(folder: Path, num_steps: int, model: ModelConfig, settings: dict[str, Any]) -> TrainJob:
-    """Describe a run of one epoch per step; its samples are never read."""
+    """Build the job of a run with one step per epoch; its samples are never read."""
     train = {"num_epochs": num_steps, "global_batch_size": BATCH_SIZE, "learning_rate": 0.01, **settings}
     config = TrainConfig.model_validate(
         {
@@ -109,19 +109,19 @@ def _build_job(folder: Path, num_steps: int, model: ModelConfig, settings: dict[
 
 
 def run_as_rank(device: torch.device, act: Callable[[], None], *, group: bool = False) -> None:
-    """Call a function where Ray Train's workers run theirs, but in this process.
+    """Call a function in the context of a Ray Train worker, but in this process.
 
     Args:
-        device: What Ray Train says the rank's device is.
+        device: The device that Ray Train assigns to the rank.
         act: The function.
-        group: Whether the rank is in a process group of one: NCCL where there is CUDA, else Gloo.
+        group: Whether to create a process group of one rank: with NCCL if CUDA is available, else with Gloo.
     """
     environment: AbstractContextManager[Any] = nullcontext()
     if group:
         ranks = dict.fromkeys(("RANK", "LOCAL_RANK"), "0") | dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), "1")
         address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_find_free_port())}
         environment = mock.patch.dict(os.environ, ranks | address)
-    scaling = ray.train.ScalingConfig(num_workers=0)  # local mode
+    scaling = ray.train.ScalingConfig(num_workers=0)  # Zero workers select the local mode.
     trainer = ray.train.torch.TorchTrainer(lambda _: act(), train_loop_config={}, scaling_config=scaling)
     # One thread: the network is tiny, and threads that share cores with other processes wait for each other.
     one_core = mock.patch("segray.training.worker.state.count_cores", return_value=1)
@@ -148,11 +148,11 @@ def train(
 
     Args:
         device: Where to train.
-        folder: Where checkpoints are looked for; there are none.
+        folder: The folder that is searched for checkpoints; it has none.
         num_steps: Steps of the whole run.
         model: The network.
         group: Whether the rank is in a process group of one.
-        settings: The section ``train`` of the configuration, as far as it is not the default.
+        settings: Settings of the section ``train`` that differ from the defaults.
     """
     job = _build_job(folder, num_steps, model, settings)
     trained: list[Trained] = []
@@ -214,7 +214,7 @@ def start_process(
 
 
 def train_in_process(device: torch.device, runs: list[dict[str, Any]], folder: Path, timeout_s: float) -> list[Trained]:
-    """Call ``train`` once for each of ``runs`` in a process of its own, and fail the test if it ends or hangs."""
+    """Call ``train`` once for each of ``runs``, in one new process; fail the test if that process crashes or hangs."""
     process, receiver = start_process(device, _train_all, device, runs, folder)
     try:
         if not receiver.poll(timeout_s):

@@ -1,4 +1,4 @@
-"""Prediction on the device: the CPU's masks wherever a class is clear, and the same bits however images are batched."""
+"""Prediction on the device: masks equal the CPU's at clear pixels, and bits do not depend on how images are batched."""
 
 import os
 from collections.abc import Sequence
@@ -28,9 +28,10 @@ from tests.segmentation.local_ledger import LocalLedger
 from tests.segmented import make_pipeline_job
 
 pytestmark = pytest.mark.gpu
-SIZES = [(64, 64), (50, 77), (130, 40), (9, 200), (64, 64)]  # of the masks; the last two share a batch with padding
+# Sizes of the masks; the last two share a batch with padding.
+SIZES = [(64, 64), (50, 77), (130, 40), (9, 200), (64, 64)]
 BATCH_SIZE = 3
-NUM_PREDICTORS = os.cpu_count() or 1  # of a node: each gets one thread of a CPU
+NUM_PREDICTORS = os.cpu_count() or 1  # Per node: each predictor gets one CPU thread.
 
 
 def make_settings(device: torch.device, **settings: Any) -> SegmentSettings:
@@ -45,13 +46,13 @@ def open_inference(bundle: Path, settings: SegmentSettings) -> Inference:
 def predict(
     inference: Inference, images: Sequence[npt.NDArray[np.uint8]], sizes: Sequence[tuple[int, int]]
 ) -> list[dict[str, Any]]:
-    """Return the columns of at most a batch of images."""
+    """Return the columns of each image, for at most one batch of images."""
     watch = Stopwatch()
     return inference.finish(inference.launch(images, sizes, watch), [None] * len(images), watch)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_rows_of_a_fragment_are_those_of_the_cpu(precision: str, bundle: Path, device: torch.device) -> None:
+def test_rows_of_a_fragment_equal_those_of_the_cpu(precision: str, bundle: Path, device: torch.device) -> None:
     images = draw_images(len(SIZES), first_seed=100)
     truths = [np.full(size, number % 3, np.uint8) for number, size in enumerate(SIZES)]
     decoded = [
@@ -78,7 +79,7 @@ def test_rows_of_a_fragment_are_those_of_the_cpu(precision: str, bundle: Path, d
     ("compiled", "precision"),
     [(False, "fp32"), (False, "bf16"), (True, "fp32"), pytest.param(True, "bf16", marks=needs_cuda)],
 )
-def test_bits_depend_on_no_position_and_no_neighbour(
+def test_bits_do_not_depend_on_batch_position_or_neighbours(
     compiled: bool, precision: str, bundle: Path, device: torch.device
 ) -> None:
     inference = open_inference(bundle, make_settings(device, precision=precision, compile=compiled))
@@ -94,7 +95,7 @@ def assert_position_changes_no_bit(
 ) -> None:
     """Compare each image alone with the same image at every position of a whole batch of others.
 
-    The scores are sums over all pixels, so that the last bit of a logit shows in them.
+    The scores are sums over all pixels, so they reveal a change in the last bit of a logit.
     """
     alone = [predict(inference, [image], [size])[0] for image, size in zip(images, sizes, strict=True)]
     assert [predict(inference, [image], [size])[0] for image, size in zip(images, sizes, strict=True)] == alone
@@ -116,7 +117,7 @@ def assert_position_changes_no_bit(
         ("fcn8s", "vgg16", 8),
     ],
 )
-def test_position_changes_no_bit_of_networks_as_they_are_used(
+def test_batch_position_changes_no_bit_of_full_size_networks(
     arch: str, encoder_name: str, batch_size: int, precision: str, device: torch.device, tmp_path: Path
 ) -> None:
     side = 512
@@ -129,7 +130,7 @@ def test_position_changes_no_bit_of_networks_as_they_are_used(
 
 
 @needs_cuda
-def test_bits_do_not_change_while_the_next_batch_is_under_way(bundle: Path, device: torch.device) -> None:
+def test_bits_do_not_change_while_the_next_batch_is_in_progress(bundle: Path, device: torch.device) -> None:
     inference = open_inference(bundle, make_settings(device, precision="bf16"))
     images = draw_images(60, first_seed=300)
     sizes = [(400 + number, 300) for number in range(len(images))]
@@ -144,7 +145,7 @@ def test_bits_do_not_change_while_the_next_batch_is_under_way(bundle: Path, devi
 
 @pytest.mark.parametrize("size", [(12, 20), (45, 77), (7, 9), (1, 1), (100, 3)])
 @pytest.mark.parametrize("num_classes", [3, 200])
-def test_statistics_of_the_same_logits_are_those_of_the_cpu(
+def test_statistics_of_the_same_logits_equal_those_of_the_cpu(
     num_classes: int, size: tuple[int, int], device: torch.device
 ) -> None:
     logits = torch.randn(num_classes, 12, 20, generator=torch.Generator().manual_seed(0)) * 3

@@ -1,4 +1,4 @@
-"""What needs a process of its own: reproducible arithmetic, a process group of one rank, a rank that stops."""
+"""Tests that need a process of their own: reproducible arithmetic, a process group of one rank, a stalled rank."""
 
 import time
 from dataclasses import replace
@@ -44,7 +44,7 @@ def test_deterministic_training_gives_the_same_bits_twice(
 
 @pytest.fixture(scope="module")
 def in_group(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Trained]:
-    """Training of one rank by itself, and of the same rank in a process group with settings that need one."""
+    """Results of one rank without a process group, and of the same rank in a group, with settings that need one."""
     settings: dict[str, dict[str, Any]] = {
         "alone": {},
         "sync_batchnorm": {"sync_batchnorm": True},
@@ -59,7 +59,7 @@ def in_group(device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest.mark.parametrize("setting", ["sync_batchnorm", "fsdp"])
-def test_one_rank_in_a_group_learns_what_it_learns_alone(setting: str, in_group: dict[str, Trained]) -> None:
+def test_one_rank_in_a_group_trains_as_it_does_alone(setting: str, in_group: dict[str, Trained]) -> None:
     alone, grouped = in_group["alone"], in_group[setting]
     assert grouped.losses == pytest.approx(alone.losses, rel=1e-2)
     # Names and shapes are the same, so that checkpoints are interchangeable.
@@ -88,13 +88,13 @@ def test_a_stalled_rank_is_named_and_its_process_ends(device: torch.device) -> N
 
 
 def _stall(sender: Connection, device: torch.device) -> None:
-    """Train until a forward pass does not return: on a GPU its kernel runs on, on a CPU its thread sleeps."""
-    ray.get = lambda reference, timeout=None: reference  # the board is in this process
+    """Train until a forward pass hangs: on a GPU in a kernel that keeps running, on a CPU in a sleeping thread."""
+    ray.get = lambda reference, timeout=None: reference  # The board is in this process.
     heartbeat = Heartbeat(LocalActor(ProgressBoard(2.0), sender.send), 0, 2.0)
     network = nn.Conv2d(3, 3, 1).to(device)
     learner = replace(make_learner(network), device=device)
     batch = draw_batch()
-    train_step(learner, [batch], lambda stage: None)  # starting a GPU's libraries may take longer than the timeout
+    train_step(learner, [batch], lambda stage: None)  # Loading CUDA libraries may exceed the timeout.
     heartbeat.start()
     for step in range(STALLED_STEP + 1):
         if step == STALLED_STEP:

@@ -23,7 +23,7 @@ TIMEOUT_S = 120
 
 
 def run(*arguments: str) -> str:
-    """Run a command of segray; return what it printed."""
+    """Run a segray command; return what it printed."""
     done = subprocess.run(
         [sys.executable, "-m", "segray", *arguments],
         cwd=ROOT,
@@ -60,7 +60,7 @@ def trained(shapes: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def segment(bundle: Path, shapes: Path, output: Path, *settings: str) -> list[dict[str, Any]]:
-    """Return the rows of a run over all drawn images, by URI."""
+    """Segment all images of the data set and return the rows, sorted by URI."""
     overrides = [part for one in ("segment.fragment_size=8", *settings) for part in ("--set", one)]
     run("segment", "--bundle", str(bundle), "--images", str(shapes / "images"), "--output", str(output), *overrides)
     rows = [row for path in sorted((output / "images").glob("*.parquet")) for row in pq.read_table(path).to_pylist()]
@@ -68,7 +68,9 @@ def segment(bundle: Path, shapes: Path, output: Path, *settings: str) -> list[di
     return sorted(rows, key=lambda row: str(row["uri"]))
 
 
-def test_masks_are_those_of_the_cpu_and_shared_gpus_change_no_bit(trained: Path, shapes: Path, tmp_path: Path) -> None:
+def test_masks_equal_those_of_the_cpu_and_shared_gpus_change_no_bit(
+    trained: Path, shapes: Path, tmp_path: Path
+) -> None:
     precision = "segment.precision=fp32"
     on_gpu = segment(trained, shapes, tmp_path / "gpu", precision, "segment.num_gpus_per_predictor=1")
     shared = segment(trained, shapes, tmp_path / "shared", precision, "segment.num_gpus_per_predictor=0.5")

@@ -1,4 +1,4 @@
-"""One rank of training on the device: each precision, torch.compile, the losses, and evaluation, against the CPU."""
+"""One training rank on the device, compared with the CPU: each precision, torch.compile, losses and evaluation."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ from tests.training.worker.learner import IGNORE
 pytestmark = pytest.mark.gpu
 CPU = torch.device("cpu")
 NUM_STEPS = 8
-TOLERANCES = {"fp32": 1e-2, "bf16": 5e-2, "fp16": 2e-2}  # fp32: on GPUs cuDNN convolves in TF32
+TOLERANCES = {"fp32": 1e-2, "bf16": 5e-2, "fp16": 2e-2}  # In fp32, cuDNN convolves in TF32.
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def on_cpu(tmp_path_factory: pytest.TempPathFactory) -> Trained:
 
 
 @pytest.mark.parametrize("precision", TOLERANCES)
-def test_each_precision_learns_what_the_cpu_learns(
+def test_each_precision_trains_as_the_cpu_does(
     precision: str, device: torch.device, on_cpu: Trained, tmp_path: Path
 ) -> None:
     trained = train(device, tmp_path, num_steps=NUM_STEPS, precision=precision)
@@ -48,7 +48,7 @@ def test_fp16_gradients_are_scaled(device: torch.device, tmp_path: Path) -> None
     assert train(device, tmp_path, num_steps=1, precision="fp32").loss_scale == 1
 
 
-def test_torch_compile_learns_what_the_plain_network_learns(device: torch.device, tmp_path: Path) -> None:
+def test_a_compiled_network_trains_as_the_plain_one_does(device: torch.device, tmp_path: Path) -> None:
     plain, compiled = (
         train(device, tmp_path, num_steps=3, precision="fp32", optimizer="sgd", compile=is_compiled)
         for is_compiled in (False, True)
@@ -59,7 +59,7 @@ def test_torch_compile_learns_what_the_plain_network_learns(device: torch.device
 
 
 @pytest.mark.parametrize("term", LOSS_TERMS)
-def test_each_loss_has_the_value_and_gradient_of_the_cpu(term: str, device: torch.device) -> None:
+def test_each_loss_and_its_gradient_equal_those_of_the_cpu(term: str, device: torch.device) -> None:
     loss = SegmentationLoss(LossSettings.model_validate({term: 1.0}), IGNORE, np.array([0.5, 1.0, 2.0]))
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 3, 24, 20, generator=generator)
@@ -78,7 +78,7 @@ def test_each_loss_has_the_value_and_gradient_of_the_cpu(term: str, device: torc
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-6)
 
 
-def test_evaluation_counts_what_the_cpu_counts(device: torch.device, on_cpu: Trained) -> None:
+def test_evaluation_counts_equal_those_of_the_cpu(device: torch.device, on_cpu: Trained) -> None:
     batch = draw_batch()
     split = EvalBatch(batch.images, list(batch.truth), list(range(len(batch.images))))
     confusions = []

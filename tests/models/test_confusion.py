@@ -13,7 +13,7 @@ Array = npt.NDArray[np.integer]
 
 
 def erode(region: npt.NDArray[np.bool_]) -> npt.NDArray[np.bool_]:
-    """Keep the pixels whose 8 neighbours are all in the region; pixels outside the image are not."""
+    """Keep the pixels whose 8 neighbours are all in the region; pixels outside the image count as outside it."""
     padded = np.pad(region, 1)
     shifts = [(row, column) for row in range(3) for column in range(3)]
     height, width = region.shape
@@ -70,7 +70,7 @@ def test_a_class_that_fills_the_image_has_its_boundary_at_the_edge() -> None:
     np.testing.assert_array_equal(count(whole, whole), [[ring, 0, 0, 0, 0]] * 2)
 
 
-def test_ignored_pixels_are_not_counted_whatever_is_predicted_there() -> None:
+def test_ignored_pixels_are_not_counted_for_any_prediction() -> None:
     truth, mask = draw_regions((60, 80), 3, 17, seed=1), draw_regions((60, 80), 3, 13, seed=2)
     truth[:, 40:] = IGNORE
     got = count(truth, mask)

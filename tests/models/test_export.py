@@ -206,7 +206,7 @@ def test_a_torch_export_file_runs_without_segray(unet_dir: Path, tmp_path: Path)
 
 
 def test_agreement_counts_pixels_beyond_the_tolerance_and_differing_masks() -> None:
-    expected = torch.tensor([[10.0, 4.0], [0.0, 5.0]])[None, :, None]  # two classes, two pixels
+    expected = torch.tensor([[10.0, 4.0], [0.0, 5.0]])[None, :, None]  # Two classes, two pixels.
     assert compute_agreement(expected + 0.009, expected)[:3] == (2, 0, 0)
     assert compute_agreement(expected - torch.tensor([0.02, 0.0]), expected)[:3] == (2, 1, 0)
     assert compute_agreement(expected.flip(1), expected)[:3] == (2, 2, 2)
@@ -224,9 +224,7 @@ def test_a_program_that_does_not_match_the_original_is_not_written(
         return logits_nchw
 
     monkeypatch.setattr(DeployableModel, "forward", forget_to_normalise)
-    with pytest.raises(
-        BundleError, match=r"classic_unet exported to .* does not match .*; nothing was written; try"
-    ):
+    with pytest.raises(BundleError, match=r"classic_unet exported to .* does not match .*; nothing was written; try"):
         export_bundle(str(bundle_dir), export_format, str(tmp_path / "file"))
     assert not (tmp_path / "file").exists()
 
@@ -255,7 +253,7 @@ def test_a_model_that_cannot_be_exported_is_one_error_line(
 
 def test_output_of_the_exporters_does_not_reach_the_terminal(capfd: pytest.CaptureFixture[str]) -> None:
     logger = logging.getLogger("some.exporter")
-    handler = logging.StreamHandler()  # Like torch's handler, it refers to the terminal from the start.
+    handler = logging.StreamHandler()  # Like torch's handler, it was created before output is suppressed.
     logger.addHandler(handler)
     with export._silenced():
         print("printed")

@@ -56,7 +56,7 @@ def iterate_scored(
 
 @pytest.mark.parametrize("class_weights", [None, CLASS_WEIGHTS])
 @pytest.mark.parametrize("label_smoothing", [0.0, 0.2])
-def test_cross_entropy_and_its_gradient_equal_torchs(
+def test_cross_entropy_and_its_gradient_equal_those_of_torch(
     label_smoothing: float, class_weights: npt.NDArray[np.float64] | None
 ) -> None:
     logits, truth = draw()
@@ -129,7 +129,7 @@ def test_lovasz_loss_is_the_lovasz_extension_of_the_jaccard_loss() -> None:
         ("lovasz", smp.losses.LovaszLoss),
     ],
 )
-def test_loss_and_gradient_of_one_image_with_all_classes_equal_smps(
+def test_loss_and_gradient_of_one_image_with_all_classes_equal_those_of_smp(
     term: str, build_reference: Callable[..., torch.nn.Module]
 ) -> None:
     logits, truth = (tensor[:1] for tensor in draw())
@@ -162,7 +162,7 @@ def test_hard_example_loss_equals_that_of_a_plain_loop(
     )
 
 
-def test_certain_pixels_that_are_kept_count_and_ignored_ones_do_not() -> None:
+def test_kept_pixels_count_even_with_loss_0_and_ignored_ones_do_not() -> None:
     logits, truth = (tensor[2:] for tensor in draw())
     right = torch.where(torch.arange(NUM_CLASSES)[:, None, None] == truth[:, None], 1e3, -1e3)
     half_right = torch.where(torch.arange(11) < 6, right, logits)

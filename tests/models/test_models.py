@@ -117,7 +117,7 @@ def test_fcn_taps_equal_torchvisions_pooled_features() -> None:
 
 
 @pytest.mark.parametrize(("arch", "num_skips"), [("fcn32s", 0), ("fcn16s", 1), ("fcn8s", 2)])
-def test_fcn_has_the_skips_of_its_name(arch: str, num_skips: int) -> None:
+def test_fcn_has_as_many_skips_as_its_name_implies(arch: str, num_skips: int) -> None:
     model = build_model(ModelConfig(arch=arch, encoder_name="vgg11"), NUM_CLASSES)
     skips = [name for name, _ in model.network.named_children() if name.startswith("score_pool")]
     assert len(skips) == num_skips
@@ -172,7 +172,7 @@ def test_segnet_unpools_each_value_to_the_position_of_the_maximum() -> None:
         highest = functional.max_pool2d(source, 2).repeat_interleave(2, 2).repeat_interleave(2, 3)
         assert got.any()
         assert (source == highest)[got != 0].all()
-        assert functional.avg_pool2d((got != 0).float(), 2).max() == 0.25  # One value of each four.
+        assert functional.avg_pool2d((got != 0).float(), 2).max() == 0.25  # One of every four values.
     deepest = pooled[-1]
     assert torch.equal(unpooled[0][unpooled[0] != 0], deepest[unpooled[0] != 0])
     assert torch.equal(functional.max_pool2d(unpooled[0], 2), features)
@@ -217,13 +217,13 @@ def test_the_classic_unet_equals_the_papers_network_with_the_configured_widths(w
         assert tuple(level.get_parameter("0.weight").shape[0] for level in levels) == expected_widths
 
 
-def test_the_classic_unet_has_the_number_of_weights_of_the_tutorials() -> None:
+def test_the_classic_unet_has_as_many_weights_as_in_the_tutorials() -> None:
     with torch.device("meta"):
         model = build_model(ModelConfig(arch="classic_unet"), 2)
     widths, num_weights = (3, 64, 128, 256, 512, 1024), 2 * 64 + 2
     for before, width in pairwise(widths):
         num_weights += 9 * (before * width + width * width) + 2 * 2 * width
-        if before > 3:  # On the way up: halve the channels, then concatenate the skip with as many.
+        if before > 3:  # In the decoder, channels are halved, then concatenated with a skip of equal width.
             num_weights += 4 * width * before + before + 9 * (width * before + before * before) + 2 * 2 * before
     assert sum(parameter.numel() for parameter in model.parameters()) == num_weights == 31_037_698
 
@@ -279,9 +279,16 @@ def test_an_unknown_name_raises_with_the_accepted_values(config: ModelConfig, me
         check_model(config, NUM_CLASSES)
 
 
+def test_an_encoder_that_cannot_be_built_on_the_meta_device_can_be_checked() -> None:
+    model = check_model(ModelConfig(arch="segformer", encoder_name="mit_b0"), NUM_CLASSES)
+    assert not any(parameter.is_meta for parameter in model.parameters())
+
+
 def test_an_unsupported_combination_raises() -> None:
     with pytest.raises(ConfigError, match="deeplabv3 cannot be built on vgg11"):
         check_model(ModelConfig(arch="deeplabv3", encoder_name="vgg11"), NUM_CLASSES)
+    with pytest.raises(ConfigError, match="dpt cannot be built on tu-resnet18"):
+        check_model(ModelConfig(arch="dpt", encoder_name="tu-resnet18"), NUM_CLASSES)
     with pytest.raises(ConfigError, match="has no weights 'imagnet'; choose from imagenet"):
         check_model(ModelConfig(encoder_weights="imagnet"), NUM_CLASSES)
 

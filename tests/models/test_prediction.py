@@ -30,7 +30,7 @@ def test_bands_give_the_same_result_as_the_whole_image(size: tuple[int, int], mo
     torch.testing.assert_close(banded.entropy_sum, whole.entropy_sum, rtol=1e-5, atol=1e-5)
 
 
-def test_statistics_equal_numpy() -> None:
+def test_statistics_equal_those_of_numpy() -> None:
     size = (30, 41)
     resized = functional.interpolate(LOGITS[None], size=size, mode="bilinear", align_corners=False)[0].double().numpy()
     probability = np.exp(resized) / np.exp(resized).sum(0)

@@ -18,15 +18,14 @@ SHARES = {2: [1, 4], 3: [2, 1, 3]}  # Number of images of each rank, by world si
 
 
 class NormWithActivation(nn.BatchNorm2d):
-    """Stands for timm's BatchNormAct2d, whose import would slow down every rank."""
+    """Replaces timm's BatchNormAct2d, whose import would slow down every rank."""
 
 
 def draw_batch(num_images: int, step: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Return images (N, C, 6, 7) whose mean is far from 0, and factors of the logits in the loss."""
     generator = torch.Generator().manual_seed(step)
-    scale = torch.arange(1, num_images + 1)[
-        :, None, None, None
-    ]  # Images differ, so no share has the batch's statistics.
+    # Images differ, so no share has the batch's statistics.
+    scale = torch.arange(1, num_images + 1)[:, None, None, None]
     images = torch.randn(num_images, NUM_CHANNELS, 6, 7, generator=generator) * scale + 3 * scale
     return images, torch.randn(num_images, NUM_CHANNELS, 6, 7, generator=generator)
 
@@ -104,7 +103,7 @@ def assert_equal(got: Any, expected: Any) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_ranks_together_compute_what_one_process_computes(ranks: list[dict[str, Any]]) -> None:
+def test_ranks_together_equal_one_process(ranks: list[dict[str, Any]]) -> None:
     expected = learn(build_network(), SHARES[len(ranks)], None)
     results = [rank["plain"] for rank in ranks]
     for step in range(NUM_STEPS):

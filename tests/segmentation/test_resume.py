@@ -71,15 +71,28 @@ def test_the_folder_of_a_run_with_another_bundle_is_refused(
         segment(bundle_dir, bucket, run)
 
 
-@pytest.fixture
-def run_with_errors(bundle_dir: Path, bucket: Path, tmp_path: Path) -> tuple[Path, Path]:
-    """A copy of the bucket with one damaged image and one missing mask, and its complete run."""
-    copy = Path(shutil.copytree(bucket, tmp_path / "bucket"))
+@pytest.fixture(scope="module")
+def saved_run_with_errors(
+    bundle_dir: Path, bucket: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, Path]:
+    """A copy of the bucket with one damaged image and one missing mask with its complete run, and a backup of both."""
+    folder, backup = (tmp_path_factory.mktemp("run_with_errors") / name for name in ("folder", "backup"))
+    copy = Path(shutil.copytree(bucket, folder / "bucket"))
     (copy / "images" / "image 4#.png").write_bytes(b"broken")
     (copy / "masks" / "sub" / "image 7#.png").unlink()
-    outcome = segment(bundle_dir, copy, tmp_path / "run")
+    outcome = segment(bundle_dir, copy, folder / "run")
     assert outcome.errors == {"mask_missing": 1, "unreadable": 1}
-    return copy, tmp_path / "run"
+    shutil.copytree(folder, backup)
+    return folder, backup
+
+
+@pytest.fixture
+def run_with_errors(saved_run_with_errors: tuple[Path, Path]) -> tuple[Path, Path]:
+    """The bucket and the run of ``saved_run_with_errors``, restored with their modification times."""
+    folder, backup = saved_run_with_errors
+    shutil.rmtree(folder)
+    shutil.copytree(backup, folder)
+    return folder / "bucket", folder / "run"
 
 
 def test_a_changed_listing_is_refused_with_its_differences_unless_relist_is_off(

@@ -19,7 +19,7 @@ from tests.conftest import NUM_TRAIN
 MakeConfig = Callable[..., TrainConfig]
 NUM_EPOCHS = 4
 STEPS_PER_EPOCH = NUM_TRAIN // 6
-# Settings with which a checkpoint must hold every kind of state; make_config adds dropout and augmentation.
+# With these settings a checkpoint contains every kind of state; make_config adds dropout and augmentation.
 STATEFUL_SETTINGS = {
     "num_epochs": NUM_EPOCHS,
     "ema_decay": 0.8,

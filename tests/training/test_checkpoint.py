@@ -106,7 +106,7 @@ def test_newest_and_best_checkpoint(run: Path) -> None:
     assert warnings == []
 
 
-def test_a_checkpoint_in_mid_epoch_can_be_newest_but_not_best(run: Path) -> None:
+def test_a_mid_epoch_checkpoint_can_be_the_newest_but_not_the_best(run: Path) -> None:
     save_state(str(name_folder(run, 4)), make_state(4, [0.1, 0.5, 0.9], [0.7]))
     newest = find_newest_state(str(run), print)
     assert newest is not None
@@ -166,7 +166,7 @@ def test_a_file_that_is_not_an_index_is_skipped_with_a_warning(run: Path, conten
 
 
 def test_the_index_is_json_text_beside_its_sha256(run: Path) -> None:
-    """The format is part of every checkpoint that a run may be resumed from, so it must not change."""
+    """Runs are resumed from checkpoints that an earlier version wrote, so the format must not change."""
     content = json.loads((name_folder(run, 2) / "checkpoint.json").read_text())
     assert content.keys() == {"index", "index_sha256"}
     assert hashlib.sha256(content["index"].encode()).hexdigest() == content["index_sha256"]

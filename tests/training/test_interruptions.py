@@ -29,7 +29,7 @@ from tests.training.ray_runs import (
 pytestmark = pytest.mark.usefixtures("ray_session")
 
 
-def test_weights_are_identical_after_a_worker_is_killed_in_mid_epoch(
+def test_weights_are_identical_after_a_worker_is_killed_mid_epoch(
     uninterrupted_run: Path, make_train_config: MakeConfig, tmp_path: Path
 ) -> None:
     printed = train_with_killed_worker(make_config(make_train_config, tmp_path))
@@ -38,7 +38,7 @@ def test_weights_are_identical_after_a_worker_is_killed_in_mid_epoch(
     assert read_metrics(tmp_path) == read_metrics(uninterrupted_run)
 
 
-def test_weights_are_identical_after_the_driver_is_killed_in_mid_epoch(
+def test_weights_are_identical_after_the_driver_is_killed_mid_epoch(
     uninterrupted_run: Path, make_train_config: MakeConfig, tmp_path: Path
 ) -> None:
     config = make_config(make_train_config, tmp_path / "run")

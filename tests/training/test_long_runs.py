@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 import yaml
 
-from segray.config import TrainConfig
 from tests.faults.object_store import ObjectStore
 from tests.faults.proxy import Call, FaultProxy, Request, Rule
 from tests.faults.scene import build_environment
@@ -17,15 +16,9 @@ from tests.training.ray_runs import MakeConfig, read_metrics, read_weights_sha25
 _TIMEOUT_S = 180
 
 
-def make_config(make: MakeConfig, output: Path, **train: object) -> TrainConfig:
-    small = {"arch": "classic_unet", "widths": [8, 16]}
-    return TrainConfig.model_validate({**make(output, **train).model_dump(), "model": small})
-
-
 @pytest.mark.usefixtures("ray_session")
 def test_a_run_that_stopped_early_is_complete(make_train_config: MakeConfig, tmp_path: Path) -> None:
-    config = make_config(
-        make_train_config,
+    config = make_train_config(
         tmp_path,
         num_epochs=30,
         early_stopping_epochs=2,
@@ -39,13 +32,14 @@ def test_a_run_that_stopped_early_is_complete(make_train_config: MakeConfig, tmp
     assert "nothing to do" in train(config)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_weights_are_identical_after_a_worker_of_an_fsdp_run_is_killed(
     make_train_config: MakeConfig, tmp_path: Path
 ) -> None:
     settings = {"num_epochs": 4, "sharding": "fsdp", "ema_decay": 0.8, "checkpoint_every_steps": 2, "precision": "fp32"}
-    train(make_config(make_train_config, tmp_path / "uninterrupted", **settings))
-    printed = train_with_killed_worker(make_config(make_train_config, tmp_path / "killed", **settings))
+    train(make_train_config(tmp_path / "uninterrupted", **settings))
+    printed = train_with_killed_worker(make_train_config(tmp_path / "killed", **settings))
     assert "resuming after " in printed, printed
     assert read_weights_sha256(tmp_path / "killed") == read_weights_sha256(tmp_path / "uninterrupted")
     assert read_metrics(tmp_path / "killed") == read_metrics(tmp_path / "uninterrupted")
@@ -69,7 +63,7 @@ def test_training_continues_while_a_checkpoint_uploads_to_slow_storage(
         Rule(Call(delay_upload), "PUT", key=r"ray_train/checkpoint_", nth=1),
         Rule(Call(watch_metrics), "PUT", key=r"metrics\.csv"),
     )
-    config = make_config(make_train_config, tmp_path, num_epochs=3, num_train_workers=1)
+    config = make_train_config(tmp_path, num_epochs=3, num_train_workers=1)
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump({**config.model_dump(mode="json"), "output": "s3://runs/slow"}))
     store = {**object_store.environment, "AWS_ENDPOINT_URL": proxy.endpoint}

@@ -20,10 +20,9 @@ from segray.training.worker.evaluation import add_over_ranks, compute_scores, ev
 from segray.training.worker.feed import RankShare, iterate_evaluation
 from segray.training.worker.sample_store import SampleStore
 from segray.training.worker.steps import NonFiniteLossError, rebuild_gradient_buckets, train_step
-from tests.conftest import PET_CLASSES
+from tests.conftest import PET_CLASSES, TINY_MODEL
 from tests.training.worker.learner import CPU, build_network, make_batch, make_learner, split
 
-WORLD_SIZES = (2, 3, 4)
 NUM_STEPS, GLOBAL_BATCH, NUM_IMAGES = 30, 8, 101
 TERMS: dict[str, object] = {"ce": 1.0, "dice": 0.5, "ohem": 0.5}
 
@@ -68,7 +67,7 @@ def fail_on_one_rank(rank: int, world_size: int) -> tuple[str, bool]:
 def score(folder: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
     """Return the scores on 101 images, of which this rank evaluates its share."""
     torch.manual_seed(0)
-    model = build_model(ModelConfig(), 3)
+    model = build_model(TINY_MODEL, 3)
     samples = [
         Sample(str(folder / f"{number}.png"), str(folder / f"{number}-mask.png")) for number in range(NUM_IMAGES)
     ]
@@ -126,7 +125,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.fixture(scope="module", params=WORLD_SIZES)
+@pytest.fixture(scope="module", params=[3, *(pytest.param(size, marks=pytest.mark.slow) for size in (2, 4))])
 def ranks(request: pytest.FixtureRequest, folder: Path) -> list[dict[str, Any]]:
     world_size: int = request.param
     multiprocessing.spawn(run_rank, (world_size, folder), nprocs=world_size)  # type: ignore[no-untyped-call, attr-defined]

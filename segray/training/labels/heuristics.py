@@ -30,7 +30,8 @@ def compute_mixed_share(raw: npt.NDArray[np.integer]) -> float:
     """
     counts = np.zeros(2, np.int64)
     for start in range(0, raw.shape[0], _BAND_ROWS):
-        values = raw[start : start + _BAND_ROWS + 2].astype(np.int32)  # The last rows' neighbours follow.
+        # The last 2 rows belong to the next band: they are neighbours of this one.
+        values = raw[start : start + _BAND_ROWS + 2].astype(np.int32)
         counts += _count_edges(values[:_BAND_ROWS])
         counts += _count_edges(values.T)
     num_edges, num_mixed = counts.tolist()

@@ -189,7 +189,7 @@ def _count_pixels(mask_uri: str, truth: npt.NDArray[np.integer], classes: ClassM
 
 
 def check_dataset(samples: Sequence[Sample], classes: ClassMap) -> Iterator[SplitReport]:
-    """Check samples on all CPUs of the cluster; yield the report so far, repeatedly, in sample order."""
+    """Check samples on all CPUs of the cluster; yield the report so far after each chunk, in sample order."""
     check = ray.remote(num_cpus=1, max_retries=3)(check_samples)
     classes_ref = ray.put(classes)
     report = SplitReport.empty(classes.num_classes)

@@ -159,8 +159,8 @@ def compute_scores(counts: EvaluationCounts) -> dict[str, Any]:
     """Return validation scores by name, in the range 0 to 1.
 
     ``val_mean_iou``, the headline score, is the mean of ``val_dataset_iou`` over the classes where it is defined; the
-    means of Dice, precision, recall, accuracy and boundary IoU are computed in the same way. ``val_image_iou`` is the mean over
-    classes of ``val_mean_image_iou``. Lists have one value per class, None where undefined.
+    means of Dice, precision, recall, accuracy and boundary IoU are computed in the same way. ``val_image_iou`` is the
+    mean over classes of ``val_mean_image_iou``. Lists have one value per class, None where undefined.
     """
     confusion = counts.confusion.cpu().numpy()
     pixels = count_from_confusion(confusion)

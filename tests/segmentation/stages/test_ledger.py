@@ -188,6 +188,7 @@ class DyingPredictor(predictor.FragmentPredictor):
         super()._predict(images, watch)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_an_image_that_kills_its_predictor_becomes_one_failed_row(
     finished: Path, bundle_dir: Path, bucket: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -103,7 +103,9 @@ def test_a_compiled_model_gives_the_same_masks(bundle: Path) -> None:
 def test_compiling_without_a_compiler_names_the_cause_and_the_remedy(
     bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    settings = SegmentSettings(batch_size=3, precision="fp32", compile=True)  # a shape that this process did not compile
+    settings = SegmentSettings(
+        batch_size=3, precision="fp32", compile=True
+    )  # a shape that this process did not compile
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     monkeypatch.setenv("CXX", "no-such-compiler")
     monkeypatch.setenv("PATH", "")

@@ -1,4 +1,4 @@
-"""Mixed values are found in masks after interpolation or JPEG, not in clean masks; equal images are found."""
+"""Masks with mixed values, from interpolation or JPEG, are detected and clean ones are not; equal images are found."""
 
 import io
 
@@ -38,9 +38,8 @@ def interpolate(mask: npt.NDArray[np.uint8], size: tuple[int, int], resampling: 
     return np.asarray(Image.fromarray(mask).resize(size[::-1], resampling))
 
 
-@pytest.mark.parametrize(
-    "size", [(19, 23), (255, 3), (256, 3), (257, 3), (258, 4), (600, 5)]
-)  # Some are taller than a band.
+# The band height is 256.
+@pytest.mark.parametrize("size", [(19, 23), (255, 3), (256, 3), (257, 3), (258, 4), (600, 5)])
 def test_the_mixed_share_equals_that_of_a_plain_loop(size: tuple[int, int]) -> None:
     raw = np.random.default_rng(0).choice([0, 1, 2, 7, 300], size).astype(np.uint16)
     num_edges = num_mixed = 0

@@ -177,7 +177,7 @@ def test_a_wrongly_saved_mask_is_one_fault_with_a_remedy(
 
 
 def blur(raw: npt.NDArray[np.uint8], scale: float) -> npt.NDArray[np.uint8]:
-    """Resize a mask with bilinear interpolation, as is right only for images."""
+    """Resize a mask with bilinear interpolation, which is correct only for images."""
     size = (round(raw.shape[1] * scale), round(raw.shape[0] * scale))
     return np.asarray(Image.fromarray(raw).resize(size, Image.Resampling.BILINEAR))
 
@@ -195,8 +195,8 @@ def test_mixed_values_are_a_fault_if_undeclared_and_a_warning_if_declared(
 ) -> None:
     sparse = ClassMap(("a", "b"), (0, 200))
     clean = draw_blocks([0, 200])
-    undeclared, honest = save(tmp_path, "0", spoil(clean)), save(tmp_path, "1", clean)
-    report = check_all([undeclared, honest], sparse)["train"]
+    undeclared, unchanged = save(tmp_path, "0", spoil(clean)), save(tmp_path, "1", clean)
+    report = check_all([undeclared, unchanged], sparse)["train"]
     (fault,) = report.faults
     assert fault.uri == undeclared.mask_uri
     assert "looks resized with interpolation or saved as JPEG; resize masks with nearest neighbour" in str(fault)
@@ -262,7 +262,7 @@ def test_an_image_in_both_splits_is_a_warning_regardless_of_its_encoding(tmp_pat
 
 
 @pytest.mark.skipif(not CAMVID.exists(), reason="needs CamVid at data/camvid")
-def test_clean_camvid_masks_have_no_warning_and_spoilt_ones_have(tmp_path: Path) -> None:
+def test_clean_camvid_masks_give_no_warning_and_corrupted_ones_give_one(tmp_path: Path) -> None:
     classes = ClassMap(tuple("abcdefghijk"), tuple(range(11)), (11,))
     masks = sorted((CAMVID / "masks").rglob("*.png"))
     samples = [Sample(str(CAMVID / "images" / path.relative_to(CAMVID / "masks")), str(path)) for path in masks]
@@ -271,7 +271,7 @@ def test_clean_camvid_masks_have_no_warning_and_spoilt_ones_have(tmp_path: Path)
     for path in masks[::40]:
         raw = np.asarray(Image.open(path))
         assert check_samples([save(tmp_path, "0", raw[2::4, 2::4])], classes).warnings == []
-        for number, spoilt in enumerate([blur(raw, 0.5), blur(raw, 0.9), blur(raw, 1.3), compress(raw)]):
-            report = check_samples([save(tmp_path, "1", spoilt.clip(0, 11))], classes)
+        for number, corrupted in enumerate([blur(raw, 0.5), blur(raw, 0.9), blur(raw, 1.3), compress(raw)]):
+            report = check_samples([save(tmp_path, "1", corrupted.clip(0, 11))], classes)
             kinds = [warning.kind for warning in report.warnings]
             assert kinds == [WarningKind.INTERPOLATED], (path, number)

@@ -40,10 +40,8 @@ SPACE = {
 
 def make_config(make: MakeConfig, output: Path, space: dict[str, Any] | None = None, **tune: Any) -> TrainConfig:
     config = make(output, num_epochs=3, num_train_workers=1)
-    small = {"arch": "classic_unet", "widths": [8, 16]}
     content = {
         **config.model_dump(mode="json"),
-        "model": small,
         "tune": {"space": SPACE if space is None else space, **tune},
     }
     return TrainConfig.model_validate(content)
@@ -78,6 +76,10 @@ def test_int_uniform_includes_both_ends(make_train_config: MakeConfig, tmp_path:
         (
             {"train.learning_rat": {"uniform": [0.1, 0.2]}},
             r"train\.learning_rat=0\.1: train\.learning_rat: Extra inputs",
+        ),
+        (
+            {"train.seed.x": {"choice": [1]}},
+            r"tune\.space\.train\.seed\.x: seed is 0, not a section that x can be set in",
         ),
         ({"train.learning_rate": {"uniform": [-1, 0.2]}}, r"train\.learning_rate=-1: .*greater than 0"),
         ({"train.num_epochs": {"choice": [3, 9]}}, r"tune\.space\.train\.num_epochs: trials are compared"),

@@ -34,7 +34,7 @@ def make_learner(
 
 
 def make_batch(seed: list[int], size: int = 4, side: int = 16, ignored: float = 0.2) -> TrainBatch:
-    """Return random images and ground truth; the number of pixels that are not ignored differs widely per image."""
+    """Return random images and ground truth; the number of ignored pixels differs widely between images."""
     rng = np.random.default_rng(seed)
     truth = rng.integers(0, NUM_CLASSES, (size, side, side)).astype(np.uint8)
     for number in range(size):

@@ -1,4 +1,4 @@
-"""The sample order is the same for any number of workers, with no sample dropped or repeated; the sample cache."""
+"""The sample order, which is the same for any number of workers and drops no sample, and the sample cache."""
 
 import errno
 import os
@@ -74,14 +74,14 @@ def read(
             for part in parts
             for uri, image, truth in zip(part.image_uris, part.images, part.truth, strict=True)
         ]
-        for share in zip(*ranks, strict=True)  # Strict, as every rank takes the same number of steps.
+        for share in zip(*ranks, strict=True)  # Every rank takes the same number of steps.
     ]
 
 
 def test_order_and_augmentation_are_the_same_for_any_number_of_workers_and_parts(samples: list[Sample]) -> None:
     expected = read(samples, range(6), 1)
     assert all(len(step) == 4 for step in expected)
-    for world_size in (2, 3, 4):  # Also if shares are uneven, as after the loss of a node.
+    for world_size in (2, 3, 4):  # With 3, shares are uneven, as after the loss of a node.
         assert read(samples, range(6), world_size) == expected
     assert read(samples, range(6), 1, stream=replace(STREAM, num_parts=4)) == expected
     assert read(samples, range(6), 2, stream=replace(STREAM, num_parts=2), num_threads=5) == expected

@@ -1,4 +1,4 @@
-"""Settings that only change how a model is computed must not change what it learns."""
+"""Settings that only change how a model is computed must not change its losses or weights."""
 
 import math
 from collections.abc import Callable
@@ -47,7 +47,7 @@ def measure_distance(state: dict[str, torch.Tensor], other: dict[str, torch.Tens
 @pytest.mark.parametrize(
     "settings", [{"compile": True}, {"gradient_checkpointing": True}, {"channels_last": False}], ids=str
 )
-def test_compile_gradient_checkpointing_and_memory_format_do_not_change_what_is_learned(
+def test_compile_gradient_checkpointing_and_memory_format_do_not_change_losses_or_weights(
     settings: dict[str, bool], freeze_encoder: bool
 ) -> None:
     runs: list[tuple[list[float], SegmentationModel]] = []
