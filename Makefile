@@ -2,9 +2,8 @@
 # test targets.
 PYTHON ?= python3
 BIN := .venv/bin
-# Tests of one file run in one process and share its fixtures. There is one more process than cores (2), because tests often
-# wait for Ray; tests/conftest.py puts the longest files first.
-PARALLEL := --numprocesses 3 --dist loadfile --no-loadscope-reorder
+# Tests of one file run in one process and share its fixtures; tests/conftest.py puts the longest files first.
+PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup demo docs test test-all test-faults test-cluster gpu-pack gpu-run wheel check lock clean
 

@@ -125,7 +125,8 @@ class FaultKind(StrEnum):
     FAILED = (
         "failed",
         "Processing this image ran out of memory, or ended the worker process repeatedly.",
-        "Give the nodes more memory or lower segment.max_image_px, then rerun with segment.retry_errors: true.",
+        "Give the nodes more memory and rerun with segment.retry_errors: true, or start a new output with a lower "
+        "segment.max_image_px.",
     )
 
 

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 # Several processes share the cores: threads that wait must not spin. Set before torch is imported; Ray inherits it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("RAY_worker_niceness", "0")  # Ray's default of 15 starves workers beside other test processes.
 MEMORY = Path("/dev/shm")
 pytest_plugins = ["tests.segmented"]
 keep_on_loopback()

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 from pyarrow import parquet as pq
 
+pytestmark = pytest.mark.integration
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 _START_TIMEOUT_S = 60
@@ -104,7 +105,12 @@ def test_jobs_run_from_the_source_tree_and_from_the_wheel(
     job_environment: dict[str, str], shapes_root: Path, tmp_path: Path
 ) -> None:
     settings = [f"data.layout.oxford_iiit_pet.root={shapes_root}", "image_size=[64, 64]", "train.num_epochs=1"]
-    settings += [f"output={tmp_path}/train"]
+    settings += [
+        "model.arch=classic_unet",
+        "model.widths=[8, 16]",
+        "train.num_train_workers=1",
+        f"output={tmp_path}/train",
+    ]
     overrides = [part for setting in settings for part in ("--set", setting)]
     trained = submit(job_environment, "python", "jobs/train.py", "jobs/train.yaml", *overrides)
     assert trained.returncode == 0, trained.stdout + trained.stderr

@@ -52,6 +52,11 @@ class Unpaired(NamedTuple):
         return f"no {self.missing} of this name"
 
     @property
+    def message(self) -> str:
+        """The same phrase, under the name that other findings of a label check have for it."""
+        return self.kind
+
+    @property
     def remedy(self) -> str:
         """What to do about it."""
         return "add it, remove this file, or use a manifest"

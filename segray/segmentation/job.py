@@ -8,7 +8,6 @@ import pyarrow as pa
 
 from segray.config import SegmentSettings
 from segray.data.classes import ClassMap
-from segray.results.reader import RunResults
 from segray.storage import normalize_uri
 
 
@@ -93,6 +92,9 @@ class SegmentResult:
 
         Without ``columns`` the masks are read too; ``segray.open_results`` reads them one by one.
         """
+        # Imported here, because every process of a run imports this module, and pyarrow.dataset takes 1 s.
+        from segray.results.reader import RunResults
+
         columns = None if columns is None else list(columns)
         table: pa.Table = RunResults(self.output).images.to_table(columns=columns)
         return table

@@ -19,7 +19,7 @@ from ray.train.v2._internal.constants import (
 from rich.console import Console
 
 from segray.errors import SegrayError, TrainingError
-from segray.runtime.connect import find_segray_error, get_last_line
+from segray.runtime.connect import find_segray_error, get_last_line, translated_ray_errors
 from segray.storage import join_uri, remove_file
 from segray.storage.arrow import open_filesystem
 from segray.training.checkpoint import RUN_NAME, remove_surplus
@@ -62,9 +62,12 @@ def fit(job: TrainJob, output: str, console: Console, track: Callable[[list[dict
     with show_training(console, num_steps, settings.stall_timeout_s, track) as board:
         trainer = _build_trainer(replace(job, board=board), num_workers, filesystem, storage_path)
         try:
-            result = trainer.fit()
+            with translated_ray_errors("training"):
+                result = trainer.fit()
         except TrainingFailedError as error:
-            raise _explain_failure(error, ray.get(board.get_diagnosis.remote()), settings.max_failures) from error
+            with translated_ray_errors("training"):
+                diagnosis = ray.get(board.get_diagnosis.remote())
+            raise _explain_failure(error, diagnosis, settings.max_failures) from error
     if result.return_value and result.return_value["error"]:
         raise result.return_value["error"]
 

@@ -19,7 +19,7 @@ from rich.console import Console
 
 from segray.config import TrainConfig
 from segray.data.classes import ClassMap
-from segray.errors import ConfigError, flatten_message
+from segray.errors import ConfigError, SegrayError, flatten_message
 from segray.storage import exists, join_uri, read_bytes, remove_folder, write_bytes
 
 _MLFLOW_BATCH = 1000  # Maximum number of metrics per request.
@@ -145,6 +145,8 @@ def _open(extra: str, build: Callable[[], Tracker]) -> Tracker:
         return build()
     except ImportError as error:
         raise ConfigError(f"tracking: {extra} is not installed; run: pip install 'segray[{extra}]'") from error
+    except SegrayError:
+        raise
     except Exception as error:
         raise ConfigError(f"tracking: {extra}: {flatten_message(error)}") from error
 

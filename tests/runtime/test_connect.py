@@ -36,6 +36,7 @@ def fail() -> None:
     raise ImageFault(FaultKind.CHANGED, "one line")
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("first_import", ["import ray", "import segray"])
 def test_a_private_ray_listens_on_loopback_only(first_import: str) -> None:
     script = f"""
@@ -54,6 +55,7 @@ with connect_ray():
     assert (done.returncode, done.stdout) == (0, "127.0.0.1\n"), done.stderr
 
 
+@pytest.mark.integration
 def test_a_private_ray_prints_nothing_but_warnings() -> None:
     script = """
 import sys, ray
