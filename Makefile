@@ -2,8 +2,8 @@
 # test targets.
 PYTHON ?= python3
 BIN := .venv/bin
-# Tests of one file run in one process and share its fixtures; tests/conftest.py puts the longest files first.
-PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
+# Tests of one file, or group, run in one process and share its fixtures; tests/conftest.py puts the longest files first.
+PARALLEL := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
 
 .PHONY: setup demo docs test test-all test-faults test-cluster gpu-pack gpu-run wheel check lock clean
 
@@ -28,13 +28,13 @@ check: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-# linters, types, tests without Ray or an object store, and a smoke test of each on real Ray
+# Linters, types, tests that need neither Ray nor an object store, and smoke tests on a real Ray.
 test: check
 	$(BIN)/pytest $(PARALLEL) -m "smoke or not (integration or slow or gpu)"
 
-# every test but the slow faults and the clusters, and the documentation site
-test-all: setup docs .venv-swift/installed
-	$(BIN)/pytest $(PARALLEL) --ignore tests/cluster -m "not slow" --durations=30
+# `make test`, and every other test except the slow faults and the clusters; and the documentation site.
+test-all: test docs .venv-swift/installed
+	$(BIN)/pytest $(PARALLEL) --ignore tests/cluster -m "(integration or gpu) and not (smoke or slow)" --durations=30
 
 # every fault of docs/guides/faults.md, on a real object store
 test-faults: setup .venv-swift/installed

@@ -63,6 +63,7 @@ def job_environment(bare_environment: Path, tmp_path_factory: pytest.TempPathFac
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN_PATH": str(folder / "token"),
         "RAY_TRAIN_HEALTH_CHECK_INTERVAL_S": "0.5",
+        "RAY_worker_niceness": "0",  # As in tests/conftest.py.
     }
     command = [
         str(bare_environment / "ray"),

@@ -136,6 +136,7 @@ def build_environment(**more: str) -> dict[str, str]:
         "RAY_AUTH_TOKEN": "0123456789abcdef" * 4,
         "RAY_BACKEND_LOG_LEVEL": "fatal",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_worker_niceness": "0",  # As in tests/conftest.py.
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # Keeps a whole cluster on loopback.
         "RAY_gcs_rpc_server_reconnect_timeout_s": "5",  # Give up a lost head after 5 s instead of 60 s.
     }

@@ -45,6 +45,7 @@ def test_weights_are_identical_after_a_worker_of_an_fsdp_run_is_killed(
     assert read_metrics(tmp_path / "killed") == read_metrics(tmp_path / "uninterrupted")
 
 
+@pytest.mark.slow
 def test_training_continues_while_a_checkpoint_uploads_to_slow_storage(
     make_train_config: MakeConfig, object_store: ObjectStore, proxy: FaultProxy, tmp_path: Path
 ) -> None:

@@ -127,18 +127,13 @@ def test_the_error_for_a_non_finite_loss_names_step_and_images(make_train_config
     assert not (tmp_path / "bundle").exists()
 
 
-def test_one_worker_two_workers_and_fsdp_learn_the_same(make_train_config: MakeConfig, tmp_path: Path) -> None:
-    rows = []
-    runs: dict[str, dict[str, object]] = {"one": {"num_train_workers": 1}, "two": {}, "fsdp": {"sharding": "fsdp"}}
-    for name, settings in runs.items():
-        config = make_train_config(
-            tmp_path / name, sync_batchnorm=True, precision="fp32", ema_decay=0.5, max_gradient_norm=1.0, **settings
-        )
-        train(config)
-        rows.append(read_metrics(tmp_path / name))
-    one, two, fsdp = rows
-    for other in (two, fsdp):
-        assert [float(row["loss"]) for row in other] == pytest.approx([float(row["loss"]) for row in one], abs=1e-4)
-        for score in ("val_mean_iou", "val_pixel_accuracy", "val_mean_boundary_iou"):
-            assert [float(row[score]) for row in other] == pytest.approx([float(row[score]) for row in one], abs=5e-3)
-    load_bundle(str(tmp_path / "fsdp" / "bundle"))
+@pytest.mark.parametrize("sharding", ["none", pytest.param("fsdp", marks=pytest.mark.slow)])
+def test_two_workers_learn_the_same_as_one(sharding: str, make_train_config: MakeConfig, tmp_path: Path) -> None:
+    settings = {"sync_batchnorm": True, "precision": "fp32", "ema_decay": 0.5, "max_gradient_norm": 1.0}
+    train(make_train_config(tmp_path / "one", num_train_workers=1, **settings))
+    train(make_train_config(tmp_path / "two", sharding=sharding, **settings))
+    one, two = (read_metrics(tmp_path / name) for name in ("one", "two"))
+    assert [float(row["loss"]) for row in two] == pytest.approx([float(row["loss"]) for row in one], abs=1e-4)
+    for score in ("val_mean_iou", "val_pixel_accuracy", "val_mean_boundary_iou"):
+        assert [float(row[score]) for row in two] == pytest.approx([float(row[score]) for row in one], abs=5e-3)
+    load_bundle(str(tmp_path / "two" / "bundle"))

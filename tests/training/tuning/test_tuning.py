@@ -183,6 +183,7 @@ def test_a_failed_trial_does_not_affect_the_others(make_train_config: MakeConfig
     assert not get_reserved_groups()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_a_stopped_trial_has_ended_and_released_its_resources(make_train_config: MakeConfig, tmp_path: Path) -> None:
     config = make_config(make_train_config, tmp_path)
