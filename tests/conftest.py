@@ -43,6 +43,7 @@ TINY_MODEL = ModelConfig(arch="classic_unet", widths=(8, 16))  # for tests in wh
 INTEGRATION_FIXTURES = {"ray_session", "object_store"}
 
 
+@pytest.hookimpl(tryfirst=True)  # Before pytest-xdist reads the groups.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests that use Ray or an object store through a fixture, and run the files with such tests first.
 
