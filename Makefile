@@ -2,8 +2,8 @@
 # test targets.
 PYTHON ?= python3
 BIN := .venv/bin
-# Tests of one file, or group, run in one process and share its fixtures; tests/conftest.py puts the longest files first.
-PARALLEL := --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+# Tests of one file run in one process and share its fixtures; tests/conftest.py puts the longest files first.
+PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 .PHONY: setup demo docs test test-all test-faults test-cluster gpu-pack gpu-run wheel check lock clean
 
@@ -34,7 +34,7 @@ test: check
 
 # `make test`, and every other test except the slow faults and the clusters; and the documentation site.
 test-all: test docs .venv-swift/installed
-	$(BIN)/pytest $(PARALLEL) --ignore tests/cluster -m "(integration or gpu) and not (smoke or slow)" --durations=30
+	$(BIN)/pytest $(PARALLEL) --ignore tests/cluster --ignore tests/test_jobs.py -m "(integration or gpu) and not (smoke or slow)" --durations=30
 
 # every fault of docs/guides/faults.md, on a real object store
 test-faults: setup .venv-swift/installed
@@ -44,7 +44,7 @@ test-faults: setup .venv-swift/installed
 # cluster.yaml and clusters/onprem.yaml launched, on hosts that are network namespaces: Linux, and root, or all are skipped
 test-cluster: setup .venv-swift/installed .venv-moto/installed
 	tests/cluster/install.sh
-	$(BIN)/pytest tests/cluster --durations=0
+	$(BIN)/pytest tests/cluster tests/test_jobs.py --durations=0
 
 # Packs the packages that `make gpu-run` needs on a machine with a GPU but without a network into gpu-pack/ (40 MiB). GPU_PYTHON
 # is the Python version of that machine; the default is 3.12.

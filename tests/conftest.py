@@ -43,7 +43,6 @@ TINY_MODEL = ModelConfig(arch="classic_unet", widths=(8, 16))  # for tests in wh
 INTEGRATION_FIXTURES = {"ray_session", "object_store"}
 
 
-@pytest.hookimpl(tryfirst=True)  # Before pytest-xdist reads the groups.
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests that use Ray or an object store through a fixture, and run the files with such tests first.
 
@@ -54,9 +53,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker("integration")
     long_files = {item.path for item in items if item.get_closest_marker("integration")}
     items.sort(key=lambda item: item.path not in long_files)
-    for item in items:  # The unit that pytest-xdist gives to a process; the files of a group share session fixtures.
-        shares_run = "uninterrupted_run" in getattr(item, "fixturenames", ()) or item.path.stem == "test_interruptions"
-        item.add_marker(pytest.mark.xdist_group("uninterrupted_run" if shares_run else item.location[0]))
 
 
 @pytest.fixture(scope="session")
