@@ -40,18 +40,8 @@ def fetch_image(uri: str, etag: str | None = None) -> bytes:
         ImageFault: ``missing``, ``changed`` or ``unsupported``.
         StorageError: The store denied access, or failed.
     """
-    try:
-        return read_bytes(uri, etag)
-    except MissingFileError as error:
-        if etag is not None:  # The file existed when it was listed.
-            _require_folder(uri)
-        raise ImageFault(
-            FaultKind.MISSING, "no such file: it was removed after it was listed, or the list is wrong"
-        ) from error
-    except ChangedFileError as error:
-        raise ImageFault(FaultKind.CHANGED, f"the file was replaced after it was listed: {error}") from error
-    except UnusableFileError as error:
-        raise ImageFault(FaultKind.UNSUPPORTED, str(error)) from error
+    missing = ImageFault(FaultKind.MISSING, "no such file: it was removed after it was listed, or the list is wrong")
+    return _fetch(uri, etag, "file", missing, FaultKind.UNSUPPORTED)
 
 
 def read_truth(
@@ -109,18 +99,21 @@ def fetch_mask(uri: str, etag: str | None = None) -> bytes:
         ImageFault: ``mask_missing``, ``changed`` or ``mask_mismatch``.
         StorageError: The store denied access, or failed.
     """
+    missing = ImageFault(FaultKind.MASK_MISSING, f"no mask at {uri}", "add it, or remove its image from the data set")
+    return _fetch(uri, etag, "mask", missing, FaultKind.MASK_MISMATCH)
+
+
+def _fetch(uri: str, etag: str | None, what: str, missing: ImageFault, unusable: FaultKind) -> bytes:
     try:
         return read_bytes(uri, etag)
     except MissingFileError as error:
         if etag is not None:  # The file existed when it was listed.
             _require_folder(uri)
-        raise ImageFault(
-            FaultKind.MASK_MISSING, f"no mask at {uri}", "add it, or remove its image from the data set"
-        ) from error
+        raise missing from error
     except ChangedFileError as error:
-        raise ImageFault(FaultKind.CHANGED, f"the mask was replaced after it was listed: {error}") from error
+        raise ImageFault(FaultKind.CHANGED, f"the {what} was replaced after it was listed: {error}") from error
     except UnusableFileError as error:
-        raise ImageFault(FaultKind.MASK_MISMATCH, str(error)) from error
+        raise ImageFault(unusable, str(error)) from error
 
 
 def _decode_raw(content: bytes, max_px: int) -> npt.NDArray[np.integer]:

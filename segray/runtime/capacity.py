@@ -58,7 +58,7 @@ class Capacity:
         return sum(_count_on(node, each) for node in [*self.nodes, *(self._choose_more(each) if with_more else ())])
 
     def count_nodes(self, each: Mapping[str, float]) -> int:
-        """Return how many living nodes have room for a task that needs ``each``."""
+        """Return how many living nodes have enough resources for a task that needs ``each``."""
         return sum(_count_on(node, each) > 0 for node in self.nodes)
 
     def count_most_on_one(self, each: Mapping[str, float]) -> float:
@@ -114,7 +114,7 @@ def describe_work(count: int, what: str, each: Mapping[str, float]) -> str:
 
 
 def describe_wait(capacity: Capacity, what: str, each: Mapping[str, float], count: int) -> str | None:
-    """Return a message that tasks wait for nodes to be added, or None if the living nodes have room for them."""
+    """Return a message that tasks wait for nodes to be added, or None if the living nodes suffice."""
     if capacity.count(each, with_more=False) >= count:
         return None
     return f"waiting for nodes for {describe_work(count, what, each)}: {capacity.describe()}"

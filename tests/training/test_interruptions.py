@@ -1,7 +1,6 @@
 """Interrupted training on Ray: after a worker or the driver is killed, the weights are identical to the last bit."""
 
 import os
-import signal
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -46,10 +45,14 @@ def test_weights_are_identical_after_the_driver_is_killed_mid_epoch(
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
     command = [sys.executable, "-c", "from segray.cli import main; main()", "train", str(path)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    driver = subprocess.Popen(command, stdout=subprocess.PIPE, env=environment, text=True)
-    wait_for(lambda: is_in_mid_epoch(tmp_path / "run"))
-    driver.send_signal(signal.SIGKILL)
-    driver.wait()
+    with (tmp_path / "printed.txt").open("w") as printed_file:
+        driver = subprocess.Popen(command, stdout=printed_file, stderr=subprocess.STDOUT, env=environment)
+    try:
+        wait_for(lambda: driver.poll() is not None or is_in_mid_epoch(tmp_path / "run"))
+        assert driver.poll() is None, (tmp_path / "printed.txt").read_text()
+    finally:  # Even if the test fails: a driver left alive would disturb the next test.
+        driver.kill()
+        driver.wait()
     assert not (tmp_path / "run" / "bundle").exists()
     # If the driver dies while Ray Train writes its list of checkpoints, the list can be empty; Ray then never resumes.
     (tmp_path / "run" / "ray_train" / "checkpoint_manager_snapshot.json").write_text("")
@@ -68,7 +71,8 @@ def test_a_stalled_worker_ends_the_run_with_an_error_that_names_rank_and_step(
     def stop_worker() -> None:
         wait_for(lambda: find_newest_state(str(tmp_path / "ray_train"), lambda _: None) is not None)
         workers = find_train_workers()
-        stopped.append(workers[max(workers.keys() - earlier_workers)])
+        (pid,) = workers.keys() - earlier_workers
+        stopped.append(workers[pid])
         stopped[0].suspend()
 
     config = make_train_config(

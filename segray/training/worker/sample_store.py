@@ -90,7 +90,7 @@ class _DiskStore:
         self._lock = Lock()
 
     def write(self, sample: Sample, found: LabelledImage) -> None:
-        """Write a sample if there is room for it and no other thread has written it."""
+        """Write a sample if it fits within the limit and no other thread has written it."""
         image, truth = found
         num_bytes = image.nbytes + truth.nbytes
         with self._lock:
