@@ -19,6 +19,7 @@ from torchvision.models import vgg16
 from segray.config import ModelConfig
 from segray.data.preprocessing import Preprocessing
 from segray.errors import ConfigError
+from segray.models import fcn
 from segray.models.build import (
     ARCHITECTURES,
     SMP_ARCHITECTURES,
@@ -48,6 +49,11 @@ print(*sys.modules)
 """
 
 
+@pytest.fixture(autouse=True)
+def _narrow_fcn_classifier(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fcn, "_CLASSIFIER_CHANNELS", 64)  # With 4096 channels, each of the tests takes a minute.
+
+
 def test_building_a_classic_unet_imports_neither_smp_nor_timm() -> None:
     code = [sys.executable, "-c", _BUILD_CLASSIC_UNET]
     loaded = subprocess.run(code, check=True, capture_output=True, text=True).stdout.split()
@@ -64,9 +70,9 @@ def test_every_architecture_maps_any_size_to_logits_of_that_size_and_has_gradien
     torch.manual_seed(0)
     model = build_model(config, NUM_CLASSES).train()
     freeze_unused_parameters(model)
-    image = torch.randn(2, 3, 129, 161)
+    image = torch.randn(2, 3, 129, 131)
     logits = model(image)
-    assert logits.shape == (2, NUM_CLASSES, 129, 161)
+    assert logits.shape == (2, NUM_CLASSES, 129, 131)
     logits.square().mean().backward()
     without = [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None]
     assert without == []  # DistributedDataParallel would wait forever for a missing gradient.

@@ -91,6 +91,7 @@ def test_a_replaced_bundle_is_refused_with_the_first_fragment(bundle: Path, tmp_
         predictor(pack_decoded(0, [make_image("a")], Stopwatch()))
 
 
+@pytest.mark.integration  # Compiling takes half a minute.
 def test_a_compiled_model_gives_the_same_masks(bundle: Path) -> None:
     images = [make_image("a"), make_image("bb"), make_image("ccc")]
     compiled = predict(bundle, images, SETTINGS.model_copy(update={"compile": True}))
