@@ -1,8 +1,8 @@
 """Random augmentation of training samples, image and mask together.
 
 All random numbers come from the generator that the caller passes, never from one shared by the threads of a process.
-The changes are computed by Pillow on images, not by torch on tensors, because torch's sums depend on its number of
-threads. So a sample is identical on any worker, in any thread, and after a restart.
+The changes are computed by Pillow, not by torchvision on tensors, because torch's sums depend on its number of threads.
+So a sample is identical on any worker, in any thread, and after a restart.
 """
 
 from collections.abc import Callable
@@ -11,15 +11,13 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageFilter
-from torchvision.transforms.v2 import InterpolationMode
-from torchvision.transforms.v2 import functional as transforms
+from PIL import Image, ImageEnhance, ImageFilter
 
 from segray.config import AugmentationSettings
 from segray.data.images import resize_image, resize_mask
 
 FILL_RGB = (124, 116, 104)  # The mean of ImageNet, which is about 0 after normalisation.
-_COLOUR_CHANGES = (transforms.adjust_brightness, transforms.adjust_contrast, transforms.adjust_saturation)
+_COLOUR_CHANGES = (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color)
 _BLUR_SIGMA_PX = (0.3, 1.5)
 _CUTOUT_SIDE = (0.1, 0.4)  # Share of the sample's height and of its width.
 
@@ -84,10 +82,8 @@ class Augmentation:
 
     def _rotate(self, image: _Image, truth: _Truth, generator: np.random.Generator) -> tuple[_Image, _Truth]:
         angle = float(generator.uniform(-self.settings.rotation_deg, self.settings.rotation_deg))
-        turned = transforms.rotate(Image.fromarray(image), angle, InterpolationMode.BILINEAR, fill=FILL_RGB)
-        turned_truth = transforms.rotate(
-            Image.fromarray(truth), angle, InterpolationMode.NEAREST, fill=self.ignore_index
-        )
+        turned = Image.fromarray(image).rotate(angle, Image.Resampling.BILINEAR, fillcolor=FILL_RGB)
+        turned_truth = Image.fromarray(truth).rotate(angle, Image.Resampling.NEAREST, fillcolor=self.ignore_index)
         return np.asarray(turned), np.asarray(turned_truth)
 
     def _change_colours(self, image: _Image, generator: np.random.Generator) -> _Image:
@@ -95,8 +91,9 @@ class Augmentation:
         strength = self.settings.colour_jitter
         if strength:
             for number in generator.permutation(len(_COLOUR_CHANGES)):
-                picture = _COLOUR_CHANGES[number](picture, float(generator.uniform(1 - strength, 1 + strength)))
-        if generator.random() < self.settings.blur:  # Pillow's blur: torchvision's uses torch.
+                factor = float(generator.uniform(1 - strength, 1 + strength))
+                picture = _COLOUR_CHANGES[number](picture).enhance(factor)
+        if generator.random() < self.settings.blur:
             picture = picture.filter(ImageFilter.GaussianBlur(float(generator.uniform(*_BLUR_SIGMA_PX))))
         return np.asarray(picture)
 

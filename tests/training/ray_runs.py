@@ -29,7 +29,7 @@ STATEFUL_SETTINGS = {
     "checkpoint_every_steps": 2,
     "precision": "fp32",
 }
-_TIMEOUT_S = 120
+_TIMEOUT_S = 300  # Enough for Ray and its workers to start beside other test processes.
 
 
 def make_config(make: MakeConfig, output: Path, **train: object) -> TrainConfig:

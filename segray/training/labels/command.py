@@ -84,6 +84,6 @@ def run_check(
 
 
 def _draw_samples(config: TrainConfig, splits: Splits, classes: ClassMap, num_drawn: int, uri: str) -> None:
-    from segray.training.labels.preview import draw_training  # It imports matplotlib and torchvision.
+    from segray.training.labels.preview import draw_training  # It imports matplotlib.
 
     write_bytes(uri, draw_training(config, splits.train, classes, num_drawn))
