@@ -71,19 +71,16 @@ def test_a_stalled_worker_ends_the_run_with_an_error_that_names_rank_and_step(
     def stop_worker() -> None:
         wait_for(lambda: find_newest_state(str(tmp_path / "ray_train"), lambda _: None) is not None)
         workers = find_train_workers()
-        (pid,) = workers.keys() - earlier_workers
-        stopped.append(workers[pid])
+        stopped.append(workers[max(workers.keys() - earlier_workers)])
         stopped[0].suspend()
 
-    config = make_train_config(
-        tmp_path, num_epochs=500, num_train_workers=1, stall_timeout_s=8, checkpoint_every_steps=1
-    )
+    config = make_train_config(tmp_path, num_epochs=500, stall_timeout_s=12, checkpoint_every_steps=1)
     with ThreadPoolExecutor(1) as executor:
         stopper = executor.submit(stop_worker)
         try:
             with pytest.raises(
                 TrainingError,
-                match=r"no progress for 8 s \(train\.stall_timeout_s\); stalled: rank 0 in step \d+ \(\w+\); to",
+                match=r"no progress for 12 s \(train\.stall_timeout_s\); stalled: rank [01] in step \d+ \([\w ]+\); to",
             ):
                 train(config)
         finally:
