@@ -44,7 +44,7 @@ def trained(shapes_root: Path, tmp_path_factory: pytest.TempPathFactory, ray_ses
 
 @pytest.fixture(scope="module")
 def segmented(
-    trained: segray.TrainResult, bucket: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None
+    bundle_dir: Path, bucket: Path, tmp_path_factory: pytest.TempPathFactory, ray_session: None
 ) -> SegmentResult:
     """A run over labelled images and a truncated one."""
     folder = tmp_path_factory.mktemp("segmented")
@@ -53,7 +53,7 @@ def segmented(
     (folder / "masks").mkdir()
     (folder / "masks" / "truncated.png").write_bytes((bucket / "masks" / "image 0#.png").read_bytes())
     return segray.segment(
-        bundle=trained.bundle,
+        bundle=bundle_dir,
         images=[bucket / "images", truncated],
         masks=[bucket / "masks", folder / "masks"],
         output=folder / "run",
@@ -79,12 +79,10 @@ def test_segment_returns_counts_summary_and_rows(segmented: SegmentResult) -> No
     assert rows.filter(pa.compute.equal(rows["status"], "error"))["error_kind"].to_pylist() == ["truncated"]
 
 
-def test_a_second_call_returns_the_same_result(
-    segmented: SegmentResult, trained: segray.TrainResult, bucket: Path
-) -> None:
+def test_a_second_call_returns_the_same_result(segmented: SegmentResult, bundle_dir: Path, bucket: Path) -> None:
     folder = Path(segmented.output).parent
     again = segray.segment(
-        bundle=trained.bundle,
+        bundle=bundle_dir,
         images=[bucket / "images", folder / "truncated.png"],
         masks=[bucket / "masks", folder / "masks"],
         output=segmented.output,
@@ -98,7 +96,7 @@ def read_fragments(output: str) -> dict[str, bytes]:
 
 
 def test_a_killed_predictor_does_not_change_any_byte(
-    segmented: SegmentResult, trained: segray.TrainResult, tmp_path: Path
+    segmented: SegmentResult, bundle_dir: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
 
@@ -117,36 +115,35 @@ def test_a_killed_predictor_does_not_change_any_byte(
     with ThreadPoolExecutor(1) as executor:
         killer = executor.submit(kill_a_predictor)
         result = segray.segment(
-            bundle=trained.bundle, images=inputs["images"], masks=inputs["masks"], output=output, settings=settings
+            bundle=bundle_dir, images=inputs["images"], masks=inputs["masks"], output=output, settings=settings
         )
         assert killer.result()
     assert result.rows().equals(segmented.rows())
 
 
 def test_a_run_without_some_of_its_files_is_completed_with_the_same_bytes(
-    segmented: SegmentResult, trained: segray.TrainResult, tmp_path: Path
+    segmented: SegmentResult, bundle_dir: Path, tmp_path: Path
 ) -> None:
     output = Path(shutil.copytree(segmented.output, tmp_path / "run"))
     before = read_fragments(str(output))
     (output / "images" / "part-00000001.parquet").unlink()
     inputs = json.loads((output / "run.json").read_text())["inputs"]
     result = segray.segment(
-        bundle=trained.bundle, images=inputs["images"], masks=inputs["masks"], output=output, settings=SETTINGS
+        bundle=bundle_dir, images=inputs["images"], masks=inputs["masks"], output=output, settings=SETTINGS
     )
     assert result.num_ok == NUM_IMAGES
     assert read_fragments(str(output)) == before
 
 
-def test_a_loaded_bundle_predicts_the_masks_of_segment_bit_for_bit(
-    segmented: SegmentResult, trained: segray.TrainResult
-) -> None:
-    model = segray.load_bundle(trained.bundle, settings=SETTINGS)
+def test_a_loaded_bundle_predicts_the_masks_of_segment_bit_for_bit(segmented: SegmentResult, bundle_dir: Path) -> None:
+    model = segray.load_bundle(bundle_dir, settings=SETTINGS)
     assert model.class_names == ("pet", "background", "border")
     masks = dict(segray.open_results(segmented.output).masks())
     assert len(masks) == NUM_IMAGES
     for uri, mask in masks.items():
         prediction = model.predict(np.asarray(Image.open(uri).convert("RGB")))
         assert prediction.mask.dtype == mask.dtype
+        assert len(np.unique(mask)) > 1  # Otherwise a shifted mask would be equal too.
         assert np.array_equal(prediction.mask, mask)
         assert prediction.confidence.dtype == np.float32
         assert prediction.confidence.shape == mask.shape
