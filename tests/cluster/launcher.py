@@ -145,7 +145,7 @@ class Launcher:
         return process
 
 
-def wait_until(condition: Callable[[], object], what: str, timeout_s: float = 120, job: Job | None = None) -> None:
+def wait_until(condition: Callable[[], object], what: str, timeout_s: float = 300, job: Job | None = None) -> None:
     """Wait until a condition is true; fail if it takes too long, or if the job that should cause it has ended."""
     deadline_s = time.monotonic() + timeout_s
     while not condition():
