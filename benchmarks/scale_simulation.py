@@ -30,8 +30,9 @@ from segray.runtime.connect import connect_ray
 from segray.schema import IMAGES_SCHEMA
 from segray.segmentation.job import PipelineJob
 from segray.segmentation.profile import Stopwatch
+from segray.segmentation.stages.compression import compress
 from segray.segmentation.stages.decode import DecodedImage, FragmentDecoder, pack_decoded
-from segray.segmentation.stages.ledger import LedgerClient
+from segray.segmentation.stages.ledger_client import LedgerClient
 from segray.segmentation.stages.predictor import PREDICTED_SCHEMA
 
 _FOLDER = Path(__file__).parents[1] / "runs/benchmarks/scale"
@@ -110,7 +111,7 @@ class WaitingPredictor:
         time.sleep(self._setting.predict_s * self._setting.fragment_size)
         blank = dict.fromkeys(IMAGES_SCHEMA.names)
         rows = [
-            {**blank, **row, "status": "ok", "mask": b"\0", "mask_encoding": "raw", "pixel_count": [1, 0]}
+            {**blank, **row, "status": "ok", "mask": compress(b"\0"), "mask_encoding": "raw", "pixel_count": [1, 0]}
             for row in batch["rows"][0].as_py()
         ]
         self._ledger.end(fragment, plan)

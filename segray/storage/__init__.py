@@ -1,5 +1,6 @@
 """Read, list and write files by URI: on local disks, on S3, and in any other store that pyarrow supports."""
 
+from segray.storage.access import can_read_beside
 from segray.storage.files import (
     create_bytes,
     exists,
@@ -13,12 +14,14 @@ from segray.storage.files import (
     sweep_folder,
     write_bytes,
 )
-from segray.storage.parquet import read_columns
+from segray.storage.parquet import ParquetReader, read_columns
 from segray.storage.store import StoredFile
 from segray.storage.uris import get_file_name, is_local, is_relative, join_uri, normalize_uri, split_uri
 
 __all__ = [
+    "ParquetReader",
     "StoredFile",
+    "can_read_beside",
     "create_bytes",
     "exists",
     "find_file",

@@ -1,5 +1,6 @@
-"""Stores other than local disks and S3, through pyarrow: ``gs://``, ``abfs://``, ``hdfs://`` and others."""
+"""Other stores, such as ``hdfs://``, through pyarrow; and pyarrow's file systems of all stores, for Ray Train."""
 
+import os
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -10,21 +11,20 @@ from urllib.parse import urlsplit
 import pyarrow as pa
 from pyarrow import fs
 
-from segray.errors import MissingFileError, StorageError, UnusableFileError, flatten_message
-from segray.storage.store import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Content, StoredFile, TransientError, retrying
-from segray.storage.uris import split_uri
+from segray.errors import ForbiddenFileError, MissingFileError, StorageError, UnusableFileError
+from segray.storage.rate_limit import RateLimiter
+from segray.storage.redaction import describe_error
+from segray.storage.retries import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, TransientError, retrying
+from segray.storage.store import Content, StoredFile
+from segray.storage.uris import split_azure_authority, split_uri
 
 ResultT = TypeVar("ResultT")
 
-CLIENT_RETRY_FOR_S = 10
-
-# In these stores a PUT is atomic: a reader sees the whole object or none. Elsewhere files are written under another
-# name and renamed.
-_ATOMIC_PUT_STORES = {"gcs", "abfs"}
+_GOOGLE_RETRY_FOR_S = 10
 
 
 class ArrowStore:
-    """A bucket, container or name node.
+    """A name node.
 
     Entity tags are built from modification time and size, because pyarrow's listings contain no entity tags.
     """
@@ -33,6 +33,7 @@ class ArrowStore:
         self._base = f"{scheme}://{authority}/"
         self._filesystem, root = _open(self._base)
         self._root = root.rstrip("/")
+        self._limiter = RateLimiter()
 
     def list(self, folder: str, recursive: bool, start: str) -> Iterator[StoredFile]:
         """See ``Store.list``. The whole listing is held in memory: pyarrow does not stream it."""
@@ -74,19 +75,21 @@ class ArrowStore:
         return self._retry("read", key, read)
 
     def write(self, key: str, content: bytes | memoryview) -> None:
-        """See ``Store.write``."""
+        """See ``Store.write``. Writes a hidden temporary file in the same folder and renames it."""
         self._retry("write", key, lambda: self._write(self._path(key), content))
 
     def _write(self, path: str, content: bytes | memoryview) -> None:
-        if self._filesystem.type_name in _ATOMIC_PUT_STORES:
-            with self._filesystem.open_output_stream(path) as stream:
+        folder, _, name = path.rpartition("/")
+        partial = f"{folder}/.{name}.{uuid.uuid4().hex}.tmp"
+        self._filesystem.create_dir(folder, recursive=True)
+        try:
+            with self._filesystem.open_output_stream(partial) as stream:
                 stream.write(content)
-            return
-        partial = f"{path}.{uuid.uuid4().hex}.tmp"
-        self._filesystem.create_dir(path.rpartition("/")[0], recursive=True)
-        with self._filesystem.open_output_stream(partial) as stream:
-            stream.write(content)
-        self._filesystem.move(partial, path)
+            self._filesystem.move(partial, path)
+        except BaseException:
+            with suppress(OSError):
+                self._filesystem.delete_file(partial)
+            raise
 
     def create(self, key: str, content: bytes) -> bool:
         """See ``Store.create``. pyarrow has no conditional write, so two simultaneous calls may both return True."""
@@ -120,27 +123,28 @@ class ArrowStore:
                     f"cannot {verb} {uri}: no such file or folder; check the spelling, or create it first"
                 ) from error
             except PermissionError as error:
-                raise StorageError(
+                kind = ForbiddenFileError if verb in ("read", "stat") else StorageError
+                raise kind(
                     f"cannot {verb} {uri}: permission denied; check the permissions of these credentials"
                 ) from error
             except OSError as error:  # pyarrow does not distinguish transient errors, so all of them are retried.
-                raise TransientError(flatten_message(error)) from error
+                raise TransientError(describe_error(error)) from error
             except (pa.ArrowInvalid, UnicodeError) as error:
-                raise UnusableFileError(f"cannot {verb} {uri}: {flatten_message(error)}; rename the file") from error
-            except pa.ArrowException as error:  # For example, missing credentials for Azure.
-                raise StorageError(f"cannot {verb} {uri}: {flatten_message(error)}") from error
+                raise UnusableFileError(f"cannot {verb} {uri}: {describe_error(error)}; rename the file") from error
+            except pa.ArrowException as error:
+                raise StorageError(f"cannot {verb} {uri}: {describe_error(error)}") from error
 
-        return retrying(verb, uri, act_translated)
+        return retrying(verb, uri, act_translated, self._limiter)
 
 
 @lru_cache(maxsize=32)
 def _open(base: str) -> tuple[fs.FileSystem, str]:
     # Google's client retries by itself, for 15 minutes by default.
-    limit = f"?retry_limit_seconds={CLIENT_RETRY_FOR_S}" if base.startswith(("gs://", "gcs://")) else ""
+    limit = f"?retry_limit_seconds={_GOOGLE_RETRY_FOR_S}" if base.startswith(("gs://", "gcs://")) else ""
     try:
         filesystem, root = fs.FileSystem.from_uri(base + limit)
     except (OSError, ValueError) as error:
-        raise StorageError(f"cannot open {base}: {flatten_message(error)}") from error
+        raise StorageError(f"cannot open {base}: {describe_error(error)}") from error
     return filesystem, root
 
 
@@ -155,8 +159,30 @@ def open_filesystem(uri: str) -> tuple[fs.FileSystem, str]:
         return fs.LocalFileSystem(), key
     if scheme == "s3":
         return _open_s3(authority), f"{authority}/{key}".rstrip("/")
+    if scheme in ("az", "abfs", "abfss"):
+        container, account, endpoint = split_azure_authority(authority)
+        return _open_azure(account, endpoint), f"{container}/{key}".rstrip("/")
     filesystem, root = _open(f"{scheme}://{authority}/")
     return filesystem, f"{root.rstrip('/')}/{key}".rstrip("/") or "/"
+
+
+def _open_azure(account: str, endpoint: str) -> fs.FileSystem:
+    """Open an account, with the environment variables that ``storage.cloud`` reads too."""
+    if account:
+        domain = urlsplit(endpoint).netloc.partition(".blob.")[2]
+        options = {"blob_storage_authority": f".blob.{domain}", "dfs_storage_authority": f".dfs.{domain}"}
+    elif location := os.environ.get("AZURE_STORAGE_ENDPOINT"):
+        parts = urlsplit(location)
+        options = {f"{kind}_storage_authority": parts.netloc for kind in ("blob", "dfs")}
+        options |= {f"{kind}_storage_scheme": parts.scheme for kind in ("blob", "dfs")}
+    else:
+        options = {}
+    names = (("account_key", "AZURE_STORAGE_ACCOUNT_KEY"), ("sas_token", "AZURE_STORAGE_SAS_TOKEN"))
+    options |= {option: os.environ[name] for option, name in names if os.environ.get(name)}
+    try:
+        return fs.AzureFileSystem(account or os.environ.get("AZURE_STORAGE_ACCOUNT_NAME", ""), **options)
+    except (OSError, ValueError) as error:
+        raise StorageError(f"cannot open the Azure account {account}: {describe_error(error)}") from None
 
 
 def _open_s3(bucket: str) -> fs.FileSystem:
@@ -176,4 +202,4 @@ def _open_s3(bucket: str) -> fs.FileSystem:
             retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=5),
         )
     except (OSError, BotoCoreError) as error:
-        raise StorageError(f"cannot open s3://{bucket}: {flatten_message(error)}") from error
+        raise StorageError(f"cannot open s3://{bucket}: {describe_error(error)}") from error

@@ -1,11 +1,13 @@
 """Read, list and write files by URI, in any store.
 
 Every function raises ``StorageError`` on environment errors (permissions, network, disk): one line that names the
-operation, the URI and the remedy. Transient errors have been retried for 30 s by then.
+operation, the URI and the remedy. Transient errors have been retried by then: for 30 s, or for 10 minutes if the store
+throttles requests.
 """
 
 import io
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from functools import lru_cache
@@ -16,12 +18,20 @@ from segray.storage.local import LocalStore, remove_empty_folders, remove_leftov
 from segray.storage.store import Store, StoredFile
 from segray.storage.uris import is_local, normalize_uri, split_uri
 
+CLOUD_SCHEMES = ("gs", "gcs", "az", "abfs", "abfss")
+_OPENING = threading.Lock()
 _READ_AHEAD_BYTES = 2**16  # Enough for the footer of a typical Parquet file in one request.
 
 
 def _open(uri: str) -> tuple[Store, str]:
     scheme, authority, key = split_uri(uri)
-    return _open_store(scheme, authority), key
+    if ":" in authority.rpartition("@")[0]:
+        raise StorageError(
+            f"cannot open {scheme}://…@{authority.rpartition('@')[2]}: the URI contains a password, which would be "
+            "stored with the results; configure the credentials of this user and of each node instead"
+        )
+    with _OPENING:  # All threads share one store, and so one limit of the rate of its requests.
+        return _open_store(scheme, authority), key
 
 
 @lru_cache(maxsize=32)
@@ -32,6 +42,10 @@ def _open_store(scheme: str, authority: str) -> Store:
         from segray.storage.s3 import S3Store  # The import takes 0.3 s.
 
         return S3Store(authority)
+    if scheme in CLOUD_SCHEMES:
+        from segray.storage.cloud import CloudStore
+
+        return CloudStore(scheme, authority)
     return ArrowStore(scheme, authority)
 
 
@@ -99,6 +113,7 @@ def read_bytes(uri: str, etag: str | None = None) -> bytes:
     Raises:
         MissingFileError: The file does not exist.
         ChangedFileError: The file has another entity tag.
+        ForbiddenFileError: Reading it was denied.
         StorageError: The store refused the request or failed.
     """
     store, key = _open(uri)
@@ -106,6 +121,15 @@ def read_bytes(uri: str, etag: str | None = None) -> bytes:
     if etag is not None and content.etag != etag:
         raise ChangedFileError(f"{uri} has changed: its entity tag was {etag} and is now {content.etag}")
     return content.data
+
+
+def is_readable(uri: str) -> bool:
+    """Return whether the first byte of a file can be read."""
+    store, key = _open(uri)
+    try:
+        return len(store.read_range(key, 0, 1)) == 1
+    except StorageError:
+        return False
 
 
 def open_for_reading(uri: str) -> io.BufferedReader:

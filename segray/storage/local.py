@@ -9,7 +9,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TypeVar
 
-from segray.errors import MissingFileError, StorageError, UnusableFileError, flatten_message
+from segray.errors import ForbiddenFileError, MissingFileError, StorageError, UnusableFileError, flatten_message
 from segray.storage.store import Content, StoredFile
 
 ResultT = TypeVar("ResultT")
@@ -179,7 +179,8 @@ def _translated(verb: str, path: str, act: Callable[[], ResultT]) -> ResultT:
             f"cannot {verb} {path}: no such file or folder; check the spelling, or create it first"
         ) from error
     except PermissionError as error:
-        raise StorageError(f"cannot {verb} {path}: permission denied; check the permissions of this user") from error
+        kind = ForbiddenFileError if verb in ("read", "stat") else StorageError
+        raise kind(f"cannot {verb} {path}: permission denied; check the permissions of this user") from error
     except FileExistsError as error:
         existing = error.filename2 or error.filename
         raise _NameTakenError(f"cannot {verb} {path}: {existing} exists already; rename or remove it") from error

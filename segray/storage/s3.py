@@ -11,6 +11,7 @@ import re
 import threading
 from base64 import b64encode
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, TypeVar
 
 import boto3
@@ -19,8 +20,12 @@ from botocore.config import Config
 from botocore.configprovider import ConfiguredEndpointProvider
 
 from segray.errors import MissingFileError
+from segray.storage.parallel_listing import ParallelListing
+from segray.storage.rate_limit import RateLimiter
+from segray.storage.retries import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, TransientError, retrying
 from segray.storage.s3_errors import PreconditionError, UnsupportedRequestError, call_translated
-from segray.storage.store import CONNECT_TIMEOUT_S, READ_TIMEOUT_S, Content, StoredFile, TransientError, retrying
+from segray.storage.s3_pages import S3Pages, UnsortedPageError, parse_entries_fast
+from segray.storage.store import Content, StoredFile
 
 ResultT = TypeVar("ResultT")
 
@@ -36,40 +41,26 @@ class S3Store:
         self._bucket = bucket
         self._client: Any = None
         self._lock = threading.Lock()
+        self._limiter = RateLimiter()
 
     def list(self, folder: str, recursive: bool, start: str) -> Iterator[StoredFile]:
         """See ``Store.list``. Keys that end in ``/`` are folder markers, not files."""
         prefix = f"{folder}/" if folder else ""
+        pages = self._open_pages(prefix + start)
         is_empty = True
-        for file in self._iterate(prefix + start, "" if recursive else "/"):
+        for file in _iterate_all(pages) if recursive else pages.iterate_files("/"):
             is_empty = False
-            if not file.uri.endswith("/"):
-                yield file
-        if is_empty and next(self._iterate_pages(prefix, "/", max_keys=1), None) is None:
+            yield file
+        if is_empty and not self._open_pages(prefix).exist():
             raise MissingFileError(f"cannot list {self._get_uri(folder)}: no such folder or prefix; check the spelling")
-
-    def _iterate(self, prefix: str, delimiter: str) -> Iterator[StoredFile]:
-        for page in self._iterate_pages(prefix, delimiter):
-            for entry in page.get("Contents", ()):
-                yield self._describe(entry["Key"], entry["Size"], entry)
-
-    def _iterate_pages(self, prefix: str, delimiter: str, max_keys: int = 1000) -> Iterator[dict[str, Any]]:
-        """Yield the non-empty pages of a listing."""
-        options = {"Prefix": prefix, "MaxKeys": max_keys} | ({"Delimiter": delimiter} if delimiter else {})
-        while True:
-            page = self._call("list", self._get_uri(prefix), "list_objects_v2", **options)
-            if page.get("Contents") or page.get("CommonPrefixes"):
-                yield page
-            if not page.get("IsTruncated"):
-                return
-            options["ContinuationToken"] = page["NextContinuationToken"]
 
     def list_names(self, folder: str, folders: bool) -> set[str]:
         """See ``Store.list_names``."""
-        prefix = f"{folder}/" if folder else ""
-        kind, name = ("CommonPrefixes", "Prefix") if folders else ("Contents", "Key")
-        entries = (entry for page in self._iterate_pages(prefix, "/") for entry in page.get(kind, ()))
-        return {entry[name][len(prefix) :].rstrip("/") for entry in entries} - {""}
+        return self._open_pages(f"{folder}/" if folder else "").list_names()[folders]
+
+    def _open_pages(self, prefix: str) -> S3Pages:
+        call = partial(self._call, "list", self._get_uri(prefix), "list_objects_v2")
+        return S3Pages(self._get_uri(""), prefix, call)
 
     def find(self, key: str) -> StoredFile | None:
         """See ``Store.find``."""
@@ -77,10 +68,8 @@ class S3Store:
             response = self._call("stat", self._get_uri(key), "head_object", Key=key)
         except MissingFileError:
             return None
-        return self._describe(key, response["ContentLength"], response)
-
-    def _describe(self, key: str, size_bytes: int, response: dict[str, Any]) -> StoredFile:
-        return StoredFile(self._get_uri(key), size_bytes, _get_etag(response), response["LastModified"].timestamp())
+        modified_s = response["LastModified"].timestamp()
+        return StoredFile(self._get_uri(key), response["ContentLength"], _get_etag(response), modified_s)
 
     def read(self, key: str) -> Content:
         """See ``Store.read``.
@@ -148,13 +137,27 @@ class S3Store:
         return self._retry(verb, uri, call)
 
     def _retry(self, verb: str, uri: str, act: Callable[[], ResultT]) -> ResultT:
-        return retrying(verb, uri, lambda: call_translated(act, verb, uri, self._bucket))
+        return retrying(verb, uri, lambda: call_translated(act, verb, uri, self._bucket), self._limiter)
 
     def _get_client(self) -> Any:
         with self._lock:  # Threads may share a client, but must not create clients at the same time.
             if self._client is None:
                 self._client = _build_client()
             return self._client
+
+
+def _iterate_all(pages: S3Pages) -> Iterator[StoredFile]:
+    """Yield all files: in parallel or, if the store ignores where a page is to begin, page by page."""
+    last = before = ""
+    try:
+        for file in ParallelListing(pages):
+            last = file.uri
+            yield file
+    except UnsortedPageError:
+        for file in pages.iterate_files():
+            if file.uri > last or file.uri <= before:  # The latter is an error that ``list_files`` reports.
+                yield file
+            before = file.uri
 
 
 def find_endpoint() -> tuple[str | None, str | None]:
@@ -181,7 +184,9 @@ def _build_client() -> Any:
     )
     session = botocore.session.Session()
     session.set_config_variable("metadata_service_num_attempts", 4)  # All workers of a node ask at the same moment.
-    return boto3.session.Session(botocore_session=session).client("s3", region, config=config)
+    client = boto3.session.Session(botocore_session=session).client("s3", region, config=config)
+    parse_entries_fast(client)
+    return client
 
 
 def _get_etag(response: dict[str, Any]) -> str | None:

@@ -1,5 +1,6 @@
 """Translate errors of S3 and of boto3 to segray errors: one line with the reason and the remedy."""
 
+import re
 import ssl
 from collections.abc import Callable
 from typing import TypeVar
@@ -9,22 +10,23 @@ from botocore import exceptions as boto
 from botocore.exceptions import ClientError
 from botocore.parsers import ResponseParserError
 
-from segray.errors import MissingFileError, StorageError, UnusableFileError, flatten_message
-from segray.storage.store import TransientError
+from segray.errors import ForbiddenFileError, MissingFileError, StorageError, UnusableFileError
+from segray.storage.redaction import describe_error, redact
+from segray.storage.retries import ThrottledError, TransientError
 
 ResultT = TypeVar("ResultT")
 
-_TRANSIENT_CODES = {"SlowDown", "RequestTimeout", "InternalError", "ServiceUnavailable", "BadDigest"} | {
+_TRANSIENT_CODES = {"RequestTimeout", "InternalError", "ServiceUnavailable", "BadDigest"} | {
     "XAmzContentSHA256Mismatch",  # Like BadDigest: the content was corrupted in transit.
     "ConditionalRequestConflict",
-    "Throttling",
-    "ThrottlingException",
-    "TooManyRequests",
 }
+_THROTTLING = re.compile(
+    r"SlowDown|Throttl|TooManyRequests|(Request|Rate|Bandwidth)LimitExceeded|reduce your request rate", re.IGNORECASE
+)
 _EXPIRED_CODES = {"ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "RequestExpired"}
 _CREDENTIAL_CODES = {"InvalidAccessKeyId", "SignatureDoesNotMatch", "InvalidToken", "RequestTimeTooSkewed"}
 _REGION_CODES = {"PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"}
-_PERMISSION_CODES = {"AccessDenied", "AllAccessDisabled", "403"}
+_PERMISSION_CODES = {"AccessDenied", "AllAccessDisabled"}
 _CREDENTIAL_ERRORS = (
     boto.NoCredentialsError,
     boto.PartialCredentialsError,
@@ -55,7 +57,7 @@ class UnsupportedRequestError(StorageError):
 
 
 def call_translated(act: Callable[[], ResultT], verb: str, uri: str, bucket: str) -> ResultT:
-    """Call ``act``, and convert its errors.
+    """Call ``act``, and convert its errors. They are not chained, because a store may repeat what was sent to it.
 
     Args:
         act: The operation.
@@ -70,24 +72,24 @@ def call_translated(act: Callable[[], ResultT], verb: str, uri: str, bucket: str
     try:
         return act()
     except ClientError as error:
-        raise _translate_refusal(error, verb, uri, bucket) from error
+        raise _translate_refusal(error, verb, uri, bucket) from None
     except _CREDENTIAL_ERRORS as error:
         raise StorageError(
-            f"cannot {verb} {uri}: no usable credentials: {flatten_message(error)}; "
+            f"cannot {verb} {uri}: no usable credentials: {describe_error(error)}; "
             "configure credentials for this user and for each node, as for the AWS CLI"
-        ) from error
+        ) from None
     except _TRANSIENT_ERRORS as error:
-        raise TransientError(flatten_message(error)) from error
+        raise TransientError(describe_error(error)) from None
     except boto.BotoCoreError as error:
-        raise StorageError(f"cannot {verb} {uri}: {flatten_message(error)}") from error
+        raise StorageError(f"cannot {verb} {uri}: {describe_error(error)}") from None
 
 
 def _translate_refusal(error: ClientError, verb: str, uri: str, bucket: str) -> Exception:
     """Return the segray error for an error response: one line with the reason and the remedy."""
     response = error.response
-    code = str(response.get("Error", {}).get("Code", ""))
+    code = redact(str(response.get("Error", {}).get("Code", "")))
     status = int(response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0))
-    text = response.get("Error", {}).get("Message") or code
+    text = redact(" ".join(str(response.get("Error", {}).get("Message") or code).split()))
     what = f"cannot {verb} {uri}: "
     if status == 501 or code == "NotImplemented":
         return UnsupportedRequestError(f"{what}the store does not support this request ({text})")
@@ -98,20 +100,31 @@ def _translate_refusal(error: ClientError, verb: str, uri: str, bucket: str) -> 
     # Responses to HEAD have no body. Any other 404 without S3's own code may come from a gateway.
     if code == "NoSuchKey" or (status == 404 and verb == "stat"):
         return MissingFileError(f"{what}no such file; check the spelling, or create it first")
-    if status >= 500 or code in ("404", "429") or code in _TRANSIENT_CODES:
+    # A throttled HEAD is indistinguishable from one to a broken store; the latter soon refuses other requests too.
+    if _THROTTLING.search(code) or _THROTTLING.search(text) or status == 429 or (status == 503 and verb == "stat"):
+        return ThrottledError(f"the store throttles requests: it answered {status} {code}")
+    if status >= 500 or code == "404" or code in _TRANSIENT_CODES:
         return TransientError(f"the store answered {status} {code}")
+    return _translate_final(code, status, text, what, verb)
+
+
+def _translate_final(code: str, status: int, text: str, what: str, verb: str) -> StorageError:
+    """Return the segray error for a refusal of an existing file that a retry does not resolve."""
     if code in _EXPIRED_CODES:
         return StorageError(f"{what}the credentials have expired; renew them; to resume, rerun the same command")
     if code in _CREDENTIAL_CODES:
         return StorageError(f"{what}the credentials were refused ({code}); check access key, secret key and clock")
     if code in _REGION_CODES:
-        return StorageError(f"{what}wrong region ({code}: {flatten_message(Exception(text))}); set AWS_REGION")
+        return StorageError(f"{what}wrong region ({code}: {text}); set AWS_REGION")
     if code == "InvalidObjectState":
         return UnusableFileError(f"{what}the file is archived ({text}); restore it")
     if code in ("KeyTooLongError", "InvalidURI"):
         return UnusableFileError(f"{what}{text}; rename it")
     if code == "400":  # A response to HEAD has no body that states the reason.
         return StorageError(f"{what}the store refused the request; the credentials may have expired: renew them")
-    if code in _PERMISSION_CODES or status in (401, 403):
-        return StorageError(f"{what}permission denied ({code}); check the permissions of these credentials")
-    return StorageError(f"{what}{code}: {flatten_message(Exception(text))}")
+    if status == 401:
+        return StorageError(f"{what}the credentials were refused ({code}); renew them, or check them")
+    if code in _PERMISSION_CODES or status == 403 or code.startswith("KMS."):
+        kind = ForbiddenFileError if verb in ("read", "stat") else StorageError
+        return kind(f"{what}permission denied ({code}); check the permissions of these credentials")
+    return StorageError(f"{what}{code}: {text}")

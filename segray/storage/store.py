@@ -1,20 +1,8 @@
-"""Define the interface of a store, and retry its transient errors."""
+"""Define the interface of a store."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Protocol, TypeVar
-
-from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
-
-from segray.errors import StorageError
-
-ResultT = TypeVar("ResultT")
-
-# An unreachable store is reported within a minute: the last attempt may itself wait for the time-outs below.
-RETRY_FOR_S = 30
-CONNECT_TIMEOUT_S = 5
-READ_TIMEOUT_S = 20
-_MAX_WAIT_S = 4
+from typing import Protocol
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,10 +28,6 @@ class Content:
 
     data: bytes
     etag: str | None
-
-
-class TransientError(Exception):
-    """An error that a retry may resolve: a missing or partial response, throttling. Only ``retrying`` handles it."""
 
 
 class Store(Protocol):
@@ -87,31 +71,3 @@ class Store(Protocol):
     def remove(self, key: str) -> None:
         """Remove a file, if it exists."""
         ...
-
-
-def retrying(verb: str, uri: str, act: Callable[[], ResultT]) -> ResultT:
-    """Call ``act``, and retry on ``TransientError`` with exponential back-off for up to ``RETRY_FOR_S``.
-
-    Args:
-        verb: The operation, for the message: "cannot VERB URI".
-        uri: The file or folder, for the message.
-        act: The operation.
-
-    Raises:
-        StorageError: ``act`` raised it, or the transient error persisted.
-    """
-    # Full jitter, so that workers which failed at the same moment do not retry at the same moment.
-    attempts = Retrying(
-        retry=retry_if_exception_type(TransientError),
-        wait=wait_random_exponential(multiplier=0.1, max=_MAX_WAIT_S),
-        stop=stop_after_delay(RETRY_FOR_S),
-        reraise=True,
-    )
-    try:
-        return attempts(act)
-    except TransientError as error:
-        number = attempts.statistics["attempt_number"]
-        raise StorageError(
-            f"cannot {verb} {uri}: {error} ({number} attempts in {RETRY_FOR_S} s); "
-            "to resume once the store is available again, rerun the same command"
-        ) from error

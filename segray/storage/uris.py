@@ -38,6 +38,17 @@ def split_uri(uri: str) -> tuple[str, str, str]:
     return scheme, authority, key
 
 
+def split_azure_authority(authority: str) -> tuple[str, str, str]:
+    """Return container, account and endpoint of an Azure URI; the last two are empty if it names only the container.
+
+    ``abfs://CONTAINER@ACCOUNT.dfs.core.windows.net/KEY`` names all three, ``az://CONTAINER/KEY`` only the container.
+    """
+    container, _, host = authority.partition("@")
+    account, _, domain = host.partition(".")
+    endpoint = f"https://{account}.blob.{domain.partition('.')[2]}" if domain else ""
+    return container, account, endpoint
+
+
 def join_uri(uri: str, *names: str) -> str:
     """Append path components to a URI."""
     return "/".join([uri.rstrip("/"), *names])

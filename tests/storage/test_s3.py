@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -16,7 +15,7 @@ from pyarrow import parquet as pq
 
 from segray import storage
 from segray.errors import ChangedFileError, MissingFileError, StorageError
-from segray.storage import files, s3
+from segray.storage import files, s3_pages
 from segray.storage.arrow import open_filesystem
 from tests.faults.object_store import ObjectStore
 from tests.faults.proxy import REFUSALS, Action, FaultProxy, Rule
@@ -69,14 +68,11 @@ def test_a_prefix_is_a_folder(bucket: str) -> None:
     assert {"a b.png", "sub-x.png"} < storage.list_names(f"{bucket}/in")
 
 
-def test_a_listing_of_several_pages_is_complete(bucket: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    pages = s3.S3Store._iterate_pages
-
-    def iterate_three(store: s3.S3Store, prefix: str, delimiter: str) -> Iterator[dict[str, Any]]:
-        return pages(store, prefix, delimiter, max_keys=3)
-
-    monkeypatch.setattr(s3.S3Store, "_iterate_pages", iterate_three)
+@pytest.mark.parametrize("page_size", [1, 3])
+def test_a_listing_of_several_pages_is_complete(bucket: str, page_size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(s3_pages, "PAGE_SIZE", page_size)
     assert [file.uri for file in storage.list_files(f"{bucket}/in")] == sorted(f"{bucket}/in/{key}" for key in KEYS)
+    assert storage.list_names(f"{bucket}/in", folders=True) == {"a", "ü", "sub", "folder.png"}
 
 
 def test_a_write_is_one_request_and_replaces_the_whole_file(bucket: str, proxy: FaultProxy) -> None:
@@ -168,7 +164,7 @@ def test_the_md5_check_can_be_disabled_for_stores_with_other_entity_tags(
 ) -> None:
     storage.write_bytes(f"{bucket}/tag", b"abcd")
     proxy.set_rules(Rule(Action.FLIP_BYTE, "GET"))
-    monkeypatch.setattr("segray.storage.store.RETRY_FOR_S", 1)
+    monkeypatch.setattr("segray.storage.retries.RETRY_FOR_S", 1)
     with pytest.raises(StorageError, match=r"tag: corrupted in transit: .*set SEGRAY_S3_CHECK_MD5=0"):
         storage.read_bytes(f"{bucket}/tag")
     monkeypatch.setenv("SEGRAY_S3_CHECK_MD5", "0")
@@ -192,15 +188,22 @@ def test_a_refusal_is_not_retried(bucket: str, proxy: FaultProxy, action: Action
         assert [request.operation for request in proxy.requests] == [operation]
 
 
+@pytest.mark.parametrize(
+    ("action", "patience", "message"),
+    [
+        (Action.UNAVAILABLE, "RETRY_THROTTLED_FOR_S", r"the store throttles requests: it answered 503 SlowDown"),
+        (Action.RESET, "RETRY_FOR_S", r"Connection"),
+    ],
+)
 def test_an_unavailable_store_is_reported_after_the_retries(
-    bucket: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch
+    bucket: str, proxy: FaultProxy, monkeypatch: pytest.MonkeyPatch, action: Action, patience: str, message: str
 ) -> None:
-    monkeypatch.setattr("segray.storage.store.RETRY_FOR_S", 2)
-    proxy.set_rules(Rule(Action.UNAVAILABLE))
+    monkeypatch.setattr(f"segray.storage.retries.{patience}", 4)
+    proxy.set_rules(Rule(action))
     begin = time.monotonic()
-    with pytest.raises(StorageError, match=r"the store answered 503 SlowDown \(\d+ attempts in \d s\); to resume once"):
+    with pytest.raises(StorageError, match=rf"{message}.* \(\d+ attempts in \d s\); .*to resume once"):
         storage.read_bytes(f"{bucket}/in/a.png")
-    assert time.monotonic() - begin < 10
+    assert time.monotonic() - begin < 15
     assert proxy.count("GET") > 3
 
 
