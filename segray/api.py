@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from segray.config import ExportFormat, SegmentFile, SegmentSettings, TrainConfig, load_config
+from segray.errors import ConfigError
 from segray.progress import build_quiet_console
 
 if TYPE_CHECKING:  # The functions import what they need, so that `import segray` stays fast.
@@ -70,6 +71,8 @@ def segment(
     images: Uri | Sequence[Uri],
     output: Uri,
     masks: Uri | Sequence[Uri] | None = None,
+    exclude: Uri | Sequence[Uri] | None = None,
+    limit: int | None = None,
     settings: Mapping[str, Any] | SegmentSettings | None = None,
     console: "Console | None" = None,
 ) -> "SegmentResult":
@@ -82,6 +85,10 @@ def segment(
         images: One or several folders, prefixes, globs, images, ``.txt`` lists, ``.csv`` or ``.parquet`` manifests.
         output: The run folder.
         masks: Ground truth to score against, paired by path without extension: one for each of ``images``.
+        exclude: Outputs of earlier runs. Images that they have segmented, with the same URI and entity tag, are left
+            out.
+        limit: Segment only the first ``limit`` images, rounded up to whole fragments, as a trial; a later call without
+            it goes on with the others. None segments all.
         settings: The section ``segment`` of a configuration, as a dict or ``SegmentSettings``.
         console: Where progress and warnings are printed; None prints nothing.
 
@@ -91,13 +98,18 @@ def segment(
         BundleError: The bundle is missing, damaged or incompatible.
         RunMismatchError: The output belongs to a run of another bundle, listing or settings.
         ClusterError: Ray cannot be reached, or a worker failed.
+        StoppedByErrorRows: More than ``stop_error_fraction`` of the first rows are error rows.
         StorageError: Environment error (permissions, network, disk); fix it and call again to resume.
     """
     from segray.segmentation.driver import run_segmentation
     from segray.segmentation.job import SegmentJob
 
     resolved = _load_segment_settings(settings)
-    job = SegmentJob(os.fspath(bundle), _to_uris(images), os.fspath(output), _to_uris(masks), resolved)
+    if limit is not None and limit < 1:
+        raise ConfigError(f"limit: expected at least 1 image, got {limit}")
+    job = SegmentJob(
+        os.fspath(bundle), _to_uris(images), os.fspath(output), _to_uris(masks), resolved, _to_uris(exclude), limit
+    )
     return run_segmentation(job, console or build_quiet_console())
 
 

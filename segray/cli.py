@@ -14,7 +14,8 @@ import typer
 from segray.config import ExportFormat, SegmentFile, TrainConfig, load_config, require_absolute
 from segray.errors import ConfigError, SegrayError, flatten_message
 from segray.progress import build_console
-from segray.runtime.connect import find_segray_error, is_submitted_job
+from segray.runtime.connect import is_submitted_job
+from segray.runtime.failures import find_segray_error
 
 app = typer.Typer(
     add_completion=False,
@@ -98,6 +99,23 @@ def segment(
             help="Ground-truth masks to score against, paired with the images by name. One per --images, in order.",
         ),
     ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="RUN",
+            help="The --output of an earlier run: images that it has segmented, and that have not changed since, are "
+            "left out. May be repeated.",
+        ),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(
+            metavar="N",
+            min=1,
+            help="Segment only the first N images, rounded up to whole fragments, as a trial. To segment the others "
+            "too, rerun without it.",
+        ),
+    ] = None,
     profile: Annotated[
         bool,
         typer.Option("--profile", help="Print the time per stage, the bottleneck, and which setting to change."),
@@ -106,19 +124,21 @@ def segment(
 ) -> None:
     """Segment images and write one Parquet row per image. To resume, rerun the same command.
 
-    Exit code 3: too many images are error rows. Exit code 4: environment error (permissions, network, disk).
+    Exit code 3: too many images are error rows. Exit code 4: environment error (permissions, network, disk). Exit code
+    5: stopped early, because most images are error rows.
     """
     settings = load_config(SegmentFile, config, overrides or []).segment
     if is_submitted_job():
         require_absolute({"--bundle": bundle, "--output": output})
-        for name, uris in (("--images", images), ("--masks", masks or ())):
+        for name, uris in (("--images", images), ("--masks", masks or ()), ("--exclude", exclude or ())):
             for uri in uris:
                 require_absolute({name: uri})
     console = build_console()
-    from segray.segmentation.driver import print_outcome, require_few_errors, run_segmentation
+    from segray.segmentation.driver import print_outcome, run_segmentation
+    from segray.segmentation.error_limits import require_few_errors
     from segray.segmentation.job import SegmentJob
 
-    job = SegmentJob(bundle, tuple(images), output, tuple(masks or ()), settings)
+    job = SegmentJob(bundle, tuple(images), output, tuple(masks or ()), settings, tuple(exclude or ()), limit)
     outcome = run_segmentation(job, console, with_profile=profile)
     print_outcome(outcome, console)
     require_few_errors(outcome, settings)

@@ -1,18 +1,16 @@
 """Pair images with masks: from two folders, a Parquet or CSV manifest, or the Oxford-IIIT Pet layout."""
 
 import hashlib
-import io
 import json
 import posixpath
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
-from pyarrow import csv
-from pyarrow import parquet as pq
 
 from segray.config import IMAGE_EXTENSIONS, MASK_EXTENSIONS, DataConfig, OxfordPetLayout, SplitConfig
+from segray.data.table_files import open_table_file
 from segray.errors import DataError, flatten_message
 from segray.storage import StoredFile, join_uri, list_files, normalize_uri, read_bytes
 
@@ -147,33 +145,17 @@ def _pair_folders(images_root: str, masks_root: str, unpaired: list[Unpaired]) -
     return sorted(Sample(images[key].uri, masks[key].uri) for key in common)
 
 
-def read_manifest(uri: str) -> pa.Table:
-    """Read a Parquet or CSV table; in a CSV, the columns of URIs, splits and entity tags are always read as strings.
-
-    Raises:
-        DataError: The file is not Parquet or CSV, or is damaged.
-        StorageError: The file cannot be read.
-    """
-    content = io.BytesIO(read_bytes(uri))
-    try:
-        if uri.lower().endswith((".parquet", ".pq")):
-            return pq.read_table(content)
-        strings = dict.fromkeys(("image_uri", "uri", "mask_uri", "split", "etag"), pa.string())
-        return csv.read_csv(content, convert_options=csv.ConvertOptions(column_types=strings))
-    except (pa.ArrowException, OSError) as error:  # OSError: damaged Parquet.
-        raise DataError(f"{uri}: expected Parquet or CSV with a header: {flatten_message(error)}") from error
-
-
 def _load_manifest(uri: str, split: str) -> list[Sample]:
-    table = read_manifest(uri)
-    missing = {"image_uri", "mask_uri", "split"} - set(table.column_names)
-    if missing:
+    table = open_table_file(uri)
+    names = ("image_uri", "mask_uri", "split")
+    if missing := set(names) - set(table.column_names):
         raise DataError(f"{uri}: expected columns image_uri, mask_uri and split; missing: {', '.join(sorted(missing))}")
-    try:
-        table = pa.table({name: table[name].cast(pa.string()) for name in ("image_uri", "mask_uri", "split")})
-    except (pa.ArrowException, KeyError) as error:  # KeyError: a column name occurs twice.
-        raise DataError(f"{uri}: cannot be read as a table of samples: {flatten_message(error)}") from error
-    rows = table.to_pylist()
+    rows: list[dict[str, Any]] = []
+    for batch in table.read(names):
+        try:
+            rows += pa.table({name: batch[name].cast(pa.large_string()) for name in names}).to_pylist()
+        except pa.ArrowException as error:
+            raise DataError(f"{uri}: cannot be read as a table of samples: {flatten_message(error)}") from error
     if any(not row["image_uri"] or not row["mask_uri"] for row in rows):
         raise DataError(f"{uri}: a row has no image_uri or mask_uri; fill it in or remove the row")
     samples = [Sample(normalize_uri(r["image_uri"]), normalize_uri(r["mask_uri"])) for r in rows if r["split"] == split]

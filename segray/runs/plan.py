@@ -1,19 +1,19 @@
 """The plan of a run: its frozen listing, which assigns each image to a fragment.
 
 A fragment is the unit of work, retry, resume and commit. The plan is written before any image is read; from then on a
-fragment is identified by its number alone. Plans are processed as streams, so memory does not grow with the number of
-images: a plan is first spooled to the driver's disk, and copied to the output folder once it is complete and known to
-belong to the run.
+fragment is identified by its number alone. Plans are processed as streams of record batches, so memory does not grow
+with the number of images: a plan is first spooled to the driver's disk, and copied to the output folder once it is
+complete and known to belong to the run.
 """
 
 import hashlib
-import json
 import re
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -21,30 +21,15 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import parquet as pq
 
-from segray.config import SegmentSettings
+from segray.runs.listing import BATCH_ROWS, update_hash
 from segray.schema import PLAN_SCHEMA
-from segray.storage import join_uri, list_names, read_columns, remove_file, write_bytes
+from segray.storage import ParquetReader, join_uri, list_names, read_columns, remove_file, write_bytes
 
 _PLAN_NAME = re.compile(r"plan-[0-9a-f]{16}-\d{5,}\.parquet")
 FRAGMENT_NAME = re.compile(r"part-(\d{8,})\.parquet")
-_FRAGMENTS_PER_FILE = 1024  # 65,536 images at the default fragment size; a file of that size is read in milliseconds.
-
-
-class ListedImage(NamedTuple):
-    """An input image of a run.
-
-    Attributes:
-        size_bytes: Size of the encoded file. None if neither a listing nor a manifest gives it.
-        etag: Entity tag that the file must have when it is read; None accepts any content.
-        mask_uri: Its ground truth, or None.
-        mask_etag: Entity tag of the mask, used as ``etag`` is.
-    """
-
-    uri: str
-    size_bytes: int | None = None
-    etag: str | None = None
-    mask_uri: str | None = None
-    mask_etag: str | None = None
+_FRAGMENTS_PER_FILE = 1024
+_NUM_READERS = 8
+_IMAGE_COLUMNS = [field.name for field in PLAN_SCHEMA if field.name != "fragment"]
 
 
 @dataclass(frozen=True)
@@ -68,46 +53,58 @@ class Plan:
         return -(-self.num_fragments // _FRAGMENTS_PER_FILE)
 
 
-def cut_fragments(images: Iterable[ListedImage], settings: SegmentSettings) -> Iterator[tuple[ListedImage, int]]:
-    """Yield each image with the number of its fragment.
+def spool_plan(planned: Iterable[pa.RecordBatch], folder: Path) -> Plan:
+    """Write a plan to a local folder and return its hashes and counts.
 
-    A fragment has at most ``fragment_size`` images and ``fragment_bytes`` bytes of encoded images; an image larger than
-    that has a fragment of its own.
+    Args:
+        planned: The images with their fragments: the columns of ``PLAN_SCHEMA``, fragments ascending. A batch becomes a
+            row group, or one row group in each of several files.
+        folder: An empty folder.
     """
-    fragment, num_images, num_bytes = 0, 0, 0
-    for image in images:
-        size_bytes = image.size_bytes or 0
-        if num_images and (num_images == settings.fragment_size or num_bytes + size_bytes > settings.fragment_bytes):
-            fragment, num_images, num_bytes = fragment + 1, 0, 0
-        yield image, fragment
-        num_images, num_bytes = num_images + 1, num_bytes + size_bytes
-
-
-def spool_plan(planned: Iterable[tuple[ListedImage, int]], folder: Path) -> Plan:
-    """Write a plan to a local folder and return its hashes and counts; one file of it is in memory at a time."""
     digest, cut_digest = hashlib.sha256(), hashlib.sha256()
-    rows: list[tuple[Any, ...]] = []
-    num_images, number, fragment = 0, 0, -1
-    for image, fragment in planned:
-        if fragment // _FRAGMENTS_PER_FILE != number:
-            _write_plan_file(rows, folder / str(number))
-            rows, number = [], number + 1
-        rows.append((*image, fragment))
-        digest.update(json.dumps(image).encode())
-        cut_digest.update(json.dumps([image.uri, fragment]).encode())
-        num_images += 1
-    if rows:
-        _write_plan_file(rows, folder / str(number))
+    num_images, fragment = 0, -1
+    with _PlanWriter(folder) as writer:
+        for batch in planned:
+            update_hash(digest, [batch[name] for name in _IMAGE_COLUMNS])
+            update_hash(cut_digest, [batch["uri"], batch["fragment"]])
+            writer.write(batch)
+            num_images += batch.num_rows
+            fragment = batch["fragment"][-1].as_py()
     sha256 = digest.hexdigest()
     cut_digest.update(sha256.encode())
     return Plan(sha256, cut_digest.hexdigest(), num_images, fragment + 1)
 
 
-def _write_plan_file(rows: list[tuple[Any, ...]], path: Path) -> None:
-    names = [*ListedImage._fields, "fragment"]
-    columns = dict(zip(names, zip(*rows, strict=True), strict=True))
-    table = pa.table([pa.array(columns[field.name], field.type) for field in PLAN_SCHEMA], schema=PLAN_SCHEMA)
-    pq.write_table(table, path, compression="zstd", write_page_checksum=True)
+class _PlanWriter:
+    """Writes batches of a plan to the files of its fragments, one file after the other."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._number = -1
+        self._writer: pq.ParquetWriter | None = None
+
+    def __enter__(self) -> "_PlanWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+    def write(self, batch: pa.RecordBatch) -> None:
+        numbers = batch["fragment"].to_numpy() // _FRAGMENTS_PER_FILE
+        starts = [0, *(np.flatnonzero(np.diff(numbers)) + 1).tolist(), len(numbers)]
+        for start, end in pairwise(starts):
+            rows = pa.Table.from_batches([batch.slice(start, end - start)]).cast(PLAN_SCHEMA)
+            self._open(int(numbers[start])).write_table(rows)
+
+    def _open(self, number: int) -> pq.ParquetWriter:
+        if number != self._number or self._writer is None:
+            self.__exit__()
+            self._number = number
+            self._writer = pq.ParquetWriter(
+                self._folder / str(number), PLAN_SCHEMA, compression="zstd", write_page_checksum=True
+            )
+        return self._writer
 
 
 def save_plan(output_uri: str, plan: Plan, folder: Path) -> None:
@@ -115,10 +112,14 @@ def save_plan(output_uri: str, plan: Plan, folder: Path) -> None:
 
     File names contain ``cut_sha256``, so a concurrent driver that plans another listing overwrites none of them.
     """
+    for number in find_lost_files(output_uri, plan):
+        write_bytes(_get_plan_uri(output_uri, plan.cut_sha256, number), (folder / str(number)).read_bytes())
+
+
+def find_lost_files(output_uri: str, plan: Plan) -> list[int]:
+    """Return the numbers of the files of a plan that do not exist in ``plan/``."""
     names = list_names(join_uri(output_uri, "plan"))
-    for number in range(plan.num_files):
-        if _get_file_name(plan.cut_sha256, number) not in names:
-            write_bytes(_get_plan_uri(output_uri, plan.cut_sha256, number), (folder / str(number)).read_bytes())
+    return [number for number in range(plan.num_files) if _get_file_name(plan.cut_sha256, number) not in names]
 
 
 def remove_other_plans(output_uri: str, plan: Plan) -> None:
@@ -129,48 +130,46 @@ def remove_other_plans(output_uri: str, plan: Plan) -> None:
             remove_file(join_uri(output_uri, "plan", name))
 
 
-def iterate_spooled(folder: Path, plan: Plan) -> Iterator[tuple[ListedImage, int]]:
-    """Yield the images of a spooled plan with their fragments."""
-    return _iterate(pq.read_table(folder / str(number)) for number in range(plan.num_files))
-
-
-def iterate_plan(output_uri: str, plan: Plan) -> Iterator[tuple[ListedImage, int]]:
-    """Yield the images of a saved plan with their fragments."""
-    uris = (_get_plan_uri(output_uri, plan.cut_sha256, number) for number in range(plan.num_files))
-    return _iterate(read_columns(uri) for uri in uris)
-
-
-def _iterate(tables: Iterable[pa.Table]) -> Iterator[tuple[ListedImage, int]]:
-    for table in tables:
-        for batch in table.select([*ListedImage._fields, "fragment"]).to_batches(max_chunksize=10_000):
-            for *image, fragment in zip(*(column.to_pylist() for column in batch.columns), strict=True):
-                yield ListedImage(*image), fragment
+def iterate_plan(output_uri: str, plan: Plan) -> Iterator[pa.RecordBatch]:
+    """Yield the images of a saved plan with their fragments, as batches of ``PLAN_SCHEMA``."""
+    for number in range(plan.num_files):
+        reader = ParquetReader(_get_plan_uri(output_uri, plan.cut_sha256, number))
+        for group in range(reader.num_row_groups):
+            yield from reader.read_row_groups([group]).to_batches(max_chunksize=BATCH_ROWS)
 
 
 def count_images(output_uri: str, plan: Plan) -> npt.NDArray[np.int64]:
-    """Return the number of images of each fragment of a saved plan."""
-    counts = np.zeros(plan.num_fragments, np.int64)
-    for number in range(plan.num_files):
+    """Return the number of images of each fragment of a saved plan; several files are read at a time."""
+
+    def count(number: int) -> npt.NDArray[np.int64]:
+        first = number * _FRAGMENTS_PER_FILE
         table = read_columns(_get_plan_uri(output_uri, plan.cut_sha256, number), ["fragment"])
-        counts += np.bincount(table["fragment"].to_numpy(), minlength=plan.num_fragments)
-    return counts
+        num_fragments = min(_FRAGMENTS_PER_FILE, plan.num_fragments - first)
+        return np.bincount(table["fragment"].to_numpy() - first, minlength=num_fragments)
+
+    with ThreadPoolExecutor(_NUM_READERS) as pool:
+        counts = list(pool.map(count, range(plan.num_files)))
+    return np.concatenate([np.zeros(0, np.int64), *counts])
 
 
 def load_fragment(output_uri: str, cut_sha256: str, fragment: int) -> pa.Table:
     """Return the planned images of one fragment as a table of ``PLAN_SCHEMA``."""
-    part = _load_plan_file(_get_plan_uri(output_uri, cut_sha256, fragment // _FRAGMENTS_PER_FILE))
+    uri = _get_plan_uri(output_uri, cut_sha256, fragment // _FRAGMENTS_PER_FILE)
+    spans = _open_plan_file(uri).get_spans("fragment")
+    groups = [number for number, (first, last) in enumerate(spans) if first <= fragment <= last]
+    part = pa.concat_tables([PLAN_SCHEMA.empty_table(), *(_load_row_group(uri, number) for number in groups)])
     return part.filter(pc.equal(part["fragment"], fragment))
 
 
-@lru_cache(maxsize=2)  # Successive fragments of a decode process are nearly always in the same file.
-def _load_plan_file(uri: str) -> pa.Table:
-    return read_columns(uri)
+# Successive fragments of a decode process are nearly always in the same row group, or in the next one.
+@lru_cache(maxsize=2)
+def _open_plan_file(uri: str) -> ParquetReader:
+    return ParquetReader(uri)
 
 
-def list_finished_fragments(output_uri: str) -> set[int]:
-    """Return the numbers of the fragments whose file exists; files are written atomically, so these are complete."""
-    names = list_names(join_uri(output_uri, "images"))
-    return {int(match[1]) for name in names if (match := FRAGMENT_NAME.fullmatch(name))}
+@lru_cache(maxsize=2)
+def _load_row_group(uri: str, number: int) -> pa.Table:
+    return _open_plan_file(uri).read_row_groups([number])
 
 
 def get_fragment_uri(output_uri: str, fragment: int) -> str:

@@ -22,6 +22,10 @@ class SegmentJob:
         mask_uris: One folder of ground truth for each image URI, paired by path without extension; empty to segment
             without scoring.
         settings: The section ``segment`` of the configuration.
+        exclude_uris: Run folders of earlier runs; images that they have as ``ok`` rows, with the same entity tag, are
+            left out.
+        limit: Process only the first images of the plan, at least this many, as a trial; None processes all. It does
+            not belong to the run.
     """
 
     bundle_uri: str
@@ -29,11 +33,14 @@ class SegmentJob:
     output_uri: str
     mask_uris: tuple[str, ...]
     settings: SegmentSettings
+    exclude_uris: tuple[str, ...] = ()
+    limit: int | None = None
 
     @property
     def inputs(self) -> dict[str, Any]:
         """The URIs that are read, as recorded in ``run.json``."""
-        return {"bundle": self.bundle_uri, "images": list(self.image_uris), "masks": list(self.mask_uris)}
+        exclude = {"exclude": list(self.exclude_uris)} if self.exclude_uris else {}
+        return {"bundle": self.bundle_uri, "images": list(self.image_uris), "masks": list(self.mask_uris), **exclude}
 
     def normalize(self) -> "SegmentJob":
         """Return the job with normalized URIs."""
@@ -43,6 +50,7 @@ class SegmentJob:
             image_uris=tuple(normalize_uri(uri) for uri in self.image_uris),
             output_uri=normalize_uri(self.output_uri),
             mask_uris=tuple(normalize_uri(uri) for uri in self.mask_uris),
+            exclude_uris=tuple(sorted({normalize_uri(uri) for uri in self.exclude_uris})),
         )
 
 
@@ -73,19 +81,22 @@ class PipelineJob:
 
 @dataclass(frozen=True)
 class SegmentResult:
-    """Result of a complete run.
+    """Result of a complete run, or of a trial of its first images.
 
     Attributes:
         output: URI of the run folder.
         num_ok: Number of ``ok`` rows.
         errors: Number of error rows by kind.
         summary: Content of ``summary.parquet``: one row per class, a table of ``SUMMARY_SCHEMA``.
+        trial_of: After a trial (``limit``), the number of images of the whole run; the other attributes then describe
+            the first images, and no summary or report is written. None for a complete run.
     """
 
     output: str
     num_ok: int
     errors: dict[str, int]
     summary: pa.Table
+    trial_of: int | None = None
 
     def rows(self, columns: Sequence[str] | None = None) -> pa.Table:
         """Read the rows of the run, sorted by URI: a table of ``IMAGES_SCHEMA``, or of some of its columns.

@@ -104,7 +104,7 @@ def test_errors_say_what_is_wrong_with_a_manifest(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="a row has no image_uri or mask_uri"):
         load(train={"manifest": str(path)}, val={"manifest": str(path)})
     path.write_text("image_uri,mask_uri,split,split\na,m,train,train\n")
-    with pytest.raises(DataError, match=r"manifest\.csv: cannot be read as a table of samples"):
+    with pytest.raises(DataError, match=r"manifest\.csv: cannot be read as a table"):
         load(train={"manifest": str(path)}, val={"manifest": str(path)})
     broken = tmp_path / "manifest.parquet"
     pq.write_table(pa.table({"image_uri": ["a"]}), broken)

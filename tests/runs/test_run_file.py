@@ -8,18 +8,21 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+from segray.config import SegmentSettings
 from segray.errors import RunMismatchError
 from segray.runs.plan import Plan
-from segray.runs.run_file import RunFile, RunFingerprint, read_run, require_same_plan, warn_of_changed_versions
+from segray.runs.run_file import RunFile, RunFingerprint, read_run, read_same_run, warn_of_changed_versions
+from segray.runs.run_settings import get_recorded_defaults
 
 PLAN = Plan("a" * 64, "b" * 64, 10, 3)
-FINGERPRINT = RunFingerprint(bundle_sha256="c" * 64, config={"batch_size": 3, "reduce_jpeg": False, "limit": None})
+SETTINGS = SegmentSettings(batch_size=3)
+FINGERPRINT = RunFingerprint(bundle_sha256="c" * 64, config={**SETTINGS.row_settings, "ground_truth": True})
 INPUTS: dict[str, Any] = {"bundle": "/bundle", "images": ["/images"], "masks": []}
 # What segray wrote before run.json had a format version.
 UNVERSIONED = {
     "fingerprint": {
         "bundle_sha256": "c" * 64,
-        "config": {"batch_size": 3, "reduce_jpeg": False, "limit": None},
+        "config": {"batch_size": 3, "fragment_size": 64, "max_image_px": 1000, "ground_truth": True},
         "plan_sha256": "a" * 64,
         "cut_sha256": "b" * 64,
     },
@@ -35,11 +38,19 @@ def save(output: Path, content: object) -> None:
 
 
 def test_the_content_is_as_documented_and_read_back_unchanged(tmp_path: Path) -> None:
-    running = RunFile.start(FINGERPRINT, PLAN, INPUTS)
+    running = RunFile.start(FINGERPRINT, PLAN, INPUTS, SETTINGS)
     content = json.loads(running.format())
     assert content == {
-        **UNVERSIONED,
-        "format_version": 1,
+        "format_version": 2,
+        "fingerprint": {
+            "bundle_sha256": "c" * 64,
+            "config": {"mask_encoding": "raw", "reduce_jpeg": False, "ground_truth": True},
+            "plan_sha256": "a" * 64,
+            "cut_sha256": "b" * 64,
+        },
+        "computed_with": [{"batch_size": 3, "precision": "bf16", "compile": False, "device": "cpu"}],
+        "limits": {"max_image_px": SETTINGS.max_image_px, "image_timeout_s": 300},
+        "inputs": INPUTS,
         "versions": running.versions,
         "status": "running",
         "counts": {"planned": 10, "fragments": 3},
@@ -52,12 +63,31 @@ def test_the_content_is_as_documented_and_read_back_unchanged(tmp_path: Path) ->
         assert run.plan == PLAN
 
 
-def test_files_without_a_format_version_are_read(tmp_path: Path) -> None:
-    save(tmp_path, UNVERSIONED)
+@pytest.mark.parametrize("version", [{}, {"format_version": 1}])
+def test_files_of_format_1_are_converted(tmp_path: Path, version: dict[str, int]) -> None:
+    save(tmp_path, {**UNVERSIONED, **version})
     run = read_run(str(tmp_path))
     assert run is not None
-    assert (run.format_version, run.status, run.plan) == (1, "complete", PLAN)
+    assert (run.format_version, run.status, run.plan) == (2, "complete", PLAN)
+    assert run.fingerprint.config == {"ground_truth": True}
     assert run.fingerprint.list_differences(FINGERPRINT) == []
+    assert run.computed_with == [SETTINGS.bit_settings]
+    assert run.limits == {"max_image_px": 1000, "image_timeout_s": 300}
+
+
+def test_the_defaults_of_recorded_settings_do_not_change() -> None:
+    """They stand for settings that a folder does not record, so changing one needs a new format version."""
+    assert get_recorded_defaults() == {
+        "mask_encoding": "raw",
+        "reduce_jpeg": False,
+        "ground_truth": False,
+        "batch_size": 8,
+        "precision": "bf16",
+        "compile": False,
+        "device": "cpu",
+        "max_image_px": 100_000_000,
+        "image_timeout_s": 300,
+    }
 
 
 def test_unknown_fields_are_ignored(tmp_path: Path) -> None:
@@ -70,8 +100,8 @@ def test_a_missing_file_is_none(tmp_path: Path) -> None:
 
 
 def test_a_newer_format_version_is_refused_whatever_else_is_in_the_file(tmp_path: Path) -> None:
-    save(tmp_path, {"format_version": 2, "tables": []})
-    with pytest.raises(RunMismatchError, match=r"run\.json: format version 2, but .* reads up to 1; upgrade segray"):
+    save(tmp_path, {"format_version": 3, "tables": []})
+    with pytest.raises(RunMismatchError, match=r"run\.json: format version 3, but .* reads up to 2; upgrade segray"):
         read_run(str(tmp_path))
 
 
@@ -87,6 +117,8 @@ def test_a_newer_format_version_is_refused_whatever_else_is_in_the_file(tmp_path
         {**UNVERSIONED, "status": "other"},
         {**UNVERSIONED, "format_version": "1"},
         {**UNVERSIONED, "format_version": 0},
+        {**UNVERSIONED, "format_version": 2},
+        {**UNVERSIONED, "format_version": 2, "computed_with": [], "limits": {}},
     ],
 )
 def test_invalid_files_are_refused(tmp_path: Path, content: object) -> None:
@@ -96,23 +128,32 @@ def test_invalid_files_are_refused(tmp_path: Path, content: object) -> None:
 
 
 def test_every_difference_of_bundle_and_settings_is_named() -> None:
-    recorded = RunFile.start(FINGERPRINT, PLAN, INPUTS).fingerprint
+    recorded = RunFile.start(FINGERPRINT, PLAN, INPUTS, SETTINGS).fingerprint
     recorded.require_same(FINGERPRINT, "/output")
-    other = RunFingerprint(bundle_sha256="d" * 64, config={**FINGERPRINT.config, "batch_size": 4})
-    message = r"^/output belongs to another run \(different bundle; segment\.batch_size: .*4\); choose another --out"
+    other = RunFingerprint(bundle_sha256="d" * 64, config={**FINGERPRINT.config, "mask_encoding": "png"})
+    message = r"^/output belongs to another run \(different bundle; segment\.mask_enc.*: .*png'\); choose another --out"
     with pytest.raises(RunMismatchError, match=message):
         recorded.require_same(other, "/output")
 
 
 def test_a_plan_that_another_process_updated_is_refused(tmp_path: Path) -> None:
     save(tmp_path, UNVERSIONED)
-    require_same_plan(str(tmp_path), PLAN)
+    assert read_same_run(str(tmp_path), PLAN) == read_run(str(tmp_path))
     with pytest.raises(RunMismatchError, match="another process has updated the plan"):
-        require_same_plan(str(tmp_path), Plan("e" * 64, "b" * 64, 10, 3))
+        read_same_run(str(tmp_path), Plan("e" * 64, "b" * 64, 10, 3))
+
+
+def test_the_settings_that_two_drivers_compute_with_are_both_kept() -> None:
+    first = RunFile.start(FINGERPRINT, PLAN, INPUTS, SETTINGS)
+    second = first.resume(PLAN, INPUTS, SegmentSettings(batch_size=4))
+    third = first.resume(PLAN, INPUTS, SegmentSettings(batch_size=5))
+    merged = second.add_computed_with(third).complete(10, {})
+    assert [bits["batch_size"] for bits in merged.computed_with] == [3, 4, 5]
+    assert merged.add_computed_with(second).computed_with == merged.computed_with
 
 
 def test_changed_library_versions_give_a_warning() -> None:
-    run = RunFile.start(FINGERPRINT, PLAN, INPUTS)
+    run = RunFile.start(FINGERPRINT, PLAN, INPUTS, SETTINGS)
     printed = io.StringIO()
     warn_of_changed_versions(run, Console(file=printed, width=200))
     assert printed.getvalue() == ""

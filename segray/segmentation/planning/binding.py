@@ -1,27 +1,17 @@
 """Binds an output folder to one run: freezes the listing of a new run, or compares it with that of an existing one."""
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory, gettempdir
 
 from rich.console import Console
 
 from segray.config import find_differences
-from segray.errors import DataError, RunMismatchError, StorageError, flatten_message
+from segray.errors import RunMismatchError, StorageError
 from segray.results.summary import find_error_rows
 from segray.runs.fingerprint import build_mismatch_error
-from segray.runs.plan import (
-    ListedImage,
-    Plan,
-    cut_fragments,
-    iterate_plan,
-    iterate_spooled,
-    list_finished_fragments,
-    save_plan,
-    spool_plan,
-)
+from segray.runs.listing import Listing
+from segray.runs.plan import Plan, find_lost_files, iterate_plan, save_plan, spool_plan
 from segray.runs.run_file import (
     RunFile,
     RunFingerprint,
@@ -30,12 +20,12 @@ from segray.runs.run_file import (
     warn_of_changed_versions,
     write_if_changed,
 )
+from segray.runs.written import list_written_fragments
 from segray.segmentation.job import SegmentJob
 from segray.segmentation.planning.changes import Changes, merge_listings
-from segray.segmentation.planning.inputs import Source, merge_sources
+from segray.segmentation.planning.freeze import JobInputs
+from segray.segmentation.planning.spool import make_spool
 from segray.storage import create_bytes, write_bytes
-
-_STATUS_INTERVAL_IMAGES = 10_000
 
 
 @dataclass(frozen=True)
@@ -43,7 +33,7 @@ class BoundRun:
     """A run, and the fragments that remain to be processed.
 
     Attributes:
-        record: Content of ``run.json`` while the run is in progress.
+        record: Content of ``run.json``; marked as running while anything is pending.
         has_truth: Whether any input has ground truth.
         pending: Numbers of the fragments to process, ascending.
         replaced: Pending fragments whose file exists, contains error rows, and is to be overwritten.
@@ -67,22 +57,28 @@ class _Request:
     """The current call: its job, opened inputs, fingerprint, and the console for progress."""
 
     job: SegmentJob
-    sources: list[Source]
+    inputs: JobInputs
     fingerprint: RunFingerprint
     console: Console
 
     def start(self, plan: Plan) -> RunFile:
-        return RunFile.start(self.fingerprint, plan, self.job.inputs)
+        return RunFile.start(self.fingerprint, plan, self.job.inputs, self.job.settings)
+
+    def resume(self, recorded: RunFile, plan: Plan) -> RunFile:
+        return recorded.resume(plan, self.job.inputs, self.job.settings)
+
+    def require_compatible(self, recorded: RunFile) -> list[str]:
+        return recorded.require_compatible(self.fingerprint, self.job.settings, self.job.output_uri)
 
 
 def bind_run(
-    job: SegmentJob, sources: list[Source], bundle_sha256: str, check_bundle: Callable[[], object], console: Console
+    job: SegmentJob, inputs: JobInputs, bundle_sha256: str, check_bundle: Callable[[], object], console: Console
 ) -> BoundRun:
     """Bind an output folder to a run and determine what is left to do; for a new run, freeze the listing first.
 
     Args:
         job: The job, with normalized URIs.
-        sources: The opened inputs of the job.
+        inputs: The opened inputs of the job.
         bundle_sha256: sha256 of the bundle's manifest.
         check_bundle: Raises if the bundle cannot be used; called before anything is written.
         console: For progress and warnings.
@@ -93,52 +89,67 @@ def bind_run(
         StorageError: Environment error (permissions, network, disk).
     """
     output = job.output_uri
-    has_truth = any(source.has_truth for source in sources)
-    config = {**job.settings.row_settings, "ground_truth": has_truth, "device": job.settings.device}
-    request = _Request(job, sources, RunFingerprint(bundle_sha256=bundle_sha256, config=config), console)
-    finished = list_finished_fragments(output)  # Before run.json, since no fragment is written without it.
-    recorded = read_run(output)
+    config = {**job.settings.row_settings, "ground_truth": inputs.has_truth}
+    request = _Request(job, inputs, RunFingerprint(bundle_sha256=bundle_sha256, config=config), console)
+    written = list_written_fragments(output)  # Before run.json, since no fragment is written without it.
+    existing = read_run(output)
     errors: dict[int, list[str]] = {}
-    if recorded is None:
-        if finished:
+    if existing is None:
+        if written:
             raise RunMismatchError(
                 f"{output} holds rows, but no run.json says which run they belong to; choose another --output"
             )
-        plan = _freeze_plan(request, check_bundle)
-        finished = list_finished_fragments(output)
+        recorded = _freeze_plan(request, check_bundle)
+        plan, written = recorded.plan, list_written_fragments(output)
     else:
-        recorded.fingerprint.require_same(request.fingerprint, output)
-        finished &= set(range(recorded.plan.num_fragments))
+        recorded = existing
+        request.require_compatible(recorded)
+        written = {number: file for number, file in written.items() if number < recorded.plan.num_fragments}
         if job.settings.retry_errors:
-            errors = find_error_rows(output, finished)
+            errors = find_error_rows(output, written)
         plan = _compare_listing(request, recorded, errors)
         warn_of_changed_versions(recorded, console)
-    record = request.start(plan)
-    pending = (set(range(plan.num_fragments)) - finished) | errors.keys()
-    is_complete = recorded is not None and recorded.status == "complete" and not pending
-    if recorded is not None and pending:
-        check_bundle()
+    pending = (set(range(plan.num_fragments)) - written.keys()) | errors.keys()
+    if pending:
+        if existing is not None:
+            check_bundle()
+        _warn_of_mixed_bits(request.require_compatible(recorded), console)
         # Mark the run as running: an interrupted retry must not leave it marked complete with an outdated summary.
+        record = request.resume(recorded, plan)
+    else:
+        record = recorded.model_copy(update={"limits": job.settings.limits})
+    if record != recorded:
         write_if_changed(get_run_uri(output), record.format())
-    return BoundRun(record, has_truth, sorted(pending), frozenset(errors), is_complete)
+    is_complete = record.status == "complete"
+    return BoundRun(record, inputs.has_truth, sorted(pending), frozenset(errors), is_complete)
 
 
-def _freeze_plan(request: _Request, check_bundle: Callable[[], object]) -> Plan:
-    """List the images of a new run, and write its plan and its ``run.json``."""
+def _warn_of_mixed_bits(changes: list[str], console: Console) -> None:
+    """Print the changes of settings that ``segment.allow_mixed`` allows."""
+    if changes:
+        console.print(
+            f"warning: {'; '.join(changes)}; rows written now may differ from earlier ones in their last bits "
+            "(segment.allow_mixed)",
+            highlight=False,
+        )
+
+
+def _freeze_plan(request: _Request, check_bundle: Callable[[], object]) -> RunFile:
+    """List the images of a new run, write its plan and its ``run.json``, and return what ``run.json`` then holds."""
     output = request.job.output_uri
-    with _make_spool() as folder:
-        plan = _spool_listing(request, Path(folder))
+    with make_spool() as folder:
+        plan = request.inputs.cut(request.inputs.list_images(folder / "listing", request.console), folder / "plan")
         check_bundle()
-        save_plan(output, plan, Path(folder))
+        save_plan(output, plan, folder / "plan")
     # The driver that creates run.json binds the folder; a concurrent driver joins the run or is refused. The file is
     # read back in any case, because some stores ignore the condition "only if it does not exist".
     create_bytes(get_run_uri(output), request.start(plan).format())
     recorded = read_run(output)
     assert recorded is not None
-    recorded.fingerprint.require_same(request.fingerprint, output)
-    if recorded.plan != plan:
+    request.require_compatible(recorded)
+    if recorded.plan.sha256 != plan.sha256:
         raise build_mismatch_error(output, ["different listing, frozen by another process at the same time"])
-    return plan
+    return recorded
 
 
 def _compare_listing(request: _Request, recorded: RunFile, errors: dict[int, list[str]]) -> Plan:
@@ -152,65 +163,44 @@ def _compare_listing(request: _Request, recorded: RunFile, errors: dict[int, lis
         if differences := find_differences(then, now):
             raise build_mismatch_error(output, differences)
         return frozen
-    with _make_spool() as folder:
-        present_folder, merged_folder = Path(folder, "present"), Path(folder, "merged")
-        present = _spool_listing(request, present_folder)
+    with make_spool() as folder:
+        present = request.inputs.list_images(folder / "listing", request.console)
         if present.sha256 == frozen.sha256:
-            if present == frozen:
-                save_plan(output, frozen, present_folder)  # Restores plan files that were lost.
+            _restore_plan(request, frozen, present, folder / "plan")
             return frozen
         changes = Changes()
         retryable = {uri for uris in errors.values() for uri in uris}
-        merged = merge_listings(
-            iterate_plan(output, frozen), iterate_spooled(present_folder, present), retryable, changes
-        )
-        merged_folder.mkdir()
-        plan = spool_plan(merged, merged_folder)
+        merged = merge_listings(iterate_plan(output, frozen), present.read(), retryable, changes)
+        (folder / "plan").mkdir()
+        plan = spool_plan(merged, folder / "plan")
         if changes.first is not None:
-            remedy = "to keep the frozen listing, rerun with --set segment.relist=false"
-            raise build_mismatch_error(output, [str(changes)], remedy)
-        save_plan(output, plan, merged_folder)
-    write_bytes(get_run_uri(output), request.start(plan).format())
+            raise _build_changed_error(request, recorded, changes)
+        save_plan(output, plan, folder / "plan")
+    write_bytes(get_run_uri(output), request.resume(recorded, plan).format())
     return plan
 
 
-@contextmanager
-def _make_spool() -> Iterator[str]:
-    """Yield a temporary local folder for a plan.
+def _restore_plan(request: _Request, frozen: Plan, listing: Listing, folder: Path) -> None:
+    """Write plan files that were lost again, from the same listing.
 
     Raises:
-        StorageError: The folder cannot be written, for example because the disk is full.
+        StorageError: Other settings divide the listing into other fragments.
     """
-    try:
-        with TemporaryDirectory(prefix="segray-plan-") as folder:
-            yield folder
-    except OSError as error:
-        raise StorageError(
-            f"cannot write the plan to the temporary folder {gettempdir()}: {flatten_message(error)}; free disk space, "
-            "or set TMPDIR to another folder"
-        ) from error
+    output = request.job.output_uri
+    if lost := find_lost_files(output, frozen):
+        if request.inputs.cut(listing, folder) != frozen:
+            raise StorageError(
+                f"{output}: {len(lost)} files of the plan are missing, and cannot be written again with other "
+                "fragments; rerun with the segment.fragment_size, fragment_bytes and fragment_px of the first call"
+            )
+        save_plan(output, frozen, folder)
 
 
-def _spool_listing(request: _Request, folder: Path) -> Plan:
-    """List the images of the inputs, divide them into fragments, and write the plan to a local folder.
-
-    Raises:
-        DataError: There are no images.
-    """
-    job = request.job
-    folder.mkdir(exist_ok=True)
-    with request.console.status("listing images") as status:
-
-        def show_progress(images: Iterable[ListedImage]) -> Iterator[ListedImage]:
-            for number, image in enumerate(images):
-                if number % _STATUS_INTERVAL_IMAGES == 0 and number:
-                    status.update(f"listing images: {number:,}")
-                yield image
-
-        plan = spool_plan(cut_fragments(show_progress(merge_sources(request.sources)), job.settings), folder)
-    if not plan.num_images:
-        expected = ", ".join(f"*.{extension}" for extension in job.settings.extensions)
-        raise DataError(
-            f"no images under {', '.join(job.image_uris)}: expected files named {expected} (segment.extensions)"
-        )
-    return plan
+def _build_changed_error(request: _Request, recorded: RunFile, changes: Changes) -> RunMismatchError:
+    differences, remedy = [str(changes)], "to keep the frozen listing, rerun with --set segment.relist=false"
+    excluded = recorded.inputs.get("exclude"), request.job.inputs.get("exclude")
+    if excluded[0] != excluded[1]:
+        differences.append("other runs with --exclude")
+    elif excluded[0]:
+        remedy = f"if a run with --exclude has segmented more images since, or {remedy}"
+    return build_mismatch_error(request.job.output_uri, differences, remedy)

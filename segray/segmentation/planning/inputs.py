@@ -1,36 +1,41 @@
 """Lists the input images of a run (folders, globs, single files, text lists, manifests) as one stream sorted by URI."""
 
-import heapq
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from fsspec.utils import glob_translate
 
-from segray.config import SegmentSettings, require_absolute
-from segray.data.manifest import get_pairing_key, index_masks, read_manifest
-from segray.errors import ConfigError, DataError, MissingFileError, flatten_message
-from segray.runs.plan import ListedImage
-from segray.runtime.connect import is_submitted_job
-from segray.storage import StoredFile, find_file, list_files, normalize_uri, read_bytes, split_uri
+from segray.config import SegmentSettings
+from segray.data.manifest import get_pairing_key, index_masks
+from segray.data.table_files import open_table_file
+from segray.errors import ConfigError, DataError, MissingFileError
+from segray.runs.listing import ListedImage, tabulate
+from segray.segmentation.planning.lists import read_manifest, read_text_list
+from segray.segmentation.planning.sorting import merge_sorted, sort_by_uri
+from segray.storage import StoredFile, find_file, list_files, split_uri
 
 _TEXT_LIST = (".txt", ".lst")
 _MANIFEST = (".csv", ".parquet", ".pq")
 _WILDCARD = re.compile(r"[*?[]")
-_MANIFEST_COLUMNS = {"mask_uri": pa.string(), "size_bytes": pa.int64(), "etag": pa.string()}
 
 
 class Source(NamedTuple):
-    """The images of one ``--images`` argument, sorted by URI, and whether they come with ground truth."""
+    """The images of one ``--images`` argument, and whether they come with ground truth.
 
-    images: Iterator[ListedImage]
+    Attributes:
+        batches: Batches of ``LISTING_SCHEMA``, sorted by URI; rows with equal URIs are in the same batch.
+    """
+
+    batches: Iterator[pa.RecordBatch]
     has_truth: bool
 
 
 def open_sources(image_uris: Sequence[str], mask_uris: Sequence[str], settings: SegmentSettings) -> list[Source]:
-    """Return one source for each image URI; folders are listed while the source is read.
+    """Return one source for each image URI; folders are listed, and lists are read, while the source is read.
 
     Args:
         image_uris: Folders or prefixes, globs, single images, text lists (.txt, .lst), manifests (.csv, .parquet, .pq).
@@ -39,7 +44,7 @@ def open_sources(image_uris: Sequence[str], mask_uris: Sequence[str], settings: 
 
     Raises:
         ConfigError: The number of mask folders is wrong, or masks cannot be paired with a list.
-        DataError: A text list or manifest cannot be used.
+        DataError: A manifest cannot be used. Unusable rows are reported when the source is read.
         StorageError: The store refused the request or failed. A missing folder is reported when its source is read.
     """
     if mask_uris and len(mask_uris) != len(image_uris):
@@ -57,10 +62,23 @@ def _open_source(uri: str, masks_uri: str | None, settings: SegmentSettings) -> 
                 f"--masks {masks_uri}: masks are paired by their path below a folder, but {uri} is a list; "
                 "give a manifest with a column mask_uri"
             )
-        table = _read_list(uri) if uri.lower().endswith(_TEXT_LIST) else _read_manifest(uri, settings.split)
-        return Source(_iterate_rows(table), "mask_uri" in table.column_names)
+        return _open_text_list(uri) if uri.lower().endswith(_TEXT_LIST) else _open_manifest(uri, settings.split)
     root, files = _list_folder(uri, settings)
-    return Source(_pair(files, root, masks_uri), masks_uri is not None)
+    return Source(tabulate(_pair(files, root, masks_uri)), masks_uri is not None)
+
+
+def _open_text_list(uri: str) -> Source:
+    return Source(sort_by_uri(read_text_list(uri)), has_truth=False)
+
+
+def _open_manifest(uri: str, split: str | None) -> Source:
+    table = open_table_file(uri)
+    name = next((name for name in ("image_uri", "uri") if name in table.column_names), None)
+    if name is None:
+        raise DataError(f"{uri}: expected a column image_uri; the columns are {', '.join(table.column_names)}")
+    if split is not None and "split" not in table.column_names:
+        raise DataError(f"{uri}: segment.split is {split!r}, but there is no column split")
+    return Source(sort_by_uri(read_manifest(table, name, split)), "mask_uri" in table.column_names)
 
 
 def _list_folder(uri: str, settings: SegmentSettings) -> tuple[str, Iterable[StoredFile]]:
@@ -104,83 +122,33 @@ def _pair(files: Iterable[StoredFile], root: str, masks_uri: str | None) -> Iter
         )
 
 
-def _read_list(uri: str) -> pa.Table:
-    """Read one URI per line; only the line end is stripped, because keys may start and end with spaces."""
-    try:
-        lines = read_bytes(uri).decode("utf-8-sig").split("\n")
-    except UnicodeDecodeError as error:
-        raise DataError(f"{uri}: expected UTF-8 text with one image URI per line: {error}") from error
-    uris = [line.removesuffix("\r") for line in lines]
-    return _build_table(uri, [line for line in uris if line.strip()], {})
+def merge_sources(sources: Sequence[Source]) -> Iterator[pa.RecordBatch]:
+    """Yield the images of all sources as batches of ``LISTING_SCHEMA``, sorted by URI, each image once.
 
-
-def _read_manifest(uri: str, split: str | None) -> pa.Table:
-    table = read_manifest(uri)
-    name = next((name for name in ("image_uri", "uri") if name in table.column_names), None)
-    if name is None:
-        raise DataError(f"{uri}: expected a column image_uri; the columns are {', '.join(table.column_names)}")
-    try:
-        if split is not None:
-            if "split" not in table.column_names:
-                raise DataError(f"{uri}: segment.split is {split!r}, but there is no column split")
-            table = table.filter(pc.equal(table["split"].cast(pa.string()), split))
-        columns = {other: table[other] for other in _MANIFEST_COLUMNS if other in table.column_names}
-        if "etag" in columns:
-            etag = pc.utf8_trim(columns["etag"].cast(pa.string()), '"')  # HTTP writes entity tags in quotes.
-            columns["etag"] = pc.if_else(pc.equal(etag, ""), pa.scalar(None, pa.string()), etag)
-        return _build_table(uri, table[name].cast(pa.string()).to_pylist(), columns)
-    except (pa.ArrowException, KeyError) as error:  # KeyError: a column name occurs twice.
-        raise DataError(f"{uri}: cannot be read as a table of images: {flatten_message(error)}") from error
-
-
-def _build_table(where: str, uris: list[str | None], columns: Mapping[str, pa.ChunkedArray]) -> pa.Table:
-    """Return the rows of a list or manifest, sorted by URI."""
-    names: dict[str, list[str | None]] = {"uri": uris}
-    if "mask_uri" in columns:
-        names["mask_uri"] = columns["mask_uri"].to_pylist()
-    arrays = {name: pa.array(_normalize(values, name, where), pa.string()) for name, values in names.items()}
-    for name, column in columns.items():
-        if name not in arrays:
-            try:
-                arrays[name] = column.cast(_MANIFEST_COLUMNS[name])
-            except pa.ArrowException as error:
-                raise DataError(f"{where}: column {name}: {flatten_message(error)}") from error
-    return pa.table(arrays).sort_by("uri")
-
-
-def _normalize(uris: list[str | None], column: str, where: str) -> Iterator[str | None]:
-    for number, uri in enumerate(uris, start=1):
-        if not uri:
-            if column == "uri":
-                raise DataError(f"{where}: row {number} has no image URI; fill it in or remove the row")
-            yield None
-            continue
-        if is_submitted_job():
-            require_absolute({f"{where}, row {number}": uri})
-        yield normalize_uri(uri)
-
-
-def _iterate_rows(table: pa.Table) -> Iterator[ListedImage]:
-    for batch in table.to_batches(max_chunksize=10_000):
-        yield from (ListedImage(**row) for row in batch.to_pylist())
-
-
-def merge_sources(sources: Sequence[Source]) -> Iterator[ListedImage]:
-    """Yield the images of all sources, sorted by URI, each once.
+    Of several entries of an image, the first one that has an entity tag is kept, otherwise the last one.
 
     Raises:
         DataError: An image is listed with two different masks, or no image of a folder has a mask.
         StorageError: A folder is missing, or the store refused the request or failed.
     """
-    last: ListedImage | None = None
-    for image in heapq.merge(*(source.images for source in sources), key=lambda image: image.uri):
-        if last is None or image.uri != last.uri:
-            if last is not None:
-                yield last
-            last = image
-        elif image.mask_uri != last.mask_uri:
-            raise DataError(f"{image.uri} is listed twice, with the masks {last.mask_uri} and {image.mask_uri}")
-        elif last.etag is None:  # Keep the entry that has an entity tag, if any.
-            last = image
-    if last is not None:
-        yield last
+    for batch in merge_sorted(source.batches for source in sources):
+        yield _drop_duplicates(batch)
+
+
+def _drop_duplicates(batch: pa.RecordBatch) -> pa.RecordBatch:
+    """Return a sorted batch with one row for each URI."""
+    uris = batch["uri"]
+    is_next_equal = pc.equal(uris[:-1], uris[1:]).to_numpy(zero_copy_only=False)
+    if not is_next_equal.any():
+        return batch
+    starts = np.flatnonzero(np.concatenate([[True], ~is_next_equal]))  # of the groups of equal URIs
+    ends = np.concatenate([starts[1:], [batch.num_rows]])
+    chosen = starts.copy()
+    for group in np.flatnonzero(ends - starts > 1):
+        entries = batch.slice(starts[group], ends[group] - starts[group]).to_pylist()
+        masks = [entry["mask_uri"] for entry in entries]
+        if different := [mask for mask in masks if mask != masks[0]]:
+            raise DataError(f"{entries[0]['uri']} is listed twice, with the masks {masks[0]} and {different[0]}")
+        tagged = [number for number, entry in enumerate(entries) if entry["etag"] is not None]
+        chosen[group] += tagged[0] if tagged else len(entries) - 1
+    return batch.take(pa.array(chosen))

@@ -2,6 +2,7 @@
 
 import json
 import os
+import random
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,10 +12,11 @@ from pyarrow import csv
 from pyarrow import parquet as pq
 
 from segray.config import SegmentSettings
-from segray.errors import ConfigError, DataError, MissingFileError, SegrayError, UnusableFileError
-from segray.runs.plan import ListedImage
+from segray.errors import ChangedFileError, ConfigError, DataError, MissingFileError, SegrayError, UnusableFileError
+from segray.runs.listing import ListedImage
+from segray.segmentation.planning import lists
 from segray.segmentation.planning.inputs import merge_sources, open_sources
-from segray.storage import find_file
+from segray.storage import find_file, normalize_uri
 
 NAMES = [
     "a b.png",
@@ -46,7 +48,7 @@ def root(tmp_path: Path) -> Path:
 
 def list_images(*uris: object, masks: tuple[object, ...] = (), **settings: object) -> list[ListedImage]:
     sources = open_sources([str(uri) for uri in uris], [str(uri) for uri in masks], SegmentSettings(**settings))
-    return list(merge_sources(sources))
+    return [ListedImage(**row) for batch in merge_sources(sources) for row in batch.to_pylist()]
 
 
 def get_names(images: list[ListedImage], root: Path) -> list[str]:
@@ -103,12 +105,19 @@ def test_several_inputs_are_merged_into_one_sorted_listing_without_duplicates(ro
 
 
 @pytest.mark.parametrize("newline", ["\n", "\r\n"])
-def test_uris_of_a_text_list_are_taken_literally(root: Path, tmp_path: Path, newline: str) -> None:
+@pytest.mark.parametrize("read_bytes", [1, 7, 2**24])
+def test_uris_of_a_text_list_are_taken_literally(
+    root: Path, tmp_path: Path, newline: str, read_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("segray.data.table_files._READ_BYTES", read_bytes)
     chosen = [str(root / name) for name in reversed(NAMES)]
     path = tmp_path / "list.txt"
-    path.write_bytes(newline.join([*chosen, "", "s3://bucket/a%20b #1?.png", chosen[0]]).encode("utf-8-sig"))
+    uris = [*chosen, "", " \t", "s3://bucket/a%20b #1?.png", " /blank.png ", chosen[0]]
+    path.write_bytes(newline.join(uris).encode("utf-8-sig"))
     images = list_images(path)
-    assert [image.uri for image in images] == sorted([*chosen, "s3://bucket/a%20b #1?.png"])
+    assert [image.uri for image in images] == sorted(
+        [*chosen, "s3://bucket/a%20b #1?.png", str(Path(" /blank.png ").absolute())]
+    )
     assert {image.etag for image in images} == {None}
 
 
@@ -154,6 +163,97 @@ def test_an_empty_etag_is_none(tmp_path: Path) -> None:
     assert [image.etag for image in list_images(path)] == [None, "1"]
 
 
+def test_sizes_of_a_csv_may_be_missing_or_written_as_floats(tmp_path: Path) -> None:
+    path = tmp_path / "manifest.csv"
+    path.write_text("image_uri,size_bytes,x\n/a.png,20.0,1\n/b.png,,y\n/c.png,NaN,2\n/d.png,4000000000,3\n")
+    assert [image.size_bytes for image in list_images(path)] == [20, None, None, 4_000_000_000]
+
+
+@pytest.mark.parametrize("type_", [pa.string(), pa.large_string(), pa.binary(), pa.dictionary(pa.int32(), pa.string())])
+def test_a_parquet_manifest_may_store_strings_in_any_type(tmp_path: Path, type_: pa.DataType) -> None:
+    uris = pa.array(["/b.png", "/a.png"]).cast(type_)
+    pq.write_table(pa.table({"uri": uris, "split": pa.array(["x", "y"]).cast(type_)}), tmp_path / "m.parquet")
+    assert [image.uri for image in list_images(tmp_path / "m.parquet", split="y")] == ["/a.png"]
+
+
+def test_uris_of_lists_are_spelled_as_everywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    uris = [
+        "/a//b.png",
+        "/a/./c.png",
+        "/a/d.png/",
+        "//two",
+        "/a/../e.png",
+        "/.f",
+        "/g.",
+        "h.png",
+        "~/i.png",
+        "/",
+        "/j/.",
+    ]
+    uris += [
+        "file:///k%20l.png",
+        "s3://b/m/",
+        "s3://b//n",
+        "s3://b/./o",
+        "gs://b/p.png",
+        "s3://b/file://",
+        "/q/file://",
+    ]
+    (tmp_path / "manifest.csv").write_text("uri,mask_uri\n" + "".join(f"{uri},{uri}\n" for uri in uris))
+    images = list_images(tmp_path / "manifest.csv")
+    assert [image.uri for image in images] == sorted(map(normalize_uri, uris))
+    assert [image.mask_uri for image in images] == [image.uri for image in images]
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet", "txt"])
+def test_lists_are_sorted_on_disk(tmp_path: Path, suffix: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("segray.segmentation.planning.sorting._RUN_BYTES", 10_000)
+    monkeypatch.setattr("segray.segmentation.planning.sorting._RUN_BATCH_ROWS", 10)
+    monkeypatch.setattr("segray.data.table_files._READ_BYTES", 2**13)
+    monkeypatch.setattr("segray.data.table_files._BATCH_ROWS", 100)
+    monkeypatch.setattr("segray.data.table_files._WHOLE_FILE_BYTES", 1000)
+    numbers = random.Random(0).sample(range(10_000), 1000)
+    uris = [f"s3://bucket/images/{number:05}.png" for number in [*numbers, *numbers[:100]]]
+    path = tmp_path / f"list.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.table({"uri": uris}), path)
+    else:
+        path.write_text("\n".join(["uri", *uris] if suffix == "csv" else uris))
+    assert [image.uri for image in list_images(path)] == sorted(set(uris))
+
+
+@pytest.mark.parametrize(
+    ("tags", "kept"), [("1-2", "1"), ("-1-2", "1"), ("--", None), ("-1", "1"), ("1-", "1")], ids=str
+)
+def test_the_first_entry_with_an_entity_tag_is_kept(tmp_path: Path, tags: str, kept: str | None) -> None:
+    paths = []
+    for number, tag in enumerate(tags.split("-")):
+        paths.append(tmp_path / f"{number}.csv")
+        paths[-1].write_text(f"uri,etag,size_bytes\n/a.png,x,0\n/b.png,{tag},{number}\n/c.png,y,0\n")
+    images = list_images(*paths)
+    assert [image.uri for image in images] == ["/a.png", "/b.png", "/c.png"]
+    assert images[1].etag == kept
+    assert images[1].size_bytes == (tags.split("-").index(kept) if kept else len(paths) - 1)
+
+
+def test_a_list_that_is_replaced_while_it_is_read_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("segray.data.table_files._WHOLE_FILE_BYTES", 10)
+    path = tmp_path / "list.txt"
+    path.write_text("/a.png\n" * 10)
+    (source,) = open_sources([str(path)], [], SegmentSettings())
+    monkeypatch.setattr("segray.data.table_files._READ_BYTES", 7)
+    decode = lists._decode
+
+    def replace(content: bytes, uri: str) -> str:
+        path.write_text("/b.png\n" * 11)
+        return decode(content, uri)
+
+    monkeypatch.setattr(lists, "_decode", replace)
+    with pytest.raises(ChangedFileError, match="has changed while it was read"):
+        list(merge_sources([source]))
+
+
 def test_masks_are_paired_by_path_below_each_folder(root: Path, tmp_path: Path) -> None:
     for name in ("one/a b.png", "one/deep/x.png", "two/a b.png"):
         (tmp_path / "masks" / name).parent.mkdir(parents=True, exist_ok=True)
@@ -180,8 +280,17 @@ def test_masks_are_paired_by_path_below_each_folder(root: Path, tmp_path: Path) 
         (["{root}/broken.parquet"], [], DataError, "expected Parquet or CSV"),
         (["{root}/binary.txt"], [], DataError, "expected UTF-8 text with one image URI per line"),
         (["{root}/hole.csv"], [], DataError, "row 2 has no image URI"),
-        (["{root}/size.csv"], [], DataError, "column size_bytes"),
-        (["{root}/double.csv"], [], DataError, r"double\.csv: cannot be read as a table of images"),
+        (
+            ["{root}/long.txt"],
+            [],
+            DataError,
+            "expected a text file, got a line of more than 1,048,576 bytes",
+        ),
+        (["{root}/late.txt"], [], DataError, r"expected UTF-8 text .*, got b'\\xff'"),
+        (["{root}/size.csv"], [], DataError, "column size_bytes: .*big"),
+        (["{root}/size.parquet"], [], DataError, "column size_bytes"),
+        (["{root}/late.csv"], [], DataError, "row 200001 has no image URI"),
+        (["{root}/double.csv"], [], DataError, r"double\.csv: cannot be read as a table"),
         (["{root}/two.csv"], [], DataError, "/i.png is listed twice, with the masks /m1.png and /m2.png"),
         (["{root}/sub"], ["{root}/other/none"], MissingFileError, "cannot list"),
     ],
@@ -193,6 +302,10 @@ def test_unusable_input_is_refused_with_its_cause(
     (root / "list.csv").write_text("x\n1\n")
     (root / "broken.parquet").write_text("no")
     (root / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (root / "late.txt").write_bytes(b"/a.png\n" * 300_000 + b"/b\xff.png")
+    (root / "long.txt").write_bytes(b"/a.png\n" + b"x" * 2**21)
+    (root / "late.csv").write_text("image_uri,etag\n" + "/a.png,1\n" * 200_000 + ",1\n")
+    pq.write_table(pa.table({"uri": ["/a.png"], "size_bytes": [1.5]}), root / "size.parquet")
     (root / "hole.csv").write_text("image_uri,y\n/a.png,1\n,2\n")
     (root / "size.csv").write_text("image_uri,size_bytes\n/a.png,big\n")
     (root / "double.csv").write_text("image_uri,image_uri\n/a.png,/b.png\n")
