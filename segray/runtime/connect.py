@@ -11,7 +11,8 @@ from contextlib import contextmanager, nullcontext, suppress
 from tempfile import TemporaryFile
 from typing import Any
 
-from segray.errors import ClusterError, ConfigError, SegrayError, StorageError
+from segray.errors import ClusterError, ConfigError
+from segray.runtime.failures import get_last_line
 
 # With fewer logical CPUs, Ray Data and Ray Train can deadlock: their stages wait for each other's CPUs.
 MIN_LOCAL_CPUS = 4
@@ -185,46 +186,3 @@ def _collect_forwarded_variables() -> dict[str, str]:
     given = (job.get("runtime_env") or {}).get("env_vars") or {}
     here = {name: os.environ[name] for name in (*_FORWARDED_VARIABLES, *MEMORY_VARIABLES) if name in os.environ}
     return {name: value for name, value in {**MEMORY_VARIABLES, **here}.items() if name not in given}
-
-
-@contextmanager
-def translated_ray_errors(what: str) -> Iterator[None]:
-    """Convert Ray errors raised in the block to segray errors.
-
-    Args:
-        what: The work, as the subject of the message.
-
-    Raises:
-        SegrayError: The segray error that a worker raised, if Ray's error contains one.
-        StorageError: A node's disk or object store is full.
-        ClusterError: Any other error of Ray, with its last line.
-    """
-    from ray.exceptions import ObjectStoreFullError, OutOfDiskError, RayError
-
-    try:
-        yield
-    except (OutOfDiskError, ObjectStoreFullError) as error:
-        raise StorageError(
-            f"{what}: a node's disk or object store is full: {get_last_line(error)}; free some space; to resume, rerun "
-            "the same command"
-        ) from error
-    except RayError as error:
-        raise find_segray_error(error) or ClusterError(
-            f"{what} failed: {get_last_line(error)}; rerun with SEGRAY_WORKER_LOGS=1 to see the workers' output"
-        ) from error
-
-
-def find_segray_error(error: BaseException) -> SegrayError | None:
-    """Return the segray error that a worker raised, unwrapped from Ray's errors, or None if there is none."""
-    if isinstance(error, SegrayError) and not hasattr(error, "cause"):  # Ray's copies have a cause and a long text.
-        return error
-    inner = [getattr(error, "cause", None), *getattr(error, "worker_failures", {}).values(), error.__cause__]
-    for candidate in inner:
-        if isinstance(candidate, BaseException) and (found := find_segray_error(candidate)):
-            return found
-    return None
-
-
-def get_last_line(error: BaseException) -> str:
-    """Return the last non-empty line of an error's text, where Ray states the reason."""
-    return ([line.strip() for line in str(error).splitlines() if line.strip()] or [type(error).__name__])[-1]

@@ -19,7 +19,7 @@ from ray.train.v2._internal.constants import (
 from rich.console import Console
 
 from segray.errors import SegrayError, TrainingError
-from segray.runtime.connect import find_segray_error, get_last_line, translated_ray_errors
+from segray.runtime.failures import describe_cause, find_segray_error, translated_ray_errors
 from segray.storage import join_uri, remove_file
 from segray.storage.arrow import open_filesystem
 from segray.training.checkpoint import RUN_NAME, remove_surplus
@@ -32,6 +32,7 @@ from segray.training.worker.feed import compute_num_steps
 # Timeouts of Ray and torch, relative to the stall timeout. They are longer so that segray reports a stalled worker
 # first: Ray and torch would stop the workers without saying where each of them was.
 _TIMEOUT_FACTOR = 2
+_MAX_SHOWN_FAILURES = 3
 
 
 def fit(job: TrainJob, output: str, console: Console, track: Callable[[list[dict[str, Any]]], bool]) -> None:
@@ -115,6 +116,16 @@ def _explain_failure(error: TrainingFailedError, diagnosis: str | None, max_fail
         or (TrainingError(diagnosis) if diagnosis else None)
         or TrainingError(
             f"workers failed more than {max_failures} times (train.max_failures); to resume from the newest "
-            f"checkpoint, rerun the same command. Last failure: {get_last_line(error)}"
+            f"checkpoint, rerun the same command. Last failure: {_describe_failures(error)}"
         )
     )
+
+
+def _describe_failures(error: TrainingFailedError) -> str:
+    """Return rank and cause of the failed workers; one worker's failure often makes others fail."""
+    failures: dict[int, Exception] = getattr(error, "worker_failures", {})
+    causes: dict[str, int] = {}
+    for rank, failure in sorted(failures.items()):
+        causes.setdefault(describe_cause(failure), rank)
+    shown = [f"rank {rank}: {cause}" for cause, rank in causes.items()][:_MAX_SHOWN_FAILURES]
+    return "; ".join(shown) or describe_cause(error)

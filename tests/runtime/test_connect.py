@@ -1,4 +1,4 @@
-"""Tests of segray.runtime.connect: addresses and output of a private Ray, and how Ray's errors are translated."""
+"""Tests of segray.runtime.connect: addresses and output of a private Ray, and its processes."""
 
 import json
 import os
@@ -12,11 +12,8 @@ import psutil
 import pytest
 import ray
 from ray import cloudpickle
-from ray.exceptions import ObjectStoreFullError, RayTaskError, WorkerCrashedError
 
-from segray.errors import ClusterError, FaultKind, ImageFault, StorageError
 from segray.runtime import connect
-from segray.runtime.connect import translated_ray_errors
 
 ROOT = Path(__file__).parents[2]
 
@@ -30,10 +27,6 @@ def find_listening_addresses() -> set[str]:
         for connection in psutil.net_connections("tcp")
         if connection.status == psutil.CONN_LISTEN and connection.laddr and connection.pid in pids
     }
-
-
-def fail() -> None:
-    raise ImageFault(FaultKind.CHANGED, "one line")
 
 
 @pytest.mark.integration
@@ -98,39 +91,6 @@ def test_variables_are_forwarded_to_a_cluster_unless_the_job_sets_them(monkeypat
     assert "AWS_REGION" not in forwarded
     assert forwarded["MALLOC_ARENA_MAX"] == "4"
     assert forwarded["MALLOC_MMAP_MAX_"] == "0"
-
-
-@pytest.mark.usefixtures("ray_session")
-def test_an_error_of_a_worker_is_raised_unchanged() -> None:
-    cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    with pytest.raises(ImageFault) as caught, translated_ray_errors("trying"):
-        ray.get(ray.remote(fail).remote())
-    assert (str(caught.value), caught.value.kind) == ("one line", FaultKind.CHANGED)
-
-
-def test_lines_that_ray_data_adds_to_an_error_are_not_shown() -> None:
-    error = StorageError("cannot read s3://b/k: permission denied")
-    error.args = (f"{error.args[0]}\nFailed to apply UDF transform after 1/1 attempts",)
-    assert str(error) == "cannot read s3://b/k: permission denied"
-
-
-@pytest.mark.parametrize(
-    ("error", "expected", "message"),
-    [
-        (ObjectStoreFullError("full"), StorageError, "trying: a node's disk or object store is full"),
-        (WorkerCrashedError(), ClusterError, "trying failed: .*SEGRAY_WORKER_LOGS=1"),
-        (
-            RayTaskError("f", "trace\nValueError: odd", ValueError("odd")),
-            ClusterError,
-            "trying failed: ValueError: odd",
-        ),
-    ],
-    ids=["full", "crashed", "foreign"],
-)
-def test_errors_of_ray_become_one_line(error: Exception, expected: type[Exception], message: str) -> None:
-    with pytest.raises(expected, match=message) as caught, translated_ray_errors("trying"):
-        raise error
-    assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(("is_skipped", "expected"), [(False, -signal.SIGABRT), (True, 5)])

@@ -16,9 +16,13 @@ from segray.data.samples import decode_truth, fetch_image, fetch_mask
 from segray.errors import FaultKind, ImageFault
 from segray.runs.plan import load_fragment
 from segray.runtime.connect import release_memory
+from segray.runtime.failures import named_failure
 from segray.segmentation.job import PipelineJob
 from segray.segmentation.profile import STEPS_TYPE, Step, Stopwatch
-from segray.segmentation.stages.ledger import MAX_DEATHS_PER_IMAGE, AttemptPlan, LedgerClient
+from segray.segmentation.stages.attempt import AttemptPlan
+from segray.segmentation.stages.compression import compress
+from segray.segmentation.stages.ledger_client import LedgerClient
+from segray.segmentation.stages.time_limit import limited_time
 
 # Limit of the encoded files that are being fetched or wait to be decoded. Each is assumed to be as large as the largest
 # file so far.
@@ -40,7 +44,7 @@ DECODED_SCHEMA = pa.schema(
         ("fragment", pa.int64()),
         ("rows", pa.large_list(_ROW)),  # all planned images, in plan order
         ("images", pa.large_binary()),  # (n, H, W, 3) uint8 of the n images without an error, in plan order
-        ("truths", pa.large_list(pa.large_binary())),  # class-index maps at the images' own sizes, or null
+        ("truths", pa.large_list(pa.large_binary())),  # compressed class-index maps at the images' own sizes, or null
         ("steps", STEPS_TYPE),
     ]
 )
@@ -66,12 +70,12 @@ class DecodedImage:
     Attributes:
         row: Columns of the rows in ``DECODED_SCHEMA``; columns without a value are null.
         image: (h, w, 3) uint8 at the model's input size; None if the image is an error row.
-        truth: (H, W) class indices at the image's own size; None without ground truth.
+        truth: (H, W) class indices at the image's own size, compressed; None without ground truth.
     """
 
     row: dict[str, Any]
     image: npt.NDArray[np.uint8] | None = None
-    truth: npt.NDArray[np.integer] | None = None
+    truth: bytes | None = None
 
 
 class FragmentDecoder:
@@ -86,9 +90,16 @@ class FragmentDecoder:
         """Read and decode one fragment.
 
         Raises:
-            StorageError: The store refused the request or failed. An image that was removed is an error row instead.
+            StorageError: The store refused the request or failed. An image that was removed, or that cannot
+                be read although its folder can, is an error row instead.
+            ClusterError: Processes die repeatedly on the fragment and no image explains it, or an unexpected exception
+                was raised.
         """
         fragment = batch["fragment"][0].as_py()
+        with named_failure(f"decoding fragment {fragment}"):
+            return self._decode_fragment(fragment)
+
+    def _decode_fragment(self, fragment: int) -> pa.Table:
         attempt_plan = self._ledger.begin(fragment)
         planned = load_fragment(self._job.output_uri, self._job.cut_sha256, fragment).to_pylist()
         watch = Stopwatch()
@@ -136,15 +147,17 @@ class FragmentDecoder:
         self, fragment: int, planned: list[dict[str, Any]], attempt_plan: AttemptPlan, watch: Stopwatch
     ) -> list[DecodedImage]:
         """Decode one image after another, and record each in the ledger beforehand."""
-        decoded = {}
-        for index in attempt_plan.order_images(len(planned)):
-            if index in attempt_plan.failed:
-                message = f"the worker process died {MAX_DEATHS_PER_IMAGE} times while decoding this image"
-                decoded[index] = _fail(planned[index], FaultKind.FAILED, message)
-            else:
-                self._ledger.record_image(fragment, attempt_plan, index)
-                decoded[index] = self._decode_alone(planned[index], watch)
-        self._ledger.record_image(fragment, attempt_plan, None)
+        release_memory()  # What this process has kept of other fragments must not add to the memory of a suspect.
+        decoded = {
+            index: _fail(planned[index], failure.kind, failure.message)
+            for index, failure in attempt_plan.failed.items()
+        }
+        decoded |= self._ledger.process_one_by_one(
+            fragment,
+            attempt_plan,
+            attempt_plan.order_images(len(planned)),
+            lambda index: self._decode_alone(planned[index], watch),
+        )
         return [decoded[index] for index in range(len(planned))]
 
     def _decode_alone(self, image: dict[str, Any], watch: Stopwatch) -> DecodedImage:
@@ -165,16 +178,17 @@ class FragmentDecoder:
 
     def _decode(self, planned: dict[str, Any], fetch: Callable[[], _Fetched], watch: Stopwatch) -> DecodedImage:
         row: dict[str, Any] = {"uri": planned["uri"]}
-        try:
-            with watch.measure(Step.FETCH):
-                fetched = fetch()
-            with watch.measure(Step.DECODE):
-                image, size, note = self._decode_image(fetched.image)
-                row |= {"height": size[0], "width": size[1], "note": note}
-                truth = self._decode_truth(fetched, size) if self._job.has_truth else None
-                return DecodedImage(row, resize_image(image, self._job.image_size), truth)
-        except ImageFault as fault:
-            return _fail(row, fault.kind, str(fault))
+        with named_failure(f"decoding {planned['uri']} of fragment {planned['fragment']}", passed=(MemoryError,)):
+            try:
+                with watch.measure(Step.FETCH):
+                    fetched = fetch()
+                with watch.measure(Step.DECODE), limited_time(self._job.settings.image_timeout_s):
+                    image, size, note = self._decode_image(fetched.image)
+                    row |= {"height": size[0], "width": size[1], "note": note}
+                    truth = self._decode_truth(fetched, size) if self._job.has_truth else None
+                    return DecodedImage(row, resize_image(image, self._job.image_size), truth)
+            except ImageFault as fault:
+                return _fail(row, fault.kind, str(fault))
 
     def _decode_image(self, content: bytes) -> tuple[npt.NDArray[np.uint8], tuple[int, ...], str | None]:
         """Return an image (h, w, 3) uint8, the height and width that its mask will have, and its note."""
@@ -184,7 +198,8 @@ class FragmentDecoder:
         image, note = decode_image_with_note(content, settings.max_image_px)
         return image, image.shape[:2], note
 
-    def _decode_truth(self, fetched: _Fetched, size: tuple[int, ...]) -> npt.NDArray[np.integer]:
+    def _decode_truth(self, fetched: _Fetched, size: tuple[int, ...]) -> bytes:
+        """Return the ground truth, (H, W) class indices of ``size``, compressed."""
         if fetched.mask_fault is not None:
             raise fetched.mask_fault
         if fetched.mask is None:
@@ -192,7 +207,8 @@ class FragmentDecoder:
                 FaultKind.MASK_MISSING,
                 "no mask of this name under --masks, or no mask_uri in the manifest",
             )
-        return decode_truth(fetched.mask, size, self._job.classes, self._job.settings.max_image_px)
+        truth = decode_truth(fetched.mask, size, self._job.classes, self._job.settings.max_image_px)
+        return compress(np.ascontiguousarray(truth))
 
 
 def _fail(image: dict[str, Any], kind: FaultKind, message: str) -> DecodedImage:
@@ -210,7 +226,7 @@ def pack_decoded(fragment: int, decoded: Sequence[DecodedImage], watch: Stopwatc
             "fragment": [fragment],
             "rows": [[item.row for item in decoded]],
             "images": _wrap_bytes(images),
-            "truths": [[None if item.truth is None else item.truth.tobytes() for item in usable]],
+            "truths": [[item.truth for item in usable]],
         }
     return pa.table({**columns, "steps": [watch.to_rows()]}, schema=DECODED_SCHEMA)
 

@@ -18,7 +18,8 @@ from segray.models.confusion import compute_confusion
 from segray.models.fuse_batchnorm import fold_norms
 from segray.models.precision import autocast
 from segray.models.prediction import ImagePrediction, predict_image
-from segray.runtime.connect import count_cores, get_last_line
+from segray.runtime.connect import count_cores
+from segray.runtime.failures import get_last_line
 from segray.segmentation.profile import Step, Stopwatch
 
 
@@ -33,6 +34,14 @@ class Launched:
 
     predictions: list[ImagePrediction]
     copied: torch.cuda.Event | None
+
+
+def is_device_error(error: BaseException) -> bool:
+    """Return whether an error leaves the GPU unusable for this process, unlike a lack of memory."""
+    texts = ("CUDA error", "cuDNN error")
+    return isinstance(error, torch.AcceleratorError) or (
+        isinstance(error, RuntimeError) and any(text in str(error) for text in texts)
+    )
 
 
 class Inference:
@@ -108,7 +117,7 @@ class Inference:
         except torch.OutOfMemoryError as error:
             raise ClusterError(
                 f"not enough GPU memory for batches of {self._batch_size} images: {get_last_line(error)}; lower "
-                "segment.batch_size"
+                "segment.batch_size (an output that has rows already needs segment.allow_mixed: true as well)"
             ) from error
         if self._device.type == "cpu":
             return Launched(predictions, None)

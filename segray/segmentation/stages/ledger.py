@@ -2,69 +2,88 @@
 
 Ray restarts a task whose process died, but cannot tell which image of the fragment it was processing. So the first
 attempt at a fragment runs at full speed. If its process dies, later attempts process one image at a time and record
-each image in the ledger before they start on it. An image that was being processed in several deaths becomes a
-``failed`` row. Deaths with other causes (a lost node, the kernel's out-of-memory killer choosing another process) occur
-at a different image each time, because suspects are processed last. They cost time, but produce no error rows.
+each image in the ledger before they start on it:
+
+- The image that was in progress at the last death is the suspect. The next attempt processes it first, when its process
+  holds nothing else of the fragment. If it survives, it is cleared. If the process dies again, the image is blamed.
+  After three such deaths, without surviving in between, it becomes a ``failed`` row. So an image is never blamed for
+  the memory that others take, or for the end of a node.
+- A death after the time limit of an image (``segment.image_timeout_s``) is explained by that image, in any position.
+  If all three deaths were of this kind, the row is a ``timeout`` row.
+- From the second death on, each finished result is handed to the ledger at once. So later attempts go on where the
+  earlier ones died, and their memory does not grow with the number of images.
+
+Deaths that no image explains, with no image finished in between, end the run.
 """
 
-from collections import Counter
+import copy
+import time
+from collections import defaultdict
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
-import ray
-from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-from segray.errors import ClusterError
+from segray.errors import ClusterError, FaultKind
+from segray.segmentation.stages.attempt import AttemptPlan, Failure
 
 MAX_DEATHS_PER_IMAGE = 3
-_MAX_UNEXPLAINED_DEATHS = 10  # Per fragment, with no image recorded: the cause lies elsewhere and will not go away.
+_MAX_UNEXPLAINED_DEATHS = 10  # Per fragment and without progress: the cause lies elsewhere and will not go away.
 _MAX_STARTS = 5  # Per predictor, counted from the last time that any predictor started a fragment.
+# Images of a fragment that fail in the predict stage with no image in between that survives. The model's input always
+# has the same size, so the cause is hardly ever the images: a broken GPU would fail all of them.
+_MAX_FAILED_PREDICTIONS = 3
 DECODE, PREDICT = "decoding", "predicting"
+_SEE_LOGS = "rerun with SEGRAY_WORKER_LOGS=1 to see the workers' output"
 
 
 @dataclass
 class _Record:
-    """State of one fragment in one stage."""
+    """State of one fragment in one stage.
+
+    Attributes:
+        current: The image in progress, recorded at ``recorded_s``; ``is_alone`` if it is the first of its attempt.
+        deaths: For each image, the deaths that it is blamed for since it last survived: whether they were timeouts.
+        num_deaths: All deaths.
+        num_unexplained: Deaths that no image is blamed for, since the last progress.
+        num_failed_in_a_row: ``failed`` images since an image last survived.
+        reason: What the last process that exited by itself reported.
+    """
 
     attempt: int = 0
     is_begun: bool = False
+    num_recorded: int = 0
     current: int | None = None
-    deaths: Counter[int] = field(default_factory=Counter)
+    recorded_s: float = 0.0
+    suspect: int | None = None
+    deaths: defaultdict[int, list[bool]] = field(default_factory=lambda: defaultdict(list))
+    num_deaths: int = 0
     num_unexplained: int = 0
-
-
-@dataclass(frozen=True)
-class AttemptPlan:
-    """How an attempt must process a fragment. Images are identified by their index in the fragment.
-
-    Attributes:
-        attempt: Number of the attempt. Calls of an earlier attempt, which was presumed dead, are ignored.
-        one_by_one: Process one image at a time and record each beforehand, because an earlier attempt died.
-        suspects: Images that were being processed when attempts died. They are processed last, so that a
-            death with another cause occurs at another image and is not counted against the same one again.
-        failed: Images that must not be processed any more.
-    """
-
-    attempt: int
-    one_by_one: bool = False
-    suspects: tuple[int, ...] = ()
-    failed: frozenset[int] = frozenset()
-
-    def order_images(self, num_images: int) -> list[int]:
-        """Return the indices of a fragment's images in the order in which to process them."""
-        return [index for index in range(num_images) if index not in self.suspects] + list(self.suspects)
+    num_failed_in_a_row: int = 0
+    failed: dict[int, Failure] = field(default_factory=dict)
+    results: dict[int, Any] = field(default_factory=dict)
+    reason: str = ""
 
 
 class Ledger:
     """The state of all attempts of a run, by stage and fragment; runs as a Ray actor.
 
     If the actor is lost, it restarts empty, and attempts are counted from zero again.
+
+    Args:
+        num_predictors: Number of predictors of the run.
+        image_timeout_s: Time limit of an image, in seconds.
+        clock: Returns the current time in seconds.
     """
 
-    def __init__(self, num_predictors: int) -> None:
+    def __init__(
+        self, num_predictors: int, image_timeout_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._records: dict[tuple[str, int], _Record] = {}
         self._max_starts = _MAX_STARTS * num_predictors
         self._num_starts = 0
+        self._image_timeout_s = image_timeout_s
+        self._clock = clock
+        self._has_progressed = False
 
     def begin(self, stage: str, fragment: int) -> AttemptPlan:
         """Start an attempt. If the previous attempt has not ended, its process died.
@@ -76,37 +95,88 @@ class Ledger:
             self._num_starts = 0
         record = self._records.setdefault((stage, fragment), _Record())
         if record.is_begun:
-            if record.current is None:
-                record.num_unexplained += 1
-            else:
-                record.deaths[record.current] += 1
-        record.attempt, record.is_begun, record.current = record.attempt + 1, True, None
-        if record.num_unexplained > _MAX_UNEXPLAINED_DEATHS:
-            raise ClusterError(
-                f"{stage}: the worker process of fragment {fragment} died {record.num_unexplained} times, and no image "
-                "explains it; check the nodes' memory, and rerun with SEGRAY_WORKER_LOGS=1 to see the workers' logs"
-            )
+            self._record_death(stage, record)
+        _require_explained(stage, fragment, record)
+        record.attempt, record.is_begun = record.attempt + 1, True
+        record.num_recorded, record.current = 0, None
         return AttemptPlan(
             record.attempt,
-            one_by_one=bool(record.num_unexplained or record.deaths),
-            suspects=tuple(sorted(record.deaths, key=lambda index: (record.deaths[index], index))),
-            failed=frozenset(index for index, count in record.deaths.items() if count >= MAX_DEATHS_PER_IMAGE),
+            one_by_one=record.num_deaths > 0,
+            hands_over=record.num_deaths > 1,
+            suspect=record.suspect,
+            failed=dict(record.failed),
+            finished=frozenset(record.results),
         )
+
+    def _record_death(self, stage: str, record: _Record) -> None:
+        record.num_deaths += 1
+        index = record.current
+        if index is None:
+            record.num_unexplained += 1
+            return
+        record.suspect = index
+        is_timeout = self._clock() - record.recorded_s >= self._image_timeout_s
+        if record.num_recorded > 1 and not is_timeout:
+            record.num_unexplained += 1
+            return
+        deaths = record.deaths[index]
+        deaths.append(is_timeout)
+        if len(deaths) == MAX_DEATHS_PER_IMAGE:
+            record.failed[index] = self._build_failure(stage, is_timeout=all(deaths))
+            record.num_failed_in_a_row += record.failed[index].kind == FaultKind.FAILED
+            record.suspect, record.num_unexplained = None, 0
+            self._has_progressed = True
+
+    def _build_failure(self, stage: str, is_timeout: bool) -> Failure:
+        if is_timeout:
+            return Failure(
+                FaultKind.TIMEOUT,
+                f"{stage} this image took longer than {self._image_timeout_s:g} s (segment.image_timeout_s), "
+                f"{MAX_DEATHS_PER_IMAGE} times",
+            )
+        message = f"the worker process died {MAX_DEATHS_PER_IMAGE} times while {stage} this image"
+        return Failure(FaultKind.FAILED, message)
 
     def record_image(self, stage: str, fragment: int, attempt: int, index: int | None) -> None:
         """Record that an image is about to be processed; None means that all images of the fragment are done."""
-        record = self._records.get((stage, fragment))
-        if record is not None and record.attempt == attempt:
-            record.current = index
+        if record := self._find(stage, fragment, attempt):
+            self._clear_current(record)
+            record.current, record.recorded_s = index, self._clock()
+            record.num_recorded += 1
+
+    def hand_over(self, stage: str, fragment: int, attempt: int, index: int, result: Any) -> bool:
+        """Keep the result of an image for later attempts.
+
+        Returns:
+            False if it is not kept: the attempt was presumed dead, or the ledger has been restarted.
+        """
+        record = self._find(stage, fragment, attempt)
+        if record is None:
+            return False
+        self._clear_current(record)
+        record.results[index] = copy.deepcopy(result)  # What an actor receives may be memory of its caller.
+        return True
+
+    def fetch_results(self, stage: str, fragment: int, attempt: int) -> dict[int, Any]:
+        """Return the results that were handed over, by index."""
+        record = self._find(stage, fragment, attempt)
+        return {} if record is None else record.results
 
     def end(self, stage: str, fragment: int, attempt: int) -> None:
-        """End an attempt. Recorded deaths are kept: Ray processes the fragment again if its node is lost."""
-        record = self._records.get((stage, fragment))
-        if record is None or record.attempt != attempt:
+        """End an attempt. What is known of images is kept: Ray processes the fragment again if its node is lost."""
+        record = self._find(stage, fragment, attempt)
+        if record is None:
             return
+        self._has_progressed = True
         record.is_begun, record.current = False, None
-        if not record.deaths and not record.num_unexplained:
+        record.results.clear()
+        if not record.num_deaths:
             del self._records[stage, fragment]
+
+    def report(self, stage: str, fragment: int, reason: str) -> None:
+        """Record why a process is about to exit while it processes a fragment."""
+        if record := self._records.get((stage, fragment)):
+            record.reason = reason
 
     def start_predictor(self) -> None:
         """Record that a predictor is about to load its model.
@@ -117,38 +187,50 @@ class Ledger:
         self._num_starts += 1
         if self._num_starts > self._max_starts:
             raise ClusterError(
-                f"predictors died {self._max_starts} times while loading the model; check the nodes' memory, and "
-                "rerun with SEGRAY_WORKER_LOGS=1 to see the workers' logs"
+                f"predictors died {self._max_starts} times while loading the model; check the nodes' memory and GPUs, "
+                f"and {_SEE_LOGS}"
             )
 
+    def abandon_attempts(self) -> bool:
+        """End all attempts without counting deaths, because the driver has stopped their processes.
 
-class LedgerClient:
-    """Gives one stage access to the ledger of the run."""
+        Returns:
+            Whether an image or a fragment was finished or given up since the last call.
+        """
+        for record in self._records.values():
+            record.is_begun, record.current = False, None
+        has_progressed, self._has_progressed = self._has_progressed, False
+        return has_progressed
 
-    def __init__(self, stage: str, actor: Any) -> None:
-        self._stage = stage
-        self._actor = actor
+    def _find(self, stage: str, fragment: int, attempt: int) -> _Record | None:
+        """Return the record of the current attempt; None if another attempt has begun, or the ledger is new."""
+        record = self._records.get((stage, fragment))
+        return record if record is not None and record.attempt == attempt else None
 
-    def begin(self, fragment: int) -> AttemptPlan:
-        """See ``Ledger.begin``."""
-        attempt_plan: AttemptPlan = ray.get(self._actor.begin.remote(self._stage, fragment))
-        return attempt_plan
-
-    def record_image(self, fragment: int, attempt_plan: AttemptPlan, index: int | None) -> None:
-        """See ``Ledger.record_image``; waits until it is recorded, because this process may die right afterwards."""
-        ray.get(self._actor.record_image.remote(self._stage, fragment, attempt_plan.attempt, index))
-
-    def end(self, fragment: int, attempt_plan: AttemptPlan) -> None:
-        """See ``Ledger.end``."""
-        ray.get(self._actor.end.remote(self._stage, fragment, attempt_plan.attempt))
-
-    def start_predictor(self) -> None:
-        """See ``Ledger.start_predictor``."""
-        ray.get(self._actor.start_predictor.remote())
+    def _clear_current(self, record: _Record) -> None:
+        """Record that the image in progress, if any, has survived."""
+        if record.current is None:
+            return
+        record.deaths.pop(record.current, None)
+        if record.suspect == record.current:
+            record.suspect = None
+        record.current = None
+        record.num_unexplained = record.num_failed_in_a_row = 0
+        self._has_progressed = True
 
 
-def start_ledger(num_predictors: int) -> Any:
-    """Start the ledger as a Ray actor on the node of the driver, and return its handle."""
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    actor = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)(Ledger)
-    return actor.remote(num_predictors)
+def _require_explained(stage: str, fragment: int, record: _Record) -> None:
+    """Raise if the deaths on a fragment cannot be explained by its images."""
+    reason = f" ({record.reason})" if record.reason else ""
+    if record.num_unexplained > _MAX_UNEXPLAINED_DEATHS:
+        raise ClusterError(
+            f"{stage}: the worker process of fragment {fragment} died {record.num_unexplained} times{reason}, and no "
+            "image explains it: the fragment may not fit into the nodes' memory; use larger nodes, fewer predictors "
+            "(segment.num_predictors), or a new output with a lower segment.fragment_size and segment.fragment_px; "
+            f"{_SEE_LOGS}"
+        )
+    if stage == PREDICT and record.num_failed_in_a_row >= _MAX_FAILED_PREDICTIONS:
+        raise ClusterError(
+            f"{stage}: the worker process of fragment {fragment} dies at every image{reason}; check the nodes' GPUs, "
+            f"drivers and memory, and {_SEE_LOGS}"
+        )

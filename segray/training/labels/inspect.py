@@ -19,7 +19,7 @@ from segray.data.manifest import Sample, Splits
 from segray.data.samples import describe_size_fault, read_image, read_mask
 from segray.errors import DataError, FaultKind, ImageFault
 from segray.metrics import IntArray
-from segray.runtime.connect import translated_ray_errors
+from segray.runtime.failures import named_failure, translated_ray_errors
 from segray.storage import read_bytes
 from segray.training.labels.heuristics import NO_DIGEST, compute_pixel_digest, find_shared_images, is_mixed
 
@@ -112,10 +112,12 @@ def check_samples(samples: Sequence[Sample], classes: ClassMap) -> SplitReport:
 
     Raises:
         StorageError: Permissions, network or disk error; a missing file is a fault in the report instead.
+        ClusterError: An unexpected exception was raised.
     """
     report = SplitReport.empty(classes.num_classes)
     for sample in samples:
-        report += _check_sample(sample, classes)
+        with named_failure(f"the label check of {sample.image_uri} and its mask"):
+            report += _check_sample(sample, classes)
     return report
 
 

@@ -30,7 +30,8 @@ from segray.data.manifest import load_splits
 from segray.errors import TrainingError
 from segray.progress import build_bar
 from segray.runtime.autoscaling import reported_shortage
-from segray.runtime.connect import connect_ray, find_segray_error, get_last_line, translated_ray_errors
+from segray.runtime.connect import connect_ray
+from segray.runtime.failures import describe_cause, find_segray_error, translated_ray_errors
 from segray.storage import join_uri, normalize_uri, write_bytes
 from segray.training.binding import Binding
 from segray.training.driver import check_network, check_run, describe_run, print_wait
@@ -139,7 +140,7 @@ class ScoreBoard(tune.Callback):  # type: ignore[misc]
         """Add the reasons for failure to the records of failed trials."""
         for result in results:
             if result.error is not None and result.config is not None:
-                reason = find_segray_error(result.error) or get_last_line(result.error)
+                reason = find_segray_error(result.error) or describe_cause(result.error)
                 self.records[result.config["number"]].outcome = f"failed: {reason}"
 
     def _end(self, trial: Trial, outcome: str) -> None:

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from segray.config import TrainConfig
 from segray.data.manifest import Splits
+from segray.runtime.failures import named_failure
 from segray.storage import join_uri
 from segray.training.checkpoint import RUN_NAME, find_newest_history
 from segray.training.driver import build_job
@@ -84,14 +85,18 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]
         self._thread.join()
 
     def _train(self) -> None:
-        from segray.training.fit import fit
-
         try:
-            if self._track(find_newest_history(self._job.run_uri)) and not self._is_finished():
-                fit(self._job, self._job.config.output, Console(quiet=True), self._track)
-                self._track(find_newest_history(self._job.run_uri))  # The display may have missed the last epochs.
+            with named_failure("the trial"):
+                self._run()
         except BaseException as error:  # Whatever fails must reach step(), which waits for a score.
             self._scores.put(error)
+
+    def _run(self) -> None:
+        from segray.training.fit import fit
+
+        if self._track(find_newest_history(self._job.run_uri)) and not self._is_finished():
+            fit(self._job, self._job.config.output, Console(quiet=True), self._track)
+            self._track(find_newest_history(self._job.run_uri))  # The display may have missed the last epochs.
 
     def _track(self, epochs: Sequence[dict[str, Any]]) -> bool:
         """Report each new epoch once, and return whether training may continue after them."""

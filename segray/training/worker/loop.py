@@ -17,6 +17,7 @@ from ray.train.v2.api.report_config import CheckpointUploadMode
 from torch import distributed
 
 from segray.errors import TrainingError
+from segray.runtime.failures import named_failure
 from segray.storage import join_uri
 from segray.training.checkpoint import TrainingState, name_checkpoint, remove_surplus, save_state
 from segray.training.job import TrainJob, is_finished
@@ -233,8 +234,10 @@ def _save(trainer: Trainer, metrics: dict[str, Any]) -> None:
 def _upload(job: TrainJob, state: TrainingState, checkpoint: Checkpoint, folder_name: str) -> Checkpoint:
     """Write a checkpoint and remove those no longer needed; Ray calls this in a single thread for all uploads."""
     try:
-        save_state(join_uri(job.run_uri, folder_name), state)
-        remove_surplus(job.run_uri, job.config.train.num_best_checkpoints)
+        uri = join_uri(job.run_uri, folder_name)
+        with named_failure(f"writing the checkpoint {uri}"):
+            save_state(uri, state)
+            remove_surplus(job.run_uri, job.config.train.num_best_checkpoints)
     finally:
         _upload_slots.release()
     storage = ray.train.get_context().get_storage()

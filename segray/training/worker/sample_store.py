@@ -14,6 +14,7 @@ from segray.data.classes import ClassMap
 from segray.data.manifest import Sample
 from segray.data.samples import read_image, read_truth
 from segray.errors import DataError, ImageFault, StorageError, flatten_message
+from segray.runtime.failures import named_failure
 
 LabelledImage = tuple[npt.NDArray[np.uint8], npt.NDArray[np.integer]]
 
@@ -24,12 +25,14 @@ def load_labelled_image(sample: Sample, classes: ClassMap) -> LabelledImage:
     Raises:
         DataError: The image or mask cannot be used, or their sizes differ.
         StorageError: Permissions, network or disk error.
+        ClusterError: An unexpected exception was raised.
     """
     uri = sample.image_uri
     try:
-        image = read_image(uri)
-        uri = sample.mask_uri
-        return image, read_truth(uri, image.shape[:2], classes)
+        with named_failure(f"reading {sample.image_uri} and its mask"):
+            image = read_image(uri)
+            uri = sample.mask_uri
+            return image, read_truth(uri, image.shape[:2], classes)
     except ImageFault as fault:
         raise DataError(f"{uri}: {fault.kind}: {fault}; run segray check to list all such files") from fault
 

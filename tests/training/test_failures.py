@@ -1,0 +1,63 @@
+"""Unexpected exceptions in each kind of worker of training: the error names the cause and the file. Without Ray."""
+
+import queue
+import threading
+from typing import Any
+
+import pytest
+from ray.train import Checkpoint, WorkerGroupError
+
+from segray.data.manifest import Sample
+from segray.errors import ClusterError
+from segray.training import fit
+from segray.training.labels import inspect
+from segray.training.tuning.trial import TrialRun
+from segray.training.worker import loop, sample_store
+from tests.conftest import PET_CLASSES
+
+SAMPLE = Sample("a.png", "b.png")
+
+
+def fail(*_: Any) -> None:
+    raise ValueError("odd\nmore lines")
+
+
+def test_in_the_label_check(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inspect, "read_image", fail)
+    expected = "^the label check of a.png and its mask failed: ValueError: odd; rerun with SEGRAY_WORKER_LOGS=1"
+    with pytest.raises(ClusterError, match=expected):
+        inspect.check_samples([SAMPLE], PET_CLASSES)
+
+
+def test_while_a_sample_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sample_store, "read_image", fail)
+    with pytest.raises(ClusterError, match=r"^reading a.png and its mask failed: ValueError: odd; rerun with"):
+        sample_store.load_labelled_image(SAMPLE, PET_CLASSES)
+
+
+def test_while_a_checkpoint_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Job:
+        run_uri = "s3://bucket/run"
+
+    monkeypatch.setattr(loop, "save_state", fail)
+    loop._upload_slots.acquire()
+    expected = "^writing the checkpoint s3://bucket/run/checkpoint_8 failed: ValueError: odd; rerun with"
+    with pytest.raises(ClusterError, match=expected):
+        loop._upload(Job(), None, Checkpoint("/folder"), "checkpoint_8")  # type: ignore[arg-type]
+
+
+def test_in_a_trial() -> None:
+    trial = object.__new__(TrialRun)
+    trial._scores, trial._permissions, trial._is_waiting = queue.Queue(), queue.Queue(), False
+    trial._run = fail  # type: ignore[method-assign]
+    threading.Thread(target=trial._train).start()
+    with pytest.raises(ClusterError, match=r"^the trial failed: ValueError: odd; rerun with"):
+        trial.step()
+
+
+def test_in_training_workers() -> None:
+    failures = {2: RuntimeError("connection closed by peer"), 3: RuntimeError("connection closed by peer")}
+    error = WorkerGroupError("text", {**failures, 1: ValueError("odd\nmore lines")})
+    explained = str(fit._explain_failure(error, None, max_failures=3))
+    assert explained.startswith("workers failed more than 3 times (train.max_failures); to resume")
+    assert explained.endswith("rank 1: ValueError: odd; rank 2: RuntimeError: connection closed by peer")
