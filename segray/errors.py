@@ -8,10 +8,12 @@
     ├── RunMismatchError        2   the output folder holds another run
     ├── TrainingError           1   training failed
     ├── TooManyErrorRows        3   the run is complete, but too many of its images are error rows
+    ├── StoppedByErrorRows      5   the run was stopped early, because most of its images are error rows
     ├── ClusterError            1   Ray cannot be reached, lacks resources, or a worker failed
     └── StorageError            4   environment error: permissions, network or disk
         ├── MissingFileError    4   there is no file at this URI
         ├── ChangedFileError    4   the file has changed since it was listed
+        ├── ForbiddenFileError  4   reading this file was denied
         └── UnusableFileError   4   this one file cannot be opened
 
 Each message is one line that says what was received, what was expected, and what to do, and names the URI or setting.
@@ -33,7 +35,7 @@ class SegrayError(Exception):
     Attributes:
         exit_code: Exit code of the ``segray`` command and of the job files when this exception ends them: 1 for input
             that cannot be used, 2 for a wrong setting or the output of another run, 3 for too many error rows, 4 for an
-            environment error. 0 is success.
+            environment error, 5 for a run that was stopped because of its error rows. 0 is success.
     """
 
     exit_code = 1
@@ -99,7 +101,8 @@ class FaultKind(StrEnum):
     TOO_LARGE = (
         "too_large",
         "The image has more pixels than segment.max_image_px allows, or its metadata expands to a suspicious size.",
-        "Raise segment.max_image_px if the nodes have enough memory, or split the image; save it without its metadata.",
+        "Rerun with a higher segment.max_image_px and segment.retry_errors: true if the nodes have enough memory, or "
+        "split the image; save it without its metadata.",
     )
     MISSING = (
         "missing",
@@ -121,6 +124,18 @@ class FaultKind(StrEnum):
         "The mask cannot be used with its image: it has another size, undeclared class values or several colour "
         "channels, or it cannot be decoded.",
         "Correct the mask, or declare its values in data.class_values or data.ignore_values before training.",
+    )
+    FORBIDDEN = (
+        "forbidden",
+        "The store denies access to this file, although other files of the same folder can be read.",
+        "Grant the nodes access to the file (its access control list, its encryption key), or remove it from the "
+        "input.",
+    )
+    TIMEOUT = (
+        "timeout",
+        "Decoding or predicting this image took longer than segment.image_timeout_s, several times.",
+        "Save the image again (for a JPEG: without progressive scans), or rerun with a higher segment.image_timeout_s "
+        "and segment.retry_errors: true.",
     )
     FAILED = (
         "failed",
@@ -186,6 +201,16 @@ class TooManyErrorRows(SegrayError):
     exit_code = 3
 
 
+class StoppedByErrorRows(SegrayError):
+    """Raised if a segmentation run is stopped early: its share of error rows exceeds ``segment.stop_error_fraction``.
+
+    The rows written so far are kept. If the images or the model are wrong, start again with another output; otherwise
+    rerun with ``segment.stop_error_fraction: 1`` to resume. Exit code 5.
+    """
+
+    exit_code = 5
+
+
 class ClusterError(SegrayError):
     """Raised if Ray cannot be reached, the cluster can never provide the requested resources, or a worker failed.
 
@@ -210,6 +235,10 @@ class MissingFileError(StorageError):
 
 class ChangedFileError(StorageError):
     """Raised if the entity tag of a file is not the one that it was listed with. Exit code 4."""
+
+
+class ForbiddenFileError(StorageError):
+    """Raised if the store denies reading a file: because of the file itself, or of the credentials. Exit code 4."""
 
 
 class UnusableFileError(StorageError):

@@ -1,6 +1,6 @@
 """Settings of segmentation."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
@@ -12,14 +12,25 @@ class SegmentSettings(Section):
     """How ``segray segment`` applies a bundle to images.
 
     A fragment is a group of images that is processed, retried and written together: one Parquet file of the output.
-    Settings that change the rows belong to the run: a rerun into the same output must have the same.
+    A rerun into the same output must have the same ``mask_encoding`` and ``reduce_jpeg``, because they change the rows;
+    see ``allow_mixed`` and ``retry_errors`` for those that may change under conditions.
     """
 
-    fragment_size: int = Field(64, ge=1, description="Maximum number of images per fragment.")
+    fragment_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        "auto",
+        description="Maximum number of images per fragment. ``auto``: 64, or for more than 1.28 million images as many "
+        "as give 20,000 fragments; ``fragment_bytes`` and ``fragment_px`` apply too.",
+    )
     fragment_bytes: int = Field(
         64 * 2**20,
         ge=1,
         description="Maximum bytes of encoded images per fragment. A larger image is a fragment of its own.",
+    )
+    fragment_px: int = Field(
+        2**26,
+        ge=1,
+        description="Maximum pixels per fragment at the model's input size, which limits the memory that its decoded "
+        "images take: 3 bytes per pixel.",
     )
     batch_size: int = Field(8, ge=1, description="Images per forward pass. Lower it if a GPU runs out of memory.")
     precision: Literal["bf16", "fp32"] = Field(
@@ -54,6 +65,12 @@ class SegmentSettings(Section):
         description="Maximum height times width of an image, in pixels. Larger images become error rows "
         "(``too_large``).",
     )
+    image_timeout_s: float = Field(
+        300,
+        gt=0,
+        description="Maximum time to decode an image, or to predict one, in seconds. Images that take longer become "
+        "error rows (``timeout``).",
+    )
     extensions: tuple[str, ...] = Field(
         IMAGE_EXTENSIONS, min_length=1, description="File name extensions of images, in upper or lower case."
     )
@@ -69,11 +86,25 @@ class SegmentSettings(Section):
     max_error_fraction: float = Field(
         0.01, ge=0, le=1, description="The exit code is 3 if the share of error rows, 0 to 1, is this or higher."
     )
+    stop_error_fraction: float = Field(
+        0.5,
+        gt=0,
+        le=1,
+        description="Stop the run, with exit code 5, once at least 1,000 rows are written and more than this share of "
+        "them, 0 to 1, are error rows. ``1``: never.",
+    )
+    allow_mixed: bool = Field(
+        False,
+        description="On a rerun, allow another ``batch_size``, ``precision``, ``compile`` or kind of device than "
+        "before, although rows written now may then differ from earlier ones in their last bits.",
+    )
     num_report_images: int = Field(
         6, ge=0, le=100, description="Images shown in ``report.html``; each is read a second time."
     )
     retry_errors: bool = Field(
-        False, description="On a rerun, process fragments with error rows again. Use it after fixing the images."
+        False,
+        description="On a rerun, process fragments with error rows again. Use it after fixing the images, or to raise "
+        "``max_image_px`` or ``image_timeout_s``.",
     )
 
     @field_validator("extensions")
@@ -91,12 +122,20 @@ class SegmentSettings(Section):
 
     @property
     def row_settings(self) -> dict[str, Any]:
-        """The settings that change the written rows; they are part of the run's fingerprint.
+        """The settings that change the written rows; a run folder belongs to one choice of them.
 
-        The others change the speed, the exit code or the report. Those that select images are covered by the sha256 of
-        the plan.
+        Those that select images are covered by the sha256 of the plan. ``bit_settings`` and ``limits`` may change under
+        conditions; all others change only how the images are divided, the speed, the exit code or the report.
         """
-        speed = {"num_fetch_threads", "num_predictors", "num_gpus_per_predictor"}
-        listing = {"extensions", "recursive", "split", "relist"}
-        outcome = {"max_error_fraction", "num_report_images", "retry_errors"}
-        return self.model_dump(mode="json", exclude={*speed, *listing, *outcome})
+        return self.model_dump(mode="json", include={"mask_encoding", "reduce_jpeg"})
+
+    @property
+    def bit_settings(self) -> dict[str, Any]:
+        """The settings that may change the last bits of rows; a run changes them only with ``allow_mixed``."""
+        settings = self.model_dump(mode="json", include={"batch_size", "precision", "compile"})
+        return {**settings, "device": self.device}
+
+    @property
+    def limits(self) -> dict[str, Any]:
+        """The settings above which an image is an error row; a run raises them only with ``retry_errors``."""
+        return self.model_dump(mode="json", include={"max_image_px", "image_timeout_s"})

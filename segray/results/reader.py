@@ -1,5 +1,6 @@
 """Opens the run folder of a segmentation for reading: rows, masks and summary."""
 
+import json
 from collections.abc import Collection, Iterator
 
 import numpy as np
@@ -8,12 +9,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import dataset
 
-from segray.errors import MissingFileError
 from segray.results.masks import load_mask
-from segray.runs.plan import get_fragment_uri, list_finished_fragments
+from segray.results.summary import load_summary
+from segray.runs.fragment_metadata import CLASS_NAMES_KEY
+from segray.runs.plan import get_fragment_uri
 from segray.runs.run_file import require_run
+from segray.runs.written import list_written_fragments
 from segray.schema import IMAGES_SCHEMA
-from segray.storage import join_uri, normalize_uri, read_columns
+from segray.storage import normalize_uri, read_columns
 from segray.storage.arrow import open_filesystem
 
 _MASKS_PER_BATCH = 16
@@ -39,17 +42,33 @@ class RunResults:
         self.is_complete = self._run.status == "complete"
 
     @property
+    def class_names(self) -> tuple[str, ...]:
+        """Names of the classes, in the order of the indices in masks and of the elements of lists.
+
+        Raises:
+            MissingFileError: There are no rows yet, or an early version of segray wrote them and they are not complete.
+        """
+        for fragment in self._list_fragments()[:1]:
+            metadata = read_columns(get_fragment_uri(self.output, fragment), ["status"]).schema.metadata or {}
+            if names := metadata.get(CLASS_NAMES_KEY.encode()):
+                return tuple(json.loads(names))
+        # Rows that were written before there was metadata.
+        return tuple(self.summary["class_name"].to_pylist())
+
+    @property
     def images(self) -> dataset.FileSystemDataset:
         """The rows as a pyarrow dataset of ``IMAGES_SCHEMA``, one row per image, sorted by URI.
 
         Select columns where masks are not needed: ``results.images.to_table(columns=["uri", "status"])``.
         """
-        finished = sorted(list_finished_fragments(self.output) & set(range(self._run.plan.num_fragments)))
         filesystem, folder = open_filesystem(self.output)
-        paths = [get_fragment_uri(folder, fragment) for fragment in finished]
+        paths = [get_fragment_uri(folder, fragment) for fragment in self._list_fragments()]
         return dataset.FileSystemDataset.from_paths(
             paths, schema=IMAGES_SCHEMA, format=dataset.ParquetFileFormat(), filesystem=filesystem
         )
+
+    def _list_fragments(self) -> list[int]:
+        return sorted(list_written_fragments(self.output, self._run.plan.num_fragments))
 
     @property
     def summary(self) -> pa.Table:
@@ -58,12 +77,7 @@ class RunResults:
         Raises:
             MissingFileError: The run is not complete.
         """
-        try:
-            return read_columns(join_uri(self.output, "summary.parquet"))
-        except MissingFileError as error:
-            raise MissingFileError(
-                f"{self.output}: the run is not complete, so it has no summary; to resume, rerun the same command"
-            ) from error
+        return load_summary(self.output)
 
     def masks(self, uris: Collection[str] | None = None) -> Iterator[tuple[str, npt.NDArray[np.integer]]]:
         """Yield the URI and the mask of each segmented image; a few masks are in memory at a time.

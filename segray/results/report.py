@@ -1,22 +1,24 @@
 """Builds ``report.html``: one self-contained file with the summary, example pictures and error rows of a run."""
 
 import base64
+from itertools import chain, islice
 from typing import Any
 
 import jinja2
 import numpy as np
+import pyarrow.compute as pc
 
 from segray.data.classes import ClassMap
 from segray.data.samples import read_image, read_truth
 from segray.errors import ImageFault, StorageError
 from segray.plots import Panel, draw_class_bars, draw_comparison
 from segray.results.masks import load_mask
-from segray.results.summary import FinishedRun, format_cell, read_rows
-from segray.runs.plan import load_fragment
-from segray.storage import get_file_name
+from segray.results.saved_counts import read_fragments
+from segray.results.summary import FinishedRun, format_cell, list_fragments_with_errors
+from segray.runs.plan import get_fragment_uri, load_fragment
+from segray.storage import ParquetReader, get_file_name, read_columns
 
-_MIN_FRAGMENTS = 6  # minimum number of fragments that are searched for error rows
-_MAX_ERRORS = 20
+_MAX_ERRORS = 1000
 _MAX_PICTURE_SIDE_PX = 640
 
 _TEMPLATES = jinja2.Environment(
@@ -27,7 +29,7 @@ _TEMPLATES = jinja2.Environment(
 def build_report(run: FinishedRun, num_images: int) -> bytes:
     """Return the report of a run as an HTML file, with pictures of ``num_images`` images spread over the run."""
     tally, summary, classes = run.tally, run.summary, run.classes
-    panels, errors = _pick_rows(run, num_images)
+    panels = _load_panels(run, num_images) if num_images else []
     num_px = max(1, int(tally.sums["pixel_count"].sum()))
     plots = [("share of pixels", [float(count) / num_px for count in tally.sums["pixel_count"]])]
     if tally.has_truth:
@@ -43,7 +45,7 @@ def build_report(run: FinishedRun, num_images: int) -> bytes:
         summary=[{name: format_cell(value) for name, value in row.items()} for row in rows],
         plots=[{"title": title, "png": _inline(draw_class_bars(values, classes, title))} for title, values in plots],
         picture=_inline(draw_comparison(panels, classes)) if panels else None,
-        errors=errors,
+        errors=_read_errors(run),
         error_counts=sorted(tally.errors.items()),
     )
     return html.encode()
@@ -53,25 +55,33 @@ def _inline(png: bytes) -> str:
     return base64.b64encode(png).decode()
 
 
-def _pick_rows(run: FinishedRun, num_images: int) -> tuple[list[Panel], list[dict[str, Any]]]:
-    """Return pictures and error rows from fragments evenly spaced over the run."""
+def _read_errors(run: FinishedRun) -> list[dict[str, Any]]:
+    """Return the first error rows of a run; only fragments that have any are read."""
+    tables = read_fragments(
+        run.output_uri, list_fragments_with_errors(run.counts), ["uri", "error_kind", "error_message"]
+    )
+    rows = chain.from_iterable(table.filter(pc.is_valid(table["error_kind"])).to_pylist() for table in tables)
+    return list(islice(rows, _MAX_ERRORS))
+
+
+def _load_panels(run: FinishedRun, num_images: int) -> list[Panel]:
+    """Return pictures from fragments evenly spaced over the run."""
     num_fragments = run.plan.num_fragments
-    num_chosen = min(num_fragments, max(num_images, _MIN_FRAGMENTS))
-    chosen = sorted({int(fragment) for fragment in np.linspace(0, num_fragments - 1, num_chosen)})
+    chosen = sorted({int(part) for part in np.linspace(0, num_fragments - 1, min(num_fragments, num_images))})
     share = -(-num_images // len(chosen))
     panels: list[Panel] = []
-    errors: list[dict[str, Any]] = []
     for fragment in chosen:
-        rows = read_rows(run.output_uri, fragment).to_pylist()
-        errors += [row for row in rows if row["status"] == "error"]
-        usable = [row for row in rows if row["status"] == "ok"]
-        images = load_fragment(run.output_uri, run.plan.cut_sha256, fragment).to_pylist()
+        uri = get_fragment_uri(run.output_uri, fragment)
+        status = read_columns(uri, ["status"])["status"]
+        usable = pc.indices_nonzero(pc.equal(status, "ok")).to_pylist()
+        picked = usable[:: max(1, len(usable) // max(1, share))][: min(share, num_images - len(panels))]
+        images = load_fragment(run.output_uri, run.plan.cut_sha256, fragment).to_pylist() if picked else []
         planned = {image["uri"]: image for image in images}
-        for row in usable[:: max(1, len(usable) // max(1, share))][: min(share, num_images - len(panels))]:
-            panel = _load_panel(row, planned[row["uri"]], run.classes)
-            if panel:
+        for index in picked:
+            row = ParquetReader(uri).read_row(index)
+            if panel := _load_panel(row, planned[row["uri"]], run.classes):
                 panels.append(panel)
-    return panels, errors[:_MAX_ERRORS]
+    return panels
 
 
 def _load_panel(row: dict[str, Any], planned: dict[str, Any], classes: ClassMap) -> Panel | None:

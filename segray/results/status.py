@@ -2,16 +2,19 @@
 
 import time
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+import pyarrow as pa
+import pyarrow.compute as pc
 from rich.console import Console
 from rich.table import Table
 
-from segray.errors import MissingFileError
-from segray.results.summary import count_rows
-from segray.runs.plan import FRAGMENT_NAME, count_images
+from segray.results.counts import add_errors
+from segray.results.saved_counts import load_outcomes
 from segray.runs.run_file import require_run
-from segray.storage import get_file_name, join_uri, list_files, normalize_uri
+from segray.runs.written import WrittenFragment, list_written_fragments
+from segray.storage import normalize_uri
 
 _RATE_WINDOW_S = 600
 
@@ -59,30 +62,33 @@ def read_status(output_uri: str) -> RunStatus:
     output = normalize_uri(output_uri)
     run = require_run(output)
     plan = run.plan
-    images = count_images(output, plan)
-    written = {}
-    try:
-        for file in list_files(join_uri(output, "images")):
-            match = FRAGMENT_NAME.fullmatch(get_file_name(file.uri))
-            if match and int(match[1]) < plan.num_fragments:
-                written[int(match[1])] = file.modified_s
-    except MissingFileError:
-        pass  # No fragment has been written yet.
-    times = sorted((modified_s, fragment) for fragment, modified_s in written.items())
-    recent = [(modified_s, fragment) for modified_s, fragment in times if modified_s >= times[-1][0] - _RATE_WINDOW_S]
-    span_s = recent[-1][0] - recent[0][0] if recent else 0
-    rate = sum(int(images[fragment]) for _, fragment in recent[1:]) / span_s if span_s > 0 else None
+    written = list_written_fragments(output, plan.num_fragments)
+    outcomes = load_outcomes(output, written)
+    errors = add_errors(outcomes)
+    num_ok = int(outcomes["num_ok"].to_numpy().sum())
     return RunStatus(
         output_uri=output,
         state=run.status,
         num_planned=plan.num_images,
-        num_done=int(images[sorted(written)].sum()),
+        num_done=num_ok + errors.total(),
         num_fragments=plan.num_fragments,
         num_fragments_done=len(written),
-        rows=count_rows(output, sorted(written)),
-        images_per_s=rate,
-        idle_s=time.time() - times[-1][0] if times else None,
+        rows=Counter({"ok": num_ok}) + errors,
+        images_per_s=_compute_rate(outcomes, written),
+        idle_s=time.time() - max(file.modified_s for file in written.values()) if written else None,
     )
+
+
+def _compute_rate(outcomes: pa.Table, written: Mapping[int, WrittenFragment]) -> float | None:
+    """Return the images per second of ``RunStatus``."""
+    times = sorted((file.modified_s, fragment) for fragment, file in written.items())
+    recent = [(modified_s, fragment) for modified_s, fragment in times if modified_s >= times[-1][0] - _RATE_WINDOW_S]
+    span_s = recent[-1][0] - recent[0][0] if recent else 0
+    if span_s <= 0:
+        return None
+    later = [fragment for _, fragment in recent[1:]]  # The first one was processed before the span began.
+    counts = outcomes.filter(pc.is_in(outcomes["fragment"], pa.array(later, pa.int64())))
+    return (int(counts["num_ok"].to_numpy().sum()) + add_errors(counts).total()) / span_s
 
 
 def print_status(status: RunStatus, console: Console) -> None:

@@ -2,21 +2,15 @@
 
 import io
 import math
-from collections import Counter
-from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any
+from dataclasses import dataclass
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import parquet as pq
 
 from segray.data.classes import ClassMap
+from segray.errors import MissingFileError
 from segray.metrics import (
-    FloatArray,
     PixelCounts,
     compute_dice,
     compute_iou,
@@ -24,67 +18,12 @@ from segray.metrics import (
     compute_recall,
     to_nullable,
 )
+from segray.results.counts import Tally, tally_counts
+from segray.results.saved_counts import Written, load_counts, load_outcomes, read_fragments
 from segray.runs.plan import Plan, get_fragment_uri
+from segray.runs.written import list_written_fragments
 from segray.schema import SUMMARY_SCHEMA
-from segray.storage import read_columns
-
-_NUM_READERS = 8
-_READ_AHEAD = 256  # maximum number of fragments whose columns are in memory at a time
-_COUNTS = ("pixel_count", "tp_px", "fp_px", "fn_px")
-_SCORES = ("iou", "dice")
-_COLUMNS = ["error_kind", *_COUNTS, *_SCORES]
-
-
-@dataclass
-class Tally:
-    """Sums over the rows of a run. Counts are exact; scores are summed per fragment, and these sums by ``math.fsum``.
-
-    Attributes:
-        num_classes: Number of classes C.
-        num_ok: Number of ``ok`` rows.
-        has_truth: Whether any row has scores.
-        errors: Number of error rows by kind.
-        image_count: (C,) int64: images in which the class was predicted.
-        sums: (C,) int64 pixel counts by column: ``pixel_count``, ``tp_px``, ``fp_px``, ``fn_px``.
-        score_sums: (C,) float64 sums of ``iou`` and ``dice``, one for each fragment.
-        score_counts: (C,) int64: images that have this score.
-    """
-
-    num_classes: int
-    num_ok: int = 0
-    has_truth: bool = False
-    errors: Counter[str] = field(default_factory=Counter)
-
-    def __post_init__(self) -> None:
-        self.image_count = np.zeros(self.num_classes, np.int64)
-        self.sums = {name: np.zeros(self.num_classes, np.int64) for name in _COUNTS}
-        self.score_sums: dict[str, list[FloatArray]] = {name: [] for name in _SCORES}
-        self.score_counts = {name: np.zeros(self.num_classes, np.int64) for name in _SCORES}
-
-    def add(self, rows: pa.Table) -> None:
-        """Add the rows of one fragment."""
-        kinds = rows["error_kind"]
-        self.errors.update(kind for kind in kinds.to_pylist() if kind is not None)
-        self.num_ok += kinds.null_count
-        for name in _COUNTS:
-            self.sums[name] += self._stack(rows[name]).astype(np.int64).sum(axis=0)
-        self.image_count += (self._stack(rows["pixel_count"]) > 0).sum(axis=0)
-        self.has_truth |= rows["tp_px"].null_count < len(rows)
-        for name in _SCORES:
-            scores = self._stack(rows[name]).astype(np.float64)
-            self.score_sums[name].append(np.nansum(scores, axis=0))
-            self.score_counts[name] += (~np.isnan(scores)).sum(axis=0)
-
-    def compute_mean_scores(self, name: str) -> list[float | None]:
-        """Return the mean of ``iou`` or ``dice`` over images for each class; None if no image has one."""
-        sums = [math.fsum(parts) for parts in zip(*self.score_sums[name], strict=True)]
-        return [total / int(n) if n else None for total, n in zip(sums, self.score_counts[name], strict=True)]
-
-    def _stack(self, column: pa.ChunkedArray) -> np.ndarray[tuple[int, ...], np.dtype[Any]]:
-        """Return the non-null lists of a list column as an array (n, C); null entries become NaN."""
-        values = column.drop_null().combine_chunks().flatten().to_numpy(zero_copy_only=False)
-        stacked: np.ndarray[tuple[int, ...], np.dtype[Any]] = values.reshape(-1, self.num_classes)
-        return stacked
+from segray.storage import join_uri, read_columns
 
 
 @dataclass(frozen=True)
@@ -95,6 +34,7 @@ class FinishedRun:
         output_uri: The run folder.
         plan: The plan of the run.
         classes: Classes of the model.
+        counts: Counts of every fragment, a table of ``COUNTS_SCHEMA``.
         tally: Sums over the rows.
         summary: One row per class, a table of ``SUMMARY_SCHEMA``.
     """
@@ -102,57 +42,43 @@ class FinishedRun:
     output_uri: str
     plan: Plan
     classes: ClassMap
+    counts: pa.Table
     tally: Tally
     summary: pa.Table
 
 
 def summarize_run(output_uri: str, plan: Plan, classes: ClassMap) -> FinishedRun:
-    """Read the rows of a run whose fragments are all written, and summarise them.
+    """Summarise a run whose fragments are all written, from their counts; rows without saved counts are read.
 
     Raises:
         StorageError: A fragment is missing or damaged, or the store refused the request or failed.
     """
-    tally = tally_fragments(output_uri, range(plan.num_fragments), classes.num_classes)
-    return FinishedRun(output_uri, plan, classes, tally, build_summary(tally, classes))
+    written = list_written_fragments(output_uri, plan.num_fragments)
+    missing = next((fragment for fragment in range(plan.num_fragments) if fragment not in written), None)
+    if missing is not None:
+        raise MissingFileError(
+            f"{get_fragment_uri(output_uri, missing)} was removed during the run; to write it again, rerun the same "
+            "command"
+        )
+    counts = load_counts(output_uri, written, classes.num_classes)
+    tally = tally_counts(counts, classes.num_classes)
+    return FinishedRun(output_uri, plan, classes, counts, tally, build_summary(tally, classes))
 
 
-def tally_fragments(output_uri: str, fragments: Iterable[int], num_classes: int) -> Tally:
-    """Read the given fragments, without their masks, and return the sums over their rows."""
-    tally = Tally(num_classes)
-    for rows in _read_fragments(output_uri, fragments, _COLUMNS):
-        tally.add(rows)
-    return tally
-
-
-def find_error_rows(output_uri: str, fragments: Iterable[int]) -> dict[int, list[str]]:
+def find_error_rows(output_uri: str, written: Written) -> dict[int, list[str]]:
     """Return the URIs of the error rows by fragment, for the fragments that have any."""
-    ordered = sorted(fragments)
-    found = {}
-    for fragment, rows in zip(ordered, _read_fragments(output_uri, ordered, ["uri", "error_kind"]), strict=True):
-        uris = rows.filter(pc.is_valid(rows["error_kind"]))["uri"].to_pylist()
-        if uris:
-            found[fragment] = uris
-    return found
+    fragments = list_fragments_with_errors(load_outcomes(output_uri, written))
+    tables = read_fragments(output_uri, fragments, ["uri", "error_kind"])
+    return {
+        fragment: rows.filter(pc.is_valid(rows["error_kind"]))["uri"].to_pylist()
+        for fragment, rows in zip(fragments, tables, strict=True)
+    }
 
 
-def count_rows(output_uri: str, fragments: Iterable[int]) -> Counter[str]:
-    """Return the number of rows by error kind; rows without an error are counted under ``ok``."""
-    counts: Counter[str] = Counter()
-    for rows in _read_fragments(output_uri, fragments, ["error_kind"]):
-        counts.update(kind or "ok" for kind in rows["error_kind"].to_pylist())
-    return counts
-
-
-def _read_fragments(output_uri: str, fragments: Iterable[int], columns: list[str]) -> Iterator[pa.Table]:
-    """Yield the given columns of each fragment, in order; several fragments are read at a time."""
-
-    def read(fragment: int) -> pa.Table:
-        return read_columns(get_fragment_uri(output_uri, fragment), columns)
-
-    numbers = iter(fragments)
-    with ThreadPoolExecutor(_NUM_READERS) as pool:
-        while group := list(islice(numbers, _READ_AHEAD)):
-            yield from pool.map(read, group)
+def list_fragments_with_errors(counts: pa.Table) -> list[int]:
+    """Return the fragments that have error rows, of a table with the columns ``fragment`` and ``errors``."""
+    fragments: list[int] = counts.filter(pc.greater(pc.list_value_length(counts["errors"]), 0))["fragment"].to_pylist()
+    return fragments
 
 
 def build_summary(tally: Tally, classes: ClassMap) -> pa.Table:
@@ -169,11 +95,34 @@ def build_summary(tally: Tally, classes: ClassMap) -> pa.Table:
         "dataset_dice": to_nullable(compute_dice(counts)),
         "precision": to_nullable(compute_precision(counts)),
         "recall": to_nullable(compute_recall(counts)),
-        "mean_image_iou": tally.compute_mean_scores("iou"),
-        "mean_image_dice": tally.compute_mean_scores("dice"),
+        "mean_image_iou": _compute_mean_scores(tally, "iou"),
+        "mean_image_dice": _compute_mean_scores(tally, "dice"),
     }
     arrays = [pa.array(columns[column.name], type=column.type) for column in SUMMARY_SCHEMA]
     return pa.table(arrays, schema=SUMMARY_SCHEMA)
+
+
+def _compute_mean_scores(tally: Tally, name: str) -> list[float | None]:
+    """Return the mean of ``iou`` or ``dice`` over images for each class; None if no image has one.
+
+    The sums of fragments are added by ``math.fsum``, so the result does not depend on their order.
+    """
+    sums = [math.fsum(parts) for parts in tally.score_sums[name].T.tolist()]
+    return [total / int(n) if n else None for total, n in zip(sums, tally.score_counts[name], strict=True)]
+
+
+def load_summary(output_uri: str) -> pa.Table:
+    """Return the saved summary of a run, a table of ``SUMMARY_SCHEMA``.
+
+    Raises:
+        MissingFileError: The run is not complete.
+    """
+    try:
+        return read_columns(join_uri(output_uri, "summary.parquet"))
+    except MissingFileError as error:
+        raise MissingFileError(
+            f"{output_uri}: the run is not complete, so it has no summary; to resume, rerun the same command"
+        ) from error
 
 
 def format_summary_parquet(summary: pa.Table) -> bytes:
@@ -181,11 +130,6 @@ def format_summary_parquet(summary: pa.Table) -> bytes:
     buffer = io.BytesIO()
     pq.write_table(summary, buffer, compression="zstd")
     return buffer.getvalue()
-
-
-def read_rows(output_uri: str, fragment: int) -> pa.Table:
-    """Return the rows of one fragment with all columns, as a table of ``IMAGES_SCHEMA``."""
-    return read_columns(get_fragment_uri(output_uri, fragment))
 
 
 def format_cell(value: object) -> str:

@@ -10,14 +10,15 @@ from segray.config import find_differences
 from segray.errors import MissingFileError, RunMismatchError
 from segray.storage import read_bytes
 
-FORMAT_VERSION = 1
-RecordT = TypeVar("RecordT", bound=BaseModel)
-
 
 class Record(BaseModel):
     """Base of the JSON records in an output folder. Unknown fields are ignored, so that fields can be added."""
 
     model_config = ConfigDict(frozen=True, strict=True, protected_namespaces=())
+    newest_format: ClassVar[int] = 1  # newest ``format_version`` that this version of segray reads
+
+
+RecordT = TypeVar("RecordT", bound=Record)
 
 
 class Fingerprint(Record):
@@ -78,10 +79,10 @@ def read_record(uri: str, kind: type[RecordT], output_setting: str = "--output")
         return None
     except ValueError as error:
         raise _build_invalid_error(uri, output_setting) from error
-    version = content.get("format_version", FORMAT_VERSION) if isinstance(content, dict) else FORMAT_VERSION
-    if isinstance(version, int) and version > FORMAT_VERSION:
+    version = content.get("format_version") if isinstance(content, dict) else None
+    if isinstance(version, int) and version > kind.newest_format:
         raise RunMismatchError(
-            f"{uri}: format version {version}, but this version of segray reads up to {FORMAT_VERSION}; upgrade "
+            f"{uri}: format version {version}, but this version of segray reads up to {kind.newest_format}; upgrade "
             f"segray, or choose another {output_setting}"
         )
     try:

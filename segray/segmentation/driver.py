@@ -3,23 +3,27 @@
 import importlib
 import threading
 import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
 
 from segray.config import SegmentSettings
-from segray.errors import TooManyErrorRows
 from segray.models.bundle import BundleManifest, load_manifest, read_weights
 from segray.progress import build_bar
-from segray.results.summary import FinishedRun, format_cell, format_summary_parquet, summarize_run
+from segray.results.saved_counts import CountsLog, compact_counts, drop_counts
+from segray.results.summary import FinishedRun, format_cell, format_summary_parquet, load_summary, summarize_run
 from segray.runs.plan import count_images, remove_other_plans
-from segray.runs.run_file import get_run_uri, require_same_plan, write_if_changed
+from segray.runs.run_file import get_run_uri, read_same_run, write_if_changed
 from segray.runtime.autoscaling import find_capacity, reported_shortage
 from segray.runtime.capacity import Capacity, describe_wait
 from segray.runtime.connect import connect_ray, count_cores
+from segray.segmentation.error_limits import ErrorRowMonitor
 from segray.segmentation.job import PipelineJob, SegmentJob, SegmentResult
+from segray.segmentation.limit import count_trial_fragments, restrict_run, summarize_trial
 from segray.segmentation.planning.binding import BoundRun, bind_run
-from segray.segmentation.planning.inputs import open_sources
+from segray.segmentation.planning.freeze import open_inputs
 from segray.segmentation.profile import Profile, print_profile
 from segray.segmentation.stages.placement import Placement, place_stages
 from segray.storage import join_uri, list_names, sweep_folder
@@ -48,37 +52,52 @@ def run_segmentation(job: SegmentJob, console: Console, with_profile: bool = Fal
     Raises:
         SegrayError: The input cannot be used, the output belongs to another run, or there is an environment error
             (permissions, network, disk). Fragments that are already written stay; to resume, call again.
+        StoppedByErrorRows: Too many of the rows that this call wrote are error rows.
     """
     started_s = time.monotonic()
     job = job.normalize()
     manifest, bundle_sha256 = load_manifest(job.bundle_uri)
-    sources = open_sources(job.image_uris, job.mask_uris, job.settings)
+    inputs = open_inputs(job, manifest.image_size, bundle_sha256, console)
     # bind_run reads the weights before it writes anything, so damaged weights are reported before Ray starts.
-    run = bind_run(job, sources, bundle_sha256, lambda: read_weights(job.bundle_uri, manifest), console)
+    run = bind_run(job, inputs, bundle_sha256, lambda: read_weights(job.bundle_uri, manifest), console)
+    num_trial_fragments = count_trial_fragments(job, run)
+    if num_trial_fragments is not None:
+        run = restrict_run(run, num_trial_fragments)
     if run.pending:
         profile = _process_pending(job, manifest, run, console, started_s)
         if with_profile:
             print_profile(profile, console)
     elif with_profile:
         console.print("all images are already segmented; there is nothing to profile", highlight=False)
+    if num_trial_fragments is not None:
+        return summarize_trial(job.output_uri, run, num_trial_fragments, manifest.classes)
+    return _finish_run(job, run, manifest, console)
+
+
+def _finish_run(job: SegmentJob, run: BoundRun, manifest: BundleManifest, console: Console) -> SegmentResult:
+    """Return the result of a run whose rows are all written; for a complete run, as it was saved."""
+    if run.is_complete and list_names(job.output_uri) >= _RESULTS:
+        counts = run.record.counts
+        return SegmentResult(job.output_uri, counts.ok or 0, counts.errors or {}, load_summary(job.output_uri))
     with console.status("computing the summary"):
         finished = summarize_run(job.output_uri, run.plan, manifest.classes)
         tally = finished.tally
         outcome = SegmentResult(job.output_uri, tally.num_ok, dict(sorted(tally.errors.items())), finished.summary)
-        if run.pending or not run.is_complete or not list_names(job.output_uri) >= _RESULTS:
-            _write_results(finished, run, outcome, job.settings.num_report_images)
+        _write_results(finished, run, outcome, job.settings.num_report_images)
     return outcome
 
 
 def _write_results(finished: FinishedRun, run: BoundRun, outcome: SegmentResult, num_report_images: int) -> None:
     """Write summary and report, mark the run as complete, and remove temporary files."""
     output = finished.output_uri
-    require_same_plan(output, run.plan)
+    recorded = read_same_run(output, run.plan)
     write_if_changed(join_uri(output, "summary.parquet"), format_summary_parquet(finished.summary))
     from segray.results.report import build_report  # Importing matplotlib takes 1 s, so it is done after segmenting.
 
     write_if_changed(join_uri(output, "report.html"), build_report(finished, num_report_images))
-    write_if_changed(get_run_uri(output), run.record.complete(outcome.num_ok, outcome.errors).format())
+    compact_counts(output, finished.counts)
+    record = run.record.add_computed_with(recorded).complete(outcome.num_ok, outcome.errors)
+    write_if_changed(get_run_uri(output), record.format())
     sweep_folder(join_uri(output, "images"))
     remove_other_plans(output, run.plan)
 
@@ -104,14 +123,41 @@ def _process_pending(
                 console.print(line, highlight=False)
             from segray.segmentation.stages.pipeline import run_pipeline
 
-            profile, num_errors = Profile(placement.num_predictors, started_s), 0
-            pipeline_job = _build_pipeline_job(job, manifest, run)
-            for written in run_pipeline(run.pending, pipeline_job, placement, run.replaced):
-                num_images = written["num_ok"] + written["num_errors"]
-                num_errors += written["num_errors"]
-                profile.add(num_images, written["steps"])
+            profile = Profile(placement.num_predictors, started_s)
+            drop_counts(job.output_uri, run.replaced)
+            rows = run_pipeline(run.pending, _build_pipeline_job(job, manifest, run), placement, run.replaced)
+            for num_images, num_errors, steps in _record_written(rows, job, len(run.pending)):
+                profile.add(num_images, steps)
                 bar.update(task, advance=num_images, note=f"{num_errors} errors")
     return profile
+
+
+def _record_written(
+    rows: Iterable[Mapping[str, Any]], job: SegmentJob, num_pending: int
+) -> Iterator[tuple[int, int, list[dict[str, Any]]]]:
+    """Save the counts of fragments as they are written.
+
+    Args:
+        rows: A row of ``WRITTEN_SCHEMA`` for each fragment.
+        job: The job.
+        num_pending: Number of fragments that will be written.
+
+    Yields:
+        The fragment's number of images, the number of error rows so far, and the fragment's steps.
+
+    Raises:
+        StoppedByErrorRows: Too many rows are error rows, and there are more fragments to process.
+    """
+    log, monitor = CountsLog(job.output_uri), ErrorRowMonitor(job.settings)
+    for number, written in enumerate(rows, start=1):
+        num_images = monitor.add(written)
+        if written["is_stored"]:
+            log.add(written)
+        yield num_images, monitor.errors.total(), written["steps"]
+        if number < num_pending and monitor.is_exceeded:
+            log.save()
+            raise monitor.build_error()
+    log.save()
 
 
 def _build_pipeline_job(job: SegmentJob, manifest: BundleManifest, run: BoundRun) -> PipelineJob:
@@ -176,21 +222,11 @@ def print_outcome(outcome: SegmentResult, console: Console) -> None:
     console.print(
         f"{outcome.num_ok} images segmented, {num_errors} error rows{kinds and f' ({kinds})'}", highlight=False
     )
-    for name in ("images/", "summary.parquet", "report.html"):
+    for name in ("images/", *(() if outcome.trial_of else sorted(_RESULTS, reverse=True))):
         console.print(f"{name:<24}{join_uri(outcome.output, name)}", highlight=False)
-
-
-def require_few_errors(outcome: SegmentResult, settings: SegmentSettings) -> None:
-    """Raise if a complete run has too many error rows; all of its rows are written nevertheless.
-
-    Raises:
-        TooManyErrorRows: The share of error rows is at least ``max_error_fraction``.
-    """
-    num_errors = sum(outcome.errors.values())
-    num_images = outcome.num_ok + num_errors
-    if num_errors and num_errors >= settings.max_error_fraction * num_images:
-        raise TooManyErrorRows(
-            f"{num_errors} of {num_images} images are error rows ({num_errors / num_images:.1%}), the limit is "
-            f"{settings.max_error_fraction:.1%} (segment.max_error_fraction); all rows are written. Fix the images and "
-            "rerun with --set segment.retry_errors=true, or raise the limit"
+    if outcome.trial_of:
+        console.print(
+            f"this was a trial of the first {outcome.num_ok + num_errors} of {outcome.trial_of} images (--limit); to "
+            "segment the others too, rerun the same command without it",
+            highlight=False,
         )

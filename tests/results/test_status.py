@@ -6,13 +6,22 @@ import shutil
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from pyarrow import parquet as pq
 from rich.console import Console
 
+from segray.config import SegmentSettings
 from segray.errors import MissingFileError, RunMismatchError, StorageError
+from segray.results.counts import COUNTS_SCHEMA
+from segray.results.saved_counts import load_counts, save_counts
 from segray.results.status import print_status, read_status
-from tests.segmented import NUM_IMAGES
+from segray.runs.plan import Plan
+from segray.runs.run_file import RunFile, RunFingerprint
+from segray.runs.written import list_written_fragments
+from tests.results.rows import NUM_CLASSES, make_row, save_fragment
+
+NUM_IMAGES = 10
 
 
 def show(output: Path) -> str:
@@ -21,14 +30,21 @@ def show(output: Path) -> str:
     return printed.getvalue()
 
 
-@pytest.fixture
-def run(finished: Path, tmp_path: Path) -> Path:
-    """A copy of the complete run: fragments of 4, 4 and 2 images, written 10 s apart."""
-    copy = Path(shutil.copytree(finished, tmp_path / "run"))
-    for number, path in enumerate(sorted(copy.glob("images/*.parquet"))):
-        at = time.time() - 100 + 10 * number
-        os.utime(path, (at, at))
-    return copy
+@pytest.fixture(params=[True, False], ids=["with counts", "without counts"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """A complete run: fragments of 4, 4 and 2 images, written 10 s apart."""
+    folder = tmp_path / "run"
+    folder.mkdir()
+    for fragment, size in enumerate((4, 4, 2)):
+        save_fragment(folder, fragment, [make_row(f"{fragment}-{n}", [1] * 3, [0] * 3, [0] * 3) for n in range(size)])
+        at = time.time() - 100 + 10 * fragment
+        os.utime(folder / "images" / f"part-{fragment:08d}.parquet", (at, at))
+    plan = Plan("a" * 64, "b" * 64, NUM_IMAGES, 3)
+    record = RunFile.start(RunFingerprint(bundle_sha256="c" * 64, config={}), plan, {}, SegmentSettings())
+    (folder / "run.json").write_bytes(record.complete(NUM_IMAGES, {}).format())
+    if request.param:
+        save_counts(str(folder), load_counts(str(folder), list_written_fragments(str(folder)), NUM_CLASSES))
+    return folder
 
 
 def test_a_complete_run(run: Path) -> None:
@@ -88,3 +104,17 @@ def test_a_damaged_fragment_is_named_with_the_remedy(run: Path) -> None:
     path.write_bytes(path.read_bytes()[:-10])
     with pytest.raises(StorageError, match=r"part-00000001\.parquet: damaged, or not a Parquet file.*remove it"):
         read_status(str(run))
+
+
+def test_rows_whose_counts_are_saved_are_not_read(tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    (folder / "images").mkdir(parents=True)
+    (folder / "images" / "part-00000001.parquet").write_bytes(bytes(7))
+    record = RunFile.start(
+        RunFingerprint(bundle_sha256="c" * 64, config={}), Plan("a" * 64, "b" * 64, 9, 3), {}, SegmentSettings()
+    )
+    (folder / "run.json").write_bytes(record.format())
+    counts = {"fragment": 1, "size_bytes": 7, "num_ok": 2, "errors": [{"kind": "missing", "count": 1}]}
+    save_counts(str(folder), pa.Table.from_pylist([counts], COUNTS_SCHEMA))
+    status = read_status(str(folder))
+    assert (status.num_done, status.num_fragments_done, dict(status.rows)) == (3, 1, {"ok": 2, "missing": 1})

@@ -1,37 +1,23 @@
 """The summary of hand-made rows, compared with scores computed by hand: absent classes, error rows, no ground truth."""
 
 from pathlib import Path
-from typing import Any
 
-import pyarrow as pa
 import pytest
-from pyarrow import parquet as pq
 
 from segray.data.classes import ClassMap
-from segray.results.summary import build_summary, tally_fragments
-from segray.schema import IMAGES_SCHEMA
+from segray.errors import MissingFileError
+from segray.results.counts import Tally, tally_counts
+from segray.results.saved_counts import load_counts
+from segray.results.summary import build_summary, find_error_rows, summarize_run
+from segray.runs.plan import Plan
+from segray.runs.written import list_written_fragments
+from tests.results.rows import NUM_CLASSES, make_error_row, make_row, save_fragment
 
 CLASSES = ClassMap(("a", "b", "c"), (0, 1, 2))
 
 
-def make_row(uri: str, tp_px: list[int], fp_px: list[int], fn_px: list[int]) -> dict[str, Any]:
-    counts = list(zip(tp_px, fp_px, fn_px, strict=True))
-    return {
-        "uri": uri,
-        "status": "ok",
-        "pixel_count": [tp + fp for tp, fp, _ in counts],
-        "tp_px": tp_px,
-        "fp_px": fp_px,
-        "fn_px": fn_px,
-        "iou": [tp / (tp + fp + fn) if tp + fp + fn else None for tp, fp, fn in counts],
-        "dice": [2 * tp / (2 * tp + fp + fn) if tp + fp + fn else None for tp, fp, fn in counts],
-    }
-
-
-def save_fragment(output: Path, fragment: int, rows: list[dict[str, Any]]) -> None:
-    path = output / "images" / f"part-{fragment:08d}.parquet"
-    path.parent.mkdir(exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows, schema=IMAGES_SCHEMA), path)
+def tally_all(output: Path) -> Tally:
+    return tally_counts(load_counts(str(output), list_written_fragments(str(output)), NUM_CLASSES), NUM_CLASSES)
 
 
 def test_dataset_scores_pool_counts_and_undefined_scores_are_excluded(tmp_path: Path) -> None:
@@ -39,7 +25,7 @@ def test_dataset_scores_pool_counts_and_undefined_scores_are_excluded(tmp_path: 
     save_fragment(tmp_path, 0, [make_row("1", [6, 0, 0], [0, 2, 0], [2, 0, 0]), error])
     save_fragment(tmp_path, 1, [error])
     save_fragment(tmp_path, 2, [make_row("2", [1, 3, 0], [4, 0, 0], [0, 4, 0])])
-    tally = tally_fragments(str(tmp_path), range(3), CLASSES.num_classes)
+    tally = tally_all(tmp_path)
     assert (tally.num_ok, tally.errors) == (2, {"truncated": 2})
     a, b, c = build_summary(tally, CLASSES).to_pylist()
     assert (a["image_count"], a["pixel_count"], a["tp_px"], a["fp_px"], a["fn_px"]) == (2, 11, 7, 4, 2)
@@ -54,7 +40,7 @@ def test_dataset_scores_pool_counts_and_undefined_scores_are_excluded(tmp_path: 
 
 def test_without_ground_truth_pixels_are_counted_and_scores_are_null(tmp_path: Path) -> None:
     save_fragment(tmp_path, 0, [{"uri": "1", "status": "ok", "pixel_count": [4, 0, 5]}])
-    tally = tally_fragments(str(tmp_path), [0], CLASSES.num_classes)
+    tally = tally_all(tmp_path)
     rows = build_summary(tally, CLASSES).to_pylist()
     assert [row["image_count"] for row in rows] == [1, 0, 1]
     assert [row["pixel_count"] for row in rows] == [4, 0, 5]
@@ -63,9 +49,22 @@ def test_without_ground_truth_pixels_are_counted_and_scores_are_null(tmp_path: P
 
 def test_a_run_with_error_rows_only_has_a_summary(tmp_path: Path) -> None:
     save_fragment(tmp_path, 0, [{"uri": "x", "status": "error", "error_kind": "missing"}])
-    rows = build_summary(tally_fragments(str(tmp_path), [0], CLASSES.num_classes), CLASSES).to_pylist()
+    rows = build_summary(tally_all(tmp_path), CLASSES).to_pylist()
     assert [(row["class_name"], row["image_count"], row["dataset_iou"]) for row in rows] == [
         ("a", 0, None),
         ("b", 0, None),
         ("c", 0, None),
     ]
+
+
+def test_error_rows_are_found_by_fragment(tmp_path: Path) -> None:
+    save_fragment(tmp_path, 0, [make_row("1", [1, 0, 0], [0, 0, 0], [0, 0, 0]), make_error_row("2")])
+    save_fragment(tmp_path, 1, [make_row("3", [1, 0, 0], [0, 0, 0], [0, 0, 0])])
+    save_fragment(tmp_path, 2, [make_error_row("4"), make_error_row("5", "missing")])
+    assert find_error_rows(str(tmp_path), list_written_fragments(str(tmp_path))) == {0: ["2"], 2: ["4", "5"]}
+
+
+def test_a_fragment_that_was_removed_meanwhile_is_named(tmp_path: Path) -> None:
+    save_fragment(tmp_path, 0, [make_error_row("1")])
+    with pytest.raises(MissingFileError, match=r"part-00000001\.parquet was removed during the run; .*rerun the same"):
+        summarize_run(str(tmp_path), Plan("a" * 64, "b" * 64, 2, 2), CLASSES)

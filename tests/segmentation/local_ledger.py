@@ -1,6 +1,9 @@
 """A ledger in the test process, to run stages without Ray."""
 
-from segray.segmentation.stages.ledger import AttemptPlan, Ledger, LedgerClient
+from typing import Any
+
+from segray.segmentation.stages.ledger import Ledger
+from segray.segmentation.stages.ledger_client import LedgerClient
 
 
 class LocalLedger(LedgerClient):
@@ -8,16 +11,7 @@ class LocalLedger(LedgerClient):
 
     def __init__(self, stage: str, ledger: Ledger | None = None) -> None:
         super().__init__(stage, None)
-        self.ledger = ledger or Ledger(num_predictors=1)
+        self.ledger = ledger or Ledger(num_predictors=1, image_timeout_s=300)
 
-    def begin(self, fragment: int) -> AttemptPlan:
-        return self.ledger.begin(self._stage, fragment)
-
-    def record_image(self, fragment: int, attempt_plan: AttemptPlan, index: int | None) -> None:
-        self.ledger.record_image(self._stage, fragment, attempt_plan.attempt, index)
-
-    def end(self, fragment: int, attempt_plan: AttemptPlan) -> None:
-        self.ledger.end(self._stage, fragment, attempt_plan.attempt)
-
-    def start_predictor(self) -> None:
-        self.ledger.start_predictor()
+    def _call(self, method: str, *arguments: Any) -> Any:
+        return getattr(self.ledger, method)(*arguments)

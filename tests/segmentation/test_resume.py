@@ -44,7 +44,14 @@ def test_only_a_lost_fragment_is_processed_again_and_gets_the_same_bytes(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"settings": SETTINGS.model_copy(update={"batch_size": 4})}, r"segment\.batch_size: the run has 3, got 4"),
+        (
+            {"settings": SETTINGS.model_copy(update={"batch_size": 4})},
+            r"segment\.batch_size: the run has 3, got 4; .*allow_mixed=true",
+        ),
+        (
+            {"settings": SETTINGS.model_copy(update={"mask_encoding": "png", "allow_mixed": True})},
+            r"segment\.mask_encoding: the run has 'raw', got 'png'",
+        ),
         ({"masks": False}, r"segment\.ground_truth: the run has True, got False"),
     ],
 )

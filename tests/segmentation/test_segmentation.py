@@ -40,7 +40,7 @@ def test_every_planned_image_has_one_row_of_the_documented_schema(finished: Path
     assert plan["fragment"].to_pylist() == [0] * 4 + [1] * 4 + [2] * 2
     assert pq.read_schema(finished / "summary.parquet").equals(SUMMARY_SCHEMA)
     run = json.loads((finished / "run.json").read_text())
-    assert (run["format_version"], run["status"]) == (1, "complete")
+    assert (run["format_version"], run["status"]) == (2, "complete")
     assert run["counts"] == {"planned": NUM_IMAGES, "fragments": 3, "ok": NUM_IMAGES, "errors": {}}
 
 
