@@ -12,19 +12,19 @@ from collections.abc import Callable, Iterator
 
 from PIL import ExifTags, Image, ImageOps, _imaging
 from PIL.BmpImagePlugin import BmpImageFile
-from PIL.GifImagePlugin import GifImageFile
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
 from PIL.PngImagePlugin import PngImageFile
 from PIL.TiffImagePlugin import ImageFileDirectory_v2, TiffImageFile
 from PIL.WebPImagePlugin import WebPImageFile
 
+from segray.data.image_limits import FirstFrameGif, check_px, check_webp_canvas
 from segray.errors import FaultKind, ImageFault, flatten_message
 
 _SWAPPING_ORIENTATIONS = (5, 6, 7, 8)
 _TIFF_PIECES = ((273, 279), (324, 325))  # Tags of the offsets and lengths of strips, and of tiles.
 
-# Pillow's limit against decompression bombs is fixed. `_load` applies the caller's limit, before it decodes a pixel.
+# Pillow's limit against decompression bombs is one for all threads. `_load` applies the caller's.
 Image.MAX_IMAGE_PIXELS = None
 
 # The warnings and log lines of Pillow repeat what the error row says, and would fill the logs of a run over many broken
@@ -33,22 +33,6 @@ warnings.filterwarnings("ignore", module=r"PIL\.")
 logging.getLogger("PIL").setLevel(logging.CRITICAL)
 with contextlib.suppress(AttributeError, OSError):  # A Pillow that links libtiff statically still prints.
     ctypes.CDLL(_imaging.__file__).TIFFSetErrorHandler(None)
-
-
-class _FirstFrameGif(GifImageFile):
-    """Reads only the first frame of a GIF, and ignores the disposal method of frames.
-
-    When it opens a file, Pillow prepares the disposal by filling an area of the frame's declared size, up to 4 GB,
-    before ``_load`` can check that size.
-    """
-
-    @property
-    def disposal_method(self) -> int:
-        return 0
-
-    @disposal_method.setter
-    def disposal_method(self, value: int) -> None:
-        pass
 
 
 # Name, first bytes and reader of each format; without a reader, the format is only named in the error message. The
@@ -61,7 +45,7 @@ _KNOWN: tuple[tuple[str, re.Pattern[bytes], Callable[[io.BytesIO], ImageFile] | 
         ("JPEG", rb"\xff\xd8\xff", JpegImageFile),
         ("WebP", rb"RIFF....WEBP", WebPImageFile),
         ("BMP", rb"BM", BmpImageFile),
-        ("GIF", rb"GIF8[79]a", _FirstFrameGif),
+        ("GIF", rb"GIF8[79]a", FirstFrameGif),
         ("TIFF", rb"(II|MM)(\*\0|\0\*)|II\+\0", TiffImageFile),
         ("big-endian BigTIFF", rb"MM\0\+", None),
         ("HEIC", rb"....ftyp(hei[cmsx]|hev[cmsx]|mif1|msf1)", None),
@@ -190,12 +174,10 @@ def _is_truncated(name: str, content: bytes) -> bool:
 
 
 def _load(content: bytes, reader: Callable[[io.BytesIO], ImageFile], max_px: int, at_least_px: int | None) -> ImageFile:
+    if reader is WebPImageFile:
+        check_webp_canvas(content, max_px)
     image = reader(io.BytesIO(content))
-    if image.width * image.height > max_px:
-        size = f"{image.width}x{image.height}"
-        raise ImageFault(
-            FaultKind.TOO_LARGE, f"{size} pixels, more than the limit of {max_px}; see segment.max_image_px"
-        )
+    check_px(image, max_px)
     if at_least_px is not None:
         _reduce(image, at_least_px)
     image.load()
@@ -230,7 +212,9 @@ def _check_png(content: bytes, image: PngImageFile) -> None:
     inflate, num_bytes, at = zlib.decompressobj(), 0, 8
     *_, depth, colour, _, _, interlaced = struct.unpack_from(">IIBBBBB", content, 16)
     last_row = image.crop((0, image.height - 1, image.width, image.height)).tobytes()
-    is_suspect = not interlaced and not any(last_row)  # Only such an image is decompressed a second time.
+    row_bits = image.width * depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
+    # Only an image that may lack rows is decompressed a second time, and only up to their size: more may be a bomb.
+    num_expected = 0 if interlaced or any(last_row) else image.height * (1 + (row_bits + 7) // 8)
     while at + 12 <= len(content):
         length, name = struct.unpack_from(">I4s", content, at)
         data = memoryview(content)[at + 4 : at + 8 + length]
@@ -240,9 +224,8 @@ def _check_png(content: bytes, image: PngImageFile) -> None:
         if zlib.crc32(data).to_bytes(4, "big") != content[at - 4 : at]:
             raise ImageFault(FaultKind.UNREADABLE, "PNG: damaged (wrong checksum of the pixel data)")
         rest: bytes | memoryview = data[4:]
-        while is_suspect and rest:
-            num_bytes += len(inflate.decompress(rest, 1 << 20))  # In pieces: it may be a decompression bomb.
+        while rest and num_bytes < num_expected:
+            num_bytes += len(inflate.decompress(rest, 1 << 20))  # In pieces, to use little memory.
             rest = inflate.unconsumed_tail
-    row_bits = image.width * depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[colour]
-    if is_suspect and num_bytes < image.height * (1 + (row_bits + 7) // 8):
+    if num_bytes < num_expected:
         raise ImageFault(FaultKind.TRUNCATED, f"PNG: {_TRUNCATED} (too few rows)")

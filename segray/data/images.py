@@ -11,13 +11,14 @@ from PIL.TiffImagePlugin import TiffImageFile
 from segray.config import DEFAULT_MAX_IMAGE_PX
 from segray.data.classes import build_palette
 from segray.data.image_files import get_scale, open_image
+from segray.data.image_limits import count_tiff_pages
 from segray.errors import FaultKind, ImageFault
 
 _IMAGE_FORMATS = ("PNG", "JPEG", "WebP", "BMP", "GIF", "TIFF")
 _MASK_FORMATS = ("PNG", "BMP", "GIF", "TIFF")
 _JPEG_START = b"\xff\xd8\xff"
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
-_MAX_COUNTED_PAGES = 1000  # Of a TIFF. Counting the pages of a crafted file can take minutes.
+_MAX_COUNTED_PAGES = 1000  # Of a TIFF.
 
 
 def decode_image(content: bytes, max_px: int = DEFAULT_MAX_IMAGE_PX) -> npt.NDArray[np.uint8]:
@@ -45,7 +46,7 @@ def decode_image_with_note(
 ) -> tuple[npt.NDArray[np.uint8], str | None]:
     """Decode as ``decode_image``, with a note on omitted content, such as ``first of 12 frames``, or None."""
     with open_image(content, _IMAGE_FORMATS, max_px) as image:
-        return _to_rgb(image), _describe_frames(image)
+        return _to_rgb(image), _describe_frames(image, content)
 
 
 def decode_image_reduced(
@@ -62,7 +63,7 @@ def decode_image_reduced(
     """
     with open_image(content, _IMAGE_FORMATS, max_px, at_least_px=2 * max(size)) as image:
         scale, pixels = get_scale(image), _to_rgb(image)
-        return pixels, (scale * pixels.shape[0], scale * pixels.shape[1]), _describe_frames(image)
+        return pixels, (scale * pixels.shape[0], scale * pixels.shape[1]), _describe_frames(image, content)
 
 
 def decode_mask(content: bytes, max_px: int = DEFAULT_MAX_IMAGE_PX) -> npt.NDArray[np.integer]:
@@ -116,26 +117,17 @@ def _to_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
     return np.asarray(image.convert("RGB"))
 
 
-def _describe_frames(image: ImageFile) -> str | None:
+def _describe_frames(image: ImageFile, content: bytes) -> str | None:
+    is_tiff = isinstance(image, TiffImageFile)
     try:
-        num_frames = _count_pages(image) if isinstance(image, TiffImageFile) else getattr(image, "n_frames", 1)
+        num_frames = count_tiff_pages(content, _MAX_COUNTED_PAGES) if is_tiff else getattr(image, "n_frames", 1)
     except MemoryError:
         raise
     except Exception:  # A later frame is broken or missing; only the first one is used.
         return "first of several frames"
-    if num_frames > _MAX_COUNTED_PAGES and isinstance(image, TiffImageFile):
+    if is_tiff and num_frames > _MAX_COUNTED_PAGES:
         return f"first of more than {_MAX_COUNTED_PAGES} frames"
     return f"first of {num_frames} frames" if num_frames > 1 else None
-
-
-def _count_pages(image: TiffImageFile) -> int:
-    """Return the number of pages of a TIFF, up to a limit; Pillow's own count has no limit and takes quadratic time."""
-    for page in range(1, _MAX_COUNTED_PAGES + 1):
-        try:
-            image.seek(page)
-        except EOFError:
-            return page
-    return _MAX_COUNTED_PAGES + 1
 
 
 def encode_mask_png(mask: npt.NDArray[np.integer], num_classes: int) -> bytes:

@@ -8,8 +8,16 @@ import numpy.typing as npt
 from segray.config import DEFAULT_MAX_IMAGE_PX
 from segray.data.classes import ClassMap
 from segray.data.images import decode_image_with_note, decode_mask
-from segray.errors import ChangedFileError, FaultKind, ImageFault, MissingFileError, StorageError, UnusableFileError
-from segray.storage import is_local, read_bytes
+from segray.errors import (
+    ChangedFileError,
+    FaultKind,
+    ForbiddenFileError,
+    ImageFault,
+    MissingFileError,
+    StorageError,
+    UnusableFileError,
+)
+from segray.storage import can_read_beside, is_local, read_bytes
 
 
 def read_image(uri: str, max_px: int = DEFAULT_MAX_IMAGE_PX, etag: str | None = None) -> npt.NDArray[np.uint8]:
@@ -27,8 +35,9 @@ def read_image_with_note(uri: str, max_px: int, etag: str | None = None) -> tupl
         etag: Entity tag that the image was listed with. None accepts any content.
 
     Raises:
-        ImageFault: ``missing``, ``changed``, ``unreadable``, ``truncated``, ``unsupported`` or ``too_large``.
-        StorageError: The store denied access, or failed.
+        ImageFault: ``missing``, ``changed``, ``forbidden``, ``unreadable``, ``truncated``, ``unsupported`` or
+            ``too_large``.
+        StorageError: The store denied access to the whole folder, or failed.
     """
     return decode_image_with_note(fetch_image(uri, etag), max_px)
 
@@ -37,8 +46,8 @@ def fetch_image(uri: str, etag: str | None = None) -> bytes:
     """Read the encoded file of an image; ``etag`` is the entity tag it was listed with, None accepts any content.
 
     Raises:
-        ImageFault: ``missing``, ``changed`` or ``unsupported``.
-        StorageError: The store denied access, or failed.
+        ImageFault: ``missing``, ``changed``, ``forbidden`` or ``unsupported``.
+        StorageError: The store denied access to the whole folder, or failed.
     """
     missing = ImageFault(FaultKind.MISSING, "no such file: it was removed after it was listed, or the list is wrong")
     return _fetch(uri, etag, "file", missing, FaultKind.UNSUPPORTED)
@@ -61,9 +70,9 @@ def read_truth(
         etag: Entity tag that the mask was listed with. None accepts any content.
 
     Raises:
-        ImageFault: ``mask_missing``, ``changed``, or ``mask_mismatch`` if the mask has another size or undeclared
-            values, or cannot be decoded.
-        StorageError: The store denied access, or failed.
+        ImageFault: ``mask_missing``, ``changed``, ``forbidden``, or ``mask_mismatch`` if the mask has another size or
+            undeclared values, or cannot be decoded.
+        StorageError: The store denied access to the whole folder, or failed.
     """
     return decode_truth(fetch_mask(uri, etag), size, classes, max_px)
 
@@ -86,8 +95,9 @@ def read_mask(uri: str, max_px: int = DEFAULT_MAX_IMAGE_PX, etag: str | None = N
     """Read the raw values of a mask as (H, W) integers, 0..65535.
 
     Raises:
-        ImageFault: ``mask_missing``, ``changed``, or ``mask_mismatch`` if it cannot be decoded or has several channels.
-        StorageError: The store denied access, or failed.
+        ImageFault: ``mask_missing``, ``changed``, ``forbidden``, or ``mask_mismatch`` if it cannot be decoded or has
+            several channels.
+        StorageError: The store denied access to the whole folder, or failed.
     """
     return _decode_raw(fetch_mask(uri, etag), max_px)
 
@@ -96,8 +106,8 @@ def fetch_mask(uri: str, etag: str | None = None) -> bytes:
     """Read the encoded file of a mask; ``etag`` is the entity tag it was listed with, None accepts any content.
 
     Raises:
-        ImageFault: ``mask_missing``, ``changed`` or ``mask_mismatch``.
-        StorageError: The store denied access, or failed.
+        ImageFault: ``mask_missing``, ``changed``, ``forbidden`` or ``mask_mismatch``.
+        StorageError: The store denied access to the whole folder, or failed.
     """
     missing = ImageFault(FaultKind.MASK_MISSING, f"no mask at {uri}", "add it, or remove its image from the data set")
     return _fetch(uri, etag, "mask", missing, FaultKind.MASK_MISMATCH)
@@ -114,6 +124,10 @@ def _fetch(uri: str, etag: str | None, what: str, missing: ImageFault, unusable:
         raise ImageFault(FaultKind.CHANGED, f"the {what} was replaced after it was listed: {error}") from error
     except UnusableFileError as error:
         raise ImageFault(unusable, str(error)) from error
+    except ForbiddenFileError as error:
+        if not can_read_beside(uri):  # The credentials are at fault, not the file.
+            raise
+        raise ImageFault(FaultKind.FORBIDDEN, f"the {what} cannot be read: {error}") from error
 
 
 def _decode_raw(content: bytes, max_px: int) -> npt.NDArray[np.integer]:

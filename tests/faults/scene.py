@@ -28,6 +28,9 @@ BUCKET = "faults"
 FRAGMENT_SIZE = 3
 NUM_GOOD = 17
 TIMEOUT_S = 300
+# Folders whose files depend on when a run was interrupted: how often counts are saved depends on time.
+NOT_COMPARED = {"plan", "counts"}
+NO_COUNTS = r"^(?!.*/counts/)"
 _NAMES = ["a b", "c#d", "e%20f", "g?h", "ü", ".dot", "_under", "sub/a b", "sub//x", "i+j", "k&l=m"]
 SETTINGS = {
     "fragment_size": FRAGMENT_SIZE,
@@ -192,7 +195,7 @@ class Scene:
             time.sleep(2)
 
     def read_files(self, output: str) -> dict[str, bytes]:
-        """Return the Parquet files of a run without its plan, read directly from the store."""
+        """Return the Parquet files of a run without plan and counts, read directly from the store."""
         return read_files(self.store, output)
 
     def read_json(self, output: str) -> Any:
@@ -240,11 +243,11 @@ class Clean:
 
 
 def read_files(store: ObjectStore, output: str) -> dict[str, bytes]:
-    """Return the Parquet files of a run without its plan, by path below its folder."""
+    """Return the Parquet files of a run without plan and counts, by path below its folder."""
     client = store.client()
     pages = client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=f"{output}/")
     keys = [entry["Key"] for page in pages for entry in page.get("Contents", ())]
-    chosen = [key for key in keys if key.endswith(".parquet") and "/plan/" not in key]
+    chosen = [key for key in keys if key.endswith(".parquet") and key.split("/")[-2] not in NOT_COMPARED]
     return {key.removeprefix(f"{output}/"): client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in chosen}
 
 

@@ -64,7 +64,8 @@ def test_an_image_that_kills_its_worker_becomes_one_error_row(scene: Scene, clea
     (row,) = [row for row in read_table(files).to_pylist() if row["uri"].endswith("/image-12.png")]
     assert (row["status"], row["error_kind"], row["mask"]) == ("error", "failed", None)
     assert "died 3 times" in row["error_message"]
-    assert scene.proxy.count("GET", r"^images/image-12\.png") == 4  # Once in the normal way, three times in isolation.
+    # Once in the normal way, once after another image unless it is the first of its fragment, and three times alone.
+    assert scene.proxy.count("GET", r"^images/image-12\.png") in (4, 5)
 
 
 def test_objects_changed_or_deleted_after_planning_become_error_rows(scene: Scene, clean: Clean, output: str) -> None:

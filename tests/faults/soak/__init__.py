@@ -1,0 +1,1 @@
+"""Parts of ``benchmarks/soak.py``: a run over many tiny images while its processes are killed."""
