@@ -90,32 +90,37 @@ def make_train_config(shapes_root: Path) -> Callable[..., TrainConfig]:
     return make
 
 
-def save_pet_bundle(folder: Path, weights: "dict[str, torch.Tensor]") -> None:
-    """Write a bundle of ``TINY_MODEL`` for images of the shapes' size."""
-    description = BundleDescription(TINY_MODEL, PET_CLASSES, (SHAPE_SIZE, SHAPE_SIZE), Preprocessing())
+def save_pet_bundle(folder: Path, weights: "dict[str, torch.Tensor]", size_px: int = SHAPE_SIZE) -> None:
+    """Write a bundle of ``TINY_MODEL`` whose input is a square."""
+    description = BundleDescription(TINY_MODEL, PET_CLASSES, (size_px, size_px), Preprocessing())
     save_bundle(str(folder), weights, description)
 
 
-@pytest.fixture(scope="session")
-def bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A bundle of random weights that predicts all classes, most pixels with a clear margin."""
+def save_varied_bundle(folder: Path, size_px: int = SHAPE_SIZE) -> None:
+    """Write a bundle of random weights that predicts all classes, most pixels with a clear margin."""
     import torch
 
     from segray.models.build import build_model
 
-    folder = tmp_path_factory.mktemp("bundle")
     torch.manual_seed(3)
     model = build_model(TINY_MODEL, PET_CLASSES.num_classes)
     with torch.no_grad():
         for _ in range(3):
-            model.train()(torch.randn(4, 3, SHAPE_SIZE, SHAPE_SIZE))
-        std, mean = torch.std_mean(model.eval()(torch.randn(4, 3, SHAPE_SIZE, SHAPE_SIZE)), (0, 2, 3))
+            model.train()(torch.randn(4, 3, size_px, size_px))
+        std, mean = torch.std_mean(model.eval()(torch.randn(4, 3, size_px, size_px)), (0, 2, 3))
         head = model.get_submodule("network.head")
         assert isinstance(head, torch.nn.Conv2d)
         assert head.bias is not None
         head.weight.mul_((5 / std)[:, None, None, None])
         head.bias.sub_(mean).mul_(5 / std)
-    save_pet_bundle(folder, model.state_dict())
+    save_pet_bundle(folder, model.state_dict(), size_px)
+
+
+@pytest.fixture(scope="session")
+def bundle_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The bundle of ``save_varied_bundle``."""
+    folder = tmp_path_factory.mktemp("bundle")
+    save_varied_bundle(folder)
     return folder
 
 

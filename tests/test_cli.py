@@ -191,6 +191,20 @@ def test_segmenting_with_unpaired_masks_is_refused_before_it_starts(
     assert not (tmp_path / "run").exists()
 
 
+def test_wrong_options_of_segment_are_refused_before_it_starts(
+    bundle_dir: Path, labelled_folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = str(tmp_path / "run")
+    arguments = ["--bundle", str(bundle_dir), "--images", str(labelled_folders[0]), "--output", output]
+    assert run("segment", *arguments, "--limit", "0") == 2
+    capsys.readouterr()
+    assert run("segment", *arguments, "--exclude", str(tmp_path / "none")) == 4
+    assert capsys.readouterr().err.startswith(f"error: no run at {tmp_path}/none: there is no run.json")
+    assert run("segment", *arguments, "--exclude", output) == 2
+    assert f"--exclude {output} is the --output of this run" in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
 @pytest.mark.usefixtures("ray_session")
 def test_too_many_error_rows_give_exit_code_3_after_all_rows_are_written(
     bundle_dir: Path, labelled_folders: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
@@ -238,6 +252,8 @@ def test_job_files_accept_the_arguments_of_the_verb_and_refuse_relative_paths(
     assert "output: runs/x is a relative path" in capsys.readouterr().err
     assert run("segment", "--bundle", "/b", "--images", "images", "--output", "/o") == 2
     assert "--images: images is a relative path" in capsys.readouterr().err
+    assert run("segment", "--bundle", "/b", "--images", "/i", "--output", "/o", "--exclude", "runs/x") == 2
+    assert "--exclude: runs/x is a relative path" in capsys.readouterr().err
 
 
 def test_the_demo_never_empties_other_folders(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -21,7 +21,10 @@ from pydantic import BaseModel
 from segray import errors, schema
 from segray.cli import app
 from segray.config import SegmentFile, TrainConfig
+from segray.data.classes import ClassMap
 from segray.errors import FaultKind, SegrayError
+from segray.runs import fragment_metadata
+from segray.runs.fragment_metadata import build_fragment_metadata
 
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
@@ -143,6 +146,13 @@ def test_every_column_is_in_the_reference_with_a_description(table: str) -> None
     assert f"<!-- generate: {table}_columns -->" in (DOCS / "reference/columns.md").read_text()
 
 
+def test_every_key_of_the_schema_metadata_is_in_the_reference() -> None:
+    keys = [value for name, value in vars(fragment_metadata).items() if name.endswith("_KEY")]
+    assert len(keys) == 5
+    text = (DOCS / "reference/columns.md").read_text()
+    assert all(f"| `{key}` |" in text for key in keys)
+
+
 def test_every_schema_is_in_the_reference() -> None:
     schemas = {name for name, value in vars(schema).items() if isinstance(value, pa.Schema)}
     assert schemas == {f"{name.upper()}_SCHEMA" for name in hooks.SCHEMAS}
@@ -260,7 +270,9 @@ def segmented(tmp_path: Path) -> Path:
         {**dict.fromkeys(schema.IMAGES_SCHEMA.names), "uri": "b.png", "status": "error", "error_kind": "truncated"},
     ]
     (tmp_path / "segmented/images").mkdir(parents=True)
-    pq.write_table(pa.Table.from_pylist(rows, schema.IMAGES_SCHEMA), tmp_path / "segmented/images/part-000000.parquet")
+    metadata = build_fragment_metadata(ClassMap(("road", "sky"), (0, 1)), "c" * 64, {"batch_size": 8})
+    table = pa.Table.from_pylist(rows, schema.IMAGES_SCHEMA.with_metadata(metadata))
+    pq.write_table(table, tmp_path / "segmented/images/part-000000.parquet")
     summary = [{"class_id": 0, "class_name": "road", "dataset_iou": 0.5, "dataset_dice": 0.6}]
     pq.write_table(pa.Table.from_pylist(summary, schema.SUMMARY_SCHEMA), tmp_path / "segmented/summary.parquet")
     return tmp_path

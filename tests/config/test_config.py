@@ -157,15 +157,18 @@ def test_missing_required_settings_are_named_in_the_error(tmp_path: Path) -> Non
 def test_settings_that_affect_only_speed_or_faults_may_differ_between_reruns(tmp_path: Path) -> None:
     slow, fast = load(tmp_path, VALID), load(tmp_path, VALID, "train.num_decode_threads=9", "segment.num_predictors=7")
     assert slow.weight_settings == fast.weight_settings
-    assert slow.segment.row_settings == fast.segment.row_settings
-    other = load(tmp_path, VALID, "train.seed=1", "segment.batch_size=3")
+    other = load(tmp_path, VALID, "train.seed=1")
     assert other.weight_settings != slow.weight_settings
-    assert other.segment.row_settings != slow.segment.row_settings
-    # A new setting belongs to the fingerprint of a run unless it is listed here.
-    speed = {"num_fetch_threads", "num_predictors", "num_gpus_per_predictor"}
-    listing = {"extensions", "recursive", "split", "relist"}  # These are covered by the sha256 of the plan.
-    outcome = {"max_error_fraction", "num_report_images", "retry_errors"}
-    assert SegmentSettings.model_fields.keys() - slow.segment.row_settings.keys() == speed | listing | outcome
+    for kind in ("row_settings", "bit_settings", "limits"):
+        assert getattr(slow.segment, kind) == getattr(fast.segment, kind)
+    # Each setting of a run belongs to one kind. Only the first three kinds are recorded and compared.
+    segment = slow.segment
+    recorded = [*segment.row_settings, *segment.bit_settings, *segment.limits]
+    cut = ["fragment_size", "fragment_bytes", "fragment_px"]  # An existing plan keeps its fragments.
+    pace = ["num_fetch_threads", "num_predictors", "num_gpus_per_predictor"]  # whether there are GPUs is the "device"
+    listing = ["extensions", "recursive", "split", "relist"]  # These are covered by the sha256 of the plan.
+    outcome = ["max_error_fraction", "stop_error_fraction", "num_report_images", "retry_errors", "allow_mixed"]
+    assert sorted([*recorded, *cut, *pace, *listing, *outcome]) == sorted([*SegmentSettings.model_fields, "device"])
     speed = {"num_decode_threads", "cache_bytes", "cache_disk_bytes"}
     faults = {"max_failures", "min_train_workers", "stall_timeout_s", "checkpoint_every_steps", "num_best_checkpoints"}
     assert TrainSettings.model_fields.keys() - slow.weight_settings["train"].keys() == speed | faults
@@ -244,6 +247,12 @@ def test_require_absolute_rejects_relative_paths(tmp_path: Path) -> None:
 def test_every_configuration_in_jobs_is_valid(path: Path) -> None:
     kind = SegmentFile if path.name == "segment.yaml" else TrainConfig
     load_config(kind, str(path))
+
+
+def test_the_configuration_of_segment_jobs_lists_every_setting_with_its_default() -> None:
+    listed = yaml.safe_load((ROOT / "jobs" / "segment.yaml").read_text())["segment"]
+    assert listed.keys() == SegmentSettings.model_fields.keys()
+    assert SegmentSettings.model_validate(listed) == SegmentSettings()
 
 
 def test_pet_fcn8s_is_vgg16_fcn8s_at_224_with_a_frozen_encoder() -> None:

@@ -16,6 +16,7 @@ from segray.models.build import build_model
 from segray.models.bundle import load_bundle
 from segray.models.prediction import predict_image
 from segray.segmentation.profile import Stopwatch
+from segray.segmentation.stages.compression import compress, decompress
 from segray.segmentation.stages.decode import DecodedImage, pack_decoded
 from segray.segmentation.stages.inference import Inference
 from segray.segmentation.stages.ledger import PREDICT
@@ -56,7 +57,7 @@ def test_rows_of_a_fragment_equal_those_of_the_cpu(precision: str, bundle: Path,
     images = draw_images(len(SIZES), first_seed=100)
     truths = [np.full(size, number % 3, np.uint8) for number, size in enumerate(SIZES)]
     decoded = [
-        DecodedImage({"uri": str(number), "height": size[0], "width": size[1]}, image, truth)
+        DecodedImage({"uri": str(number), "height": size[0], "width": size[1]}, image, compress(truth))
         for number, (image, size, truth) in enumerate(zip(images, SIZES, truths, strict=True))
     ]
     decoded.insert(2, DecodedImage({"uri": "broken", "error_kind": "truncated", "error_message": "cut off"}))
@@ -67,7 +68,7 @@ def test_rows_of_a_fragment_equal_those_of_the_cpu(precision: str, bundle: Path,
     usable = [row for row in rows if row["status"] == "ok"]
     logits_nchw = compute_logits(bundle, images)
     for row, logits_chw, size, truth in zip(usable, logits_nchw, SIZES, truths, strict=True):
-        mask = np.frombuffer(row["mask"], np.uint8).reshape(size)
+        mask = np.frombuffer(decompress(row["mask"], size[0] * size[1]), np.uint8).reshape(size)
         assert_same_where_clear(mask, logits_chw, precision)
         assert row["pixel_count"] == np.bincount(mask.ravel(), minlength=3).tolist()
         assert row["tp_px"] == [int(((mask == index) & (truth == index)).sum()) for index in range(3)]
