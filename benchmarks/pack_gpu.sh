@@ -16,7 +16,7 @@ python_version=${GPU_PYTHON:-3.12}
 small=(
   annotated-doc annotated-types anyio attrs boto3 certifi charset-normalizer click filelock fsspec h11 httpcore2 httpx2
   huggingface-hub idna iniconfig jinja2 jmespath jsonschema jsonschema-specifications markdown-it-py markupsafe mdurl
-  msgpack packaging pluggy protobuf psutil pydantic pydantic-core pygments pytest python-dateutil pyyaml referencing
+  msgpack obstore packaging pluggy protobuf psutil pydantic pydantic-core pygments pytest python-dateutil pyyaml referencing
   requests rich rpds-py s3transfer safetensors segmentation-models-pytorch shellingham six tenacity timm tqdm truststore
   typer typing-extensions typing-inspection urllib3
 )
