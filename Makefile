@@ -39,7 +39,7 @@ test-all: test docs .venv-swift/installed
 	$(BIN)/pytest $(PARALLEL) --ignore tests/cluster --ignore tests/test_jobs.py -m "(integration or gpu) and not (smoke or slow)" --durations=30
 
 # every fault of docs/guides/faults.md, on a real object store
-test-faults: setup .venv-swift/installed
+test-faults: setup .venv-swift/installed .venv-azurite/installed
 	$(BIN)/pytest tests/faults --durations=0
 	$(BIN)/pytest --ignore tests/faults --ignore tests/cluster -m slow --durations=0
 
@@ -71,6 +71,12 @@ wheel: setup
 	.venv-swift/bin/python -m pip install --quiet --requirement tests/faults/object_store.txt
 	touch $@
 
+# The tests' server of Azure Blob Storage is a program for Node.js.
+.venv-azurite/installed: tests/storage/azurite.txt
+	mkdir -p .venv-azurite
+	npm install --prefix .venv-azurite --no-audit --no-fund --loglevel=error $$(cat tests/storage/azurite.txt)
+	touch $@
+
 .venv-moto/installed: tests/cluster/moto.txt
 	test -x .venv-moto/bin/python || $(PYTHON) -m venv .venv-moto
 	.venv-moto/bin/python -m pip install --quiet --requirement tests/cluster/moto.txt
@@ -82,4 +88,4 @@ lock:
 	  --custom-compile-command "make lock" --upgrade pyproject.toml --output-file requirements.txt
 
 clean:
-	rm -rf .venv .venv-swift .venv-moto build dist *.egg-info runs/demo
+	rm -rf .venv .venv-swift .venv-azurite .venv-moto build dist *.egg-info runs/demo

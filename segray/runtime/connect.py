@@ -19,6 +19,7 @@ MIN_LOCAL_CPUS = 4
 # Workers need these with the driver's values, because they say where a store is. Credentials are never forwarded.
 _FORWARDED_VARIABLES = (
     *("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION"),
+    *("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ENDPOINT", "GOOGLE_BASE_URL", "STORAGE_EMULATOR_HOST"),
     "SEGRAY_S3_CHECK_MD5",
 )
 # By default a C library returns a large freed tensor to the kernel and faults the next one in page by page, which costs

@@ -98,7 +98,7 @@ def _write_results(finished: FinishedRun, run: BoundRun, outcome: SegmentResult,
     compact_counts(output, finished.counts)
     record = run.record.add_computed_with(recorded).complete(outcome.num_ok, outcome.errors)
     write_if_changed(get_run_uri(output), record.format())
-    sweep_folder(join_uri(output, "images"))
+    sweep_folder(output)
     remove_other_plans(output, run.plan)
 
 

@@ -45,8 +45,12 @@ class CloudStore:
     def list(self, folder: str, recursive: bool, start: str) -> Iterator[StoredFile]:
         """See ``Store.list``."""
         begin = (f"{folder}/" if folder else "") + start
+        if recursive:
+            files = self._iterate(begin.rpartition("/")[0])
+        else:
+            files = iter(sorted(map(self._describe, self._list_level(folder)[0]), key=lambda file: file.uri))
         is_empty = True
-        for file in self._iterate(begin.rpartition("/")[0]) if recursive else self._list_level(folder):
+        for file in files:
             is_empty = False
             if file.uri.startswith(self._base + begin):
                 yield file
@@ -89,17 +93,16 @@ class CloudStore:
             yield page
             last = page[-1]["path"]
 
-    def _list_level(self, folder: str) -> Sequence[StoredFile]:
+    def _list_level(self, folder: str) -> "tuple[Sequence[ObjectMeta], set[str]]":
+        """Return the files directly in a folder, and the paths of its subfolders."""
         found = self._retry("list", folder, lambda: obstore.list_with_delimiter(self._store, folder or None))
-        return sorted((self._describe(meta) for meta in found["objects"]), key=lambda file: file.uri)
+        files = [meta for meta in found["objects"] if meta["path"] != folder]  # Without the folder's own marker.
+        return files, set(found["common_prefixes"])
 
     def list_names(self, folder: str, folders: bool) -> set[str]:
         """See ``Store.list_names``."""
-        found = self._retry("list", folder, lambda: obstore.list_with_delimiter(self._store, folder or None))
-        subfolders = set(found["common_prefixes"])
-        if folders:
-            return {path.rpartition("/")[2] for path in subfolders}
-        return {meta["path"].rpartition("/")[2] for meta in found["objects"] if meta["path"] not in subfolders}
+        files, subfolders = self._list_level(folder)
+        return {path.rpartition("/")[2] for path in (subfolders if folders else [meta["path"] for meta in files])}
 
     def find(self, key: str) -> StoredFile | None:
         """See ``Store.find``."""

@@ -219,6 +219,9 @@ def remove_folder(uri: str) -> None:
 
 
 def sweep_folder(uri: str) -> None:
-    """Remove temporary files that killed writers left in a folder over an hour ago; object stores have none."""
+    """Remove temporary files that killed writers left over an hour ago in a folder and directly below its subfolders.
+
+    Object stores have none.
+    """
     if is_local(uri):
         remove_leftovers(normalize_uri(uri))

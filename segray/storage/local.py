@@ -110,8 +110,8 @@ class LocalStore:
 
 
 def remove_leftovers(folder: str) -> None:
-    """Remove temporary files older than ``_LEFTOVER_AGE_S`` that killed writers left in a folder."""
-    for path in Path(folder).glob(".*.tmp"):
+    """Remove temporary files older than ``_LEFTOVER_AGE_S`` that killed writers left in a folder or its subfolders."""
+    for path in (*Path(folder).glob(".*.tmp"), *Path(folder).glob("*/.*.tmp")):
         with suppress(OSError):
             if time.time() - path.stat().st_mtime > _LEFTOVER_AGE_S:
                 path.unlink()

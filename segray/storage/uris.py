@@ -8,11 +8,22 @@ import os
 from pathlib import Path
 from urllib.parse import unquote
 
+from segray.errors import UnusableFileError
+
 
 def normalize_uri(uri: str) -> str:
-    """Return a URI in the spelling that segray stores: absolute local paths, no ``file://``, no trailing slash."""
+    """Return a URI in the spelling that segray stores: absolute local paths, no ``file://``, no trailing slash.
+
+    Raises:
+        UnusableFileError: A ``file://`` URI names another host.
+    """
     if uri.startswith("file://"):
-        uri = unquote(uri.removeprefix("file://"))
+        host, slash, path = uri.removeprefix("file://").partition("/")
+        if host not in ("", "localhost"):
+            raise UnusableFileError(
+                f"cannot open {uri}: {host} is the name of a host there; write file:///path, or a path without file://"
+            )
+        uri = unquote(slash + path)
     if is_local(uri):
         return str(Path(os.path.expanduser(uri)).absolute())
     return uri.rstrip("/")

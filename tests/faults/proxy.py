@@ -298,13 +298,14 @@ class _Handler(BaseHTTPRequestHandler):
         headers = [header for header in response.getheaders() if header[0].lower() != "transfer-encoding"]
         if response.chunked:
             headers.append(("Content-Length", str(len(answer))))
-        self.close_connection |= response.will_close or action is Action.CUT_BODY
         if action is Action.CUT_BODY:
             answer = answer[: len(answer) // 2]
         elif action is Action.FLIP_BYTE and self.command != "PUT":
             answer = flip_bit(answer)
         proxy.record_status(number, response.status)  # Before the client receives the response.
         self.answer(response.status, response.reason, headers, answer)
+        # After the headers, because one of them may keep the connection open.
+        self.close_connection |= response.will_close or action is Action.CUT_BODY
 
     def call_hook(self, action: Action | Call | None, point: Point, request: Request) -> None:
         if not (isinstance(action, Call) and action.point == point):

@@ -115,10 +115,10 @@ def unet_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "model",
     [
         {"arch": "fcn8s", "encoder_name": "vgg11"},
-        {"arch": "deeplabv3plus", "encoder_name": "resnet18"},
+        pytest.param({"arch": "deeplabv3plus", "encoder_name": "resnet18"}, marks=pytest.mark.integration),
         {"arch": "classic_unet", "widths": [4, 8, 16]},
-        {"arch": "segnet", "encoder_name": "vgg11_bn"},
-        {"arch": "segformer", "encoder_name": "mit_b0"},  # A transformer.
+        pytest.param({"arch": "segnet", "encoder_name": "vgg11_bn"}, marks=pytest.mark.integration),
+        pytest.param({"arch": "segformer", "encoder_name": "mit_b0"}, marks=pytest.mark.integration),  # A transformer.
     ],
     ids=lambda model: model["arch"],
 )

@@ -1,4 +1,4 @@
-"""Tests of segray.storage.arrow: the interface of a store on pyarrow's in-memory store, and an unreachable store."""
+"""Tests of segray.storage.arrow: the interface of a store on pyarrow's in-memory store."""
 
 import uuid
 
@@ -7,6 +7,7 @@ import pytest
 
 from segray import storage
 from segray.errors import ChangedFileError, MissingFileError, StorageError
+from segray.storage import files
 from segray.storage.arrow import ArrowStore
 
 
@@ -52,6 +53,27 @@ def test_a_file_is_replaced_created_once_and_removed(base: str) -> None:
     for _ in range(2):
         storage.remove_file(uri)
     assert not storage.exists(uri)
+
+
+def test_a_failed_write_leaves_no_temporary_file(base: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage.write_bytes(f"{base}/x", b"old")
+    store = files._open_store("mock", base.split("/")[2])
+    assert isinstance(store, ArrowStore)
+    real = store._filesystem
+
+    class Broken:
+        def move(self, source: str, target: str) -> None:
+            raise OSError("no space")
+
+        def __getattr__(self, name: str) -> object:
+            return getattr(real, name)
+
+    monkeypatch.setattr("segray.storage.retries.RETRY_FOR_S", 0)
+    monkeypatch.setattr(store, "_filesystem", Broken())
+    with pytest.raises(StorageError, match=r"cannot write .*/x: no space"):
+        storage.write_bytes(f"{base}/x", b"new")
+    assert storage.list_names(base) == {"x"}
+    assert storage.read_bytes(f"{base}/x") == b"old"
 
 
 def test_a_missing_file_or_folder_is_named(base: str) -> None:

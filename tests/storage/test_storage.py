@@ -9,7 +9,7 @@ import pytest
 from pyarrow import parquet as pq
 
 from segray import storage
-from segray.errors import ChangedFileError, MissingFileError, StorageError
+from segray.errors import ChangedFileError, MissingFileError, StorageError, UnusableFileError
 from segray.storage import files
 
 ODD_NAMES = ["a b.png", "a%20b.png", "c#1.png", "d?x=1.png", "ü.png", ".e.png", "_f.png", "sub/a b.png"]
@@ -25,9 +25,12 @@ def test_odd_names_are_listed_read_and_written(tmp_path: Path) -> None:
 
 def test_uris_are_normalized_to_one_spelling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    for spelling in ("x y", "./x y", str(tmp_path / "x y"), f"file://{tmp_path}/x%20y", f"{tmp_path}/x y/"):
+    urls = (f"file://{tmp_path}/x%20y", f"file://localhost{tmp_path}/x%20y")
+    for spelling in ("x y", "./x y", str(tmp_path / "x y"), f"{tmp_path}/x y/", *urls):
         assert storage.normalize_uri(spelling) == str(tmp_path / "x y")
     assert storage.normalize_uri("s3://bucket/a%20b/") == "s3://bucket/a%20b"
+    with pytest.raises(UnusableFileError, match=r"cannot open file://x/y: x is the name of a host there; write"):
+        storage.read_bytes("file://x/y")
 
 
 def test_extensions_are_compared_case_insensitively(tmp_path: Path) -> None:
@@ -81,6 +84,15 @@ def test_a_file_in_place_of_a_folder_is_named(tmp_path: Path) -> None:
 def test_an_unknown_store_is_named() -> None:
     with pytest.raises(StorageError, match="cannot open nostore://x"):
         storage.read_bytes("nostore://x/y")
+
+
+@pytest.mark.parametrize("uri", ["abfs://box:pa55word@me.dfs.core.windows.net/x", "hdfs://me:pa55word@host:8020/x"])
+def test_a_password_in_a_uri_is_refused_and_not_repeated(uri: str) -> None:
+    with pytest.raises(
+        StorageError, match="the URI contains a password, which would be stored with the results"
+    ) as raised:
+        storage.read_bytes(uri)
+    assert "pa55word" not in str(raised.value)
 
 
 def test_s3_keys_are_not_decoded() -> None:
@@ -158,13 +170,13 @@ def test_creating_a_file_at_an_unusable_path_is_refused(tmp_path: Path, obstacle
 
 
 def test_only_old_temporary_files_of_killed_writers_are_removed(tmp_path: Path) -> None:
-    old, new, other = (tmp_path / name for name in (".part-1.parquet.x.tmp", ".part-2.parquet.y.tmp", "part-3.parquet"))
-    for path in (old, new, other):
-        path.touch()
-    os.utime(old, (0, 0))
-    os.utime(other, (0, 0))
+    for name in (".run.json.x.tmp", "images/.part-1.parquet.y.tmp", "plan/.z.tmp", "images/part-3.parquet"):
+        storage.write_bytes(str(tmp_path / name), b"1")
+        os.utime(tmp_path / name, (0, 0))
+    storage.write_bytes(str(tmp_path / "images/.part-2.parquet.x.tmp"), b"1")
     storage.sweep_folder(str(tmp_path))
-    assert set(tmp_path.iterdir()) == {new, other}
+    left = [str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*") if path.is_file()]
+    assert sorted(left) == ["images/.part-2.parquet.x.tmp", "images/part-3.parquet"]
 
 
 def test_an_unsorted_listing_is_refused(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
