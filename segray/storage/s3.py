@@ -68,7 +68,8 @@ class S3Store:
             response = self._call("stat", self._get_uri(key), "head_object", Key=key)
         except MissingFileError:
             return None
-        modified_s = response["LastModified"].timestamp()
+        modified = response.get("LastModified")
+        modified_s = modified.timestamp() if modified else 0.0
         return StoredFile(self._get_uri(key), response["ContentLength"], _get_etag(response), modified_s)
 
     def read(self, key: str) -> Content:

@@ -80,6 +80,10 @@ def call_translated(act: Callable[[], ResultT], verb: str, uri: str, bucket: str
         ) from None
     except _TRANSIENT_ERRORS as error:
         raise TransientError(describe_error(error)) from None
+    except RecursionError:  # boto3 follows redirects without a limit.
+        raise StorageError(
+            f"cannot {verb} {uri}: redirected in a circle; check AWS_REGION and AWS_ENDPOINT_URL"
+        ) from None
     except boto.BotoCoreError as error:
         raise StorageError(f"cannot {verb} {uri}: {describe_error(error)}") from None
 

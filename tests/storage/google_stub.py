@@ -44,7 +44,7 @@ class GoogleBucket:
     def _get(self, key: str, request: Request) -> Answer:
         content, _ = self.objects[key]
         headers = {"Content-Length": str(len(content)), **self._describe(key)}
-        if wanted := request.headers.get("Range"):
+        if wanted := request.headers.get("range"):
             begin, end = (int(number) for number in wanted.removeprefix("bytes=").split("-"))
             part = content[begin : end + 1]
             of_part = {"Content-Length": str(len(part)), "Content-Range": f"bytes {begin}-{end}/{len(content)}"}

@@ -10,7 +10,10 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 @dataclass(frozen=True)
 class Request:
-    """A request; ``path`` is decoded and begins with a slash, ``query`` holds the last value of each name."""
+    """A request.
+
+    ``path`` is decoded, ``query`` holds the last value of each name, and names of ``headers`` are in lower case.
+    """
 
     method: str
     path: str
@@ -53,7 +56,8 @@ class StubServer:
                 parts = urlsplit(self.path)
                 query = {name: values[-1] for name, values in parse_qs(parts.query, keep_blank_values=True).items()}
                 body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-                request = Request(self.command, unquote(parts.path), query, dict(self.headers), body)
+                headers = {name.lower(): value for name, value in self.headers.items()}
+                request = Request(self.command, unquote(parts.path), query, headers, body)
                 stub.requests.append(request)
                 answered = stub.answer(request)
                 self.send_response(answered.status)
@@ -67,6 +71,7 @@ class StubServer:
 
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
+        self._server.handle_error = lambda *arguments: None  # type: ignore[method-assign]  # Clients may disconnect.
         self.endpoint = f"http://127.0.0.1:{self._server.server_port}"
         self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,), daemon=True)
 

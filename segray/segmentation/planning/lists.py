@@ -16,6 +16,7 @@ from segray.storage import normalize_uri
 
 _BYTE_ORDER_MARK = "\ufeff"
 _NULLS = pa.array(["", "NA", "N/A", "NaN", "nan", "NULL", "null", "None"], pa.large_string())
+_PASSWORD = r"^[^:/]*://[^/]*:[^/]*@"
 _UNUSUAL_PATH = r"//|/\.(/|$)|/$"  # what ``normalize_uri`` changes in an absolute path
 
 
@@ -94,8 +95,7 @@ def _to_strings(column: pa.Array, where: str, name: str) -> pa.LargeStringArray:
 
 
 def _convert_mask_uris(column: pa.Array, numbers: np.ndarray[Any, Any], where: str) -> pa.Array:
-    uris = _empty_to_null(_to_strings(column, where, "mask_uri"))
-    return _replace(uris, _find_unusual(uris), numbers, where)
+    return _spell(_empty_to_null(_to_strings(column, where, "mask_uri")), numbers, where)
 
 
 def _convert_etags(column: pa.Array, numbers: np.ndarray[Any, Any], where: str) -> pa.Array:
@@ -131,7 +131,7 @@ def _normalize(uris: pa.LargeStringArray, numbers: np.ndarray[Any, Any], where: 
     if pc.any(is_missing).as_py():
         row = numbers[pc.index(is_missing, True).as_py()]
         raise DataError(f"{where}: row {row} has no image URI; fill it in or remove the row")
-    return _replace(uris, _find_unusual(uris), numbers, where)
+    return _spell(uris, numbers, where)
 
 
 def _find_unusual(uris: pa.LargeStringArray) -> pa.BooleanArray:
@@ -144,10 +144,21 @@ def _find_unusual(uris: pa.LargeStringArray) -> pa.BooleanArray:
     return is_unusual.fill_null(False)
 
 
-def _replace(
-    uris: pa.LargeStringArray, is_unusual: pa.BooleanArray, numbers: np.ndarray[Any, Any], where: str
-) -> pa.LargeStringArray:
-    """Return the URIs with the unusual ones normalized."""
+def _refuse_passwords(uris: pa.LargeStringArray, numbers: np.ndarray[Any, Any], where: str) -> None:
+    has_password = pc.match_substring_regex(uris, _PASSWORD).fill_null(False)
+    if pc.any(has_password).as_py():
+        row = numbers[pc.index(has_password, True).as_py()]
+        raise DataError(
+            f"{where}: row {row}: the URI contains a password, which would be stored with the results; remove it, and "
+            "configure the credentials of this user and of each node"
+        )
+
+
+def _spell(uris: pa.LargeStringArray, numbers: np.ndarray[Any, Any], where: str) -> pa.LargeStringArray:
+    """Return the URIs with the unusual ones normalized; refuse those with a password."""
+    if pc.any(pc.match_substring(uris, "@")).as_py():
+        _refuse_passwords(uris, numbers, where)
+    is_unusual = _find_unusual(uris)
     if not pc.any(is_unusual).as_py():
         return uris
     rows: Iterable[int] = numbers[is_unusual.to_numpy(zero_copy_only=False)]

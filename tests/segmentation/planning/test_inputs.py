@@ -289,6 +289,14 @@ def test_masks_are_paired_by_path_below_each_folder(root: Path, tmp_path: Path) 
         (["{root}/late.txt"], [], DataError, r"expected UTF-8 text .*, got b'\\xff'"),
         (["{root}/size.csv"], [], DataError, "column size_bytes: .*big"),
         (["{root}/size.parquet"], [], DataError, "column size_bytes"),
+        (
+            ["{root}/secret.txt"],
+            [],
+            DataError,
+            r"secret\.txt: row 2: the URI contains a password, which would be stored",
+        ),
+        (["{root}/secret.csv"], [], DataError, r"secret\.csv: row 1: the URI contains a password"),
+        (["{root}/host.txt"], [], UnusableFileError, "the name of a host"),
         (["{root}/late.csv"], [], DataError, "row 200001 has no image URI"),
         (["{root}/double.csv"], [], DataError, r"double\.csv: cannot be read as a table"),
         (["{root}/two.csv"], [], DataError, "/i.png is listed twice, with the masks /m1.png and /m2.png"),
@@ -302,6 +310,9 @@ def test_unusable_input_is_refused_with_its_cause(
     (root / "list.csv").write_text("x\n1\n")
     (root / "broken.parquet").write_text("no")
     (root / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (root / "secret.txt").write_text("abfs://container@account/b:c@d.png\ns3://key:secret@bucket/a.png\n")
+    (root / "secret.csv").write_text("uri,mask_uri\n/a.png,s3://key:secret@bucket/a.png\n")
+    (root / "host.txt").write_text("file://a.png\n")
     (root / "late.txt").write_bytes(b"/a.png\n" * 300_000 + b"/b\xff.png")
     (root / "long.txt").write_bytes(b"/a.png\n" + b"x" * 2**21)
     (root / "late.csv").write_text("image_uri,etag\n" + "/a.png,1\n" * 200_000 + ",1\n")
@@ -310,8 +321,9 @@ def test_unusable_input_is_refused_with_its_cause(
     (root / "size.csv").write_text("image_uri,size_bytes\n/a.png,big\n")
     (root / "double.csv").write_text("image_uri,image_uri\n/a.png,/b.png\n")
     (root / "two.csv").write_text("image_uri,mask_uri\n/i.png,/m1.png\n/i.png,/m2.png\n")
-    with pytest.raises(error, match=message):
+    with pytest.raises(error, match=message) as caught:
         list_images(*(uri.format(root=root) for uri in uris), masks=tuple(uri.format(root=root) for uri in masks))
+    assert "key:secret" not in str(caught.value)
 
 
 def test_a_split_without_a_split_column_is_refused(tmp_path: Path) -> None:
