@@ -88,7 +88,7 @@ def segment(
         exclude: Outputs of earlier runs. Images that they have segmented, with the same URI and entity tag, are left
             out.
         limit: Segment only the first ``limit`` images, rounded up to whole fragments, as a trial; a later call without
-            it goes on with the others. None segments all.
+            it processes the others. None segments all.
         settings: The section ``segment`` of a configuration, as a dict or ``SegmentSettings``.
         console: Where progress and warnings are printed; None prints nothing.
 

@@ -1,4 +1,4 @@
-"""Keeps the counts of fragments in ``counts/*.parquet``, so that nobody has to read the rows again to count them.
+"""Keeps the counts of fragments in ``counts/*.parquet``, so that the rows need not be read again to count them.
 
 The driver adds a file every few hundred fragments; each file has a name derived from its content. Saved counts are only
 a cache: counts are used if the fragment's file still has the size that it had when it was counted. A fragment without

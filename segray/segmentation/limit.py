@@ -1,4 +1,4 @@
-"""A trial (``--limit``): only the first images of a plan are processed; a later call goes on with the others."""
+"""A trial (``--limit``): only the first images of a plan are processed; a later call processes the others."""
 
 from dataclasses import replace
 

@@ -12,7 +12,7 @@ from segray.storage.uris import is_local, normalize_uri
 
 _NUM_LISTED = 1000  # One page of a listing.
 _NUM_TRIED = 8
-_VALID_FOR_S = 60  # Permissions may be withdrawn while a run goes on.
+_VALID_FOR_S = 60  # Permissions may be withdrawn during a run.
 _MAX_REMEMBERED = 10_000
 
 _readable_folders: dict[str, float] = {}  # When a file of the folder was last read, by time.monotonic().

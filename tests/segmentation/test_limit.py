@@ -1,4 +1,4 @@
-"""A trial of the first images (``--limit``), and the run that goes on from it."""
+"""A trial of the first images (``--limit``), and the run that continues from it."""
 
 import io
 import json

@@ -138,9 +138,8 @@ def test_a_name_that_obstore_would_change_is_refused(base: str, name: str) -> No
             act(f"{base}/{name}")
 
 
+@pytest.mark.parametrize("base", ["google"], indirect=True)  # Such a name cannot be written to Azurite.
 def test_a_listing_with_such_a_name_is_refused(base: str) -> None:
-    if base.startswith("az"):
-        pytest.skip("needs a server to which such a name can be written")
     BUCKET.objects["in/a//b"] = (b"1", 1)
     with pytest.raises(UnusableFileError, match=r"cannot list gs://bucket/in: .*a//b.*rename the file"):
         list(storage.list_files(base))

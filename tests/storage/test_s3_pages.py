@@ -11,7 +11,7 @@ from botocore.config import Config
 
 from segray import storage
 from segray.errors import StorageError
-from segray.storage import files, s3_pages
+from segray.storage import s3_pages
 from tests.storage.stub_server import Answer, Request, StubServer
 
 NAMES = [
@@ -67,31 +67,16 @@ def answer_listing(
     )
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[StubServer]:
-    with StubServer() as server, pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ENDPOINT_URL": server.endpoint,
-            "AWS_ACCESS_KEY_ID": "a",
-            "AWS_SECRET_ACCESS_KEY": "b",
-            "AWS_REGION": "us-east-1",
-        }.items():
-            patch.setenv(name, value)
-        files._open_store.cache_clear()
-        yield server
-    files._open_store.cache_clear()
-
-
 def write_quoted(key: str) -> str:
     return ENTRY.format(key=quote(key), etag="0" * 32, size=1)
 
 
 @pytest.mark.parametrize("page_size", [1, 2, 7, 1000])
 def test_odd_keys_are_listed_in_the_order_of_their_bytes(
-    server: StubServer, page_size: int, monkeypatch: pytest.MonkeyPatch
+    s3_stub: StubServer, page_size: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(s3_pages, "PAGE_SIZE", page_size)
-    server.answer = lambda request: answer_listing(KEYS, request, write_quoted)
+    s3_stub.answer = lambda request: answer_listing(KEYS, request, write_quoted)
     listed = [file.uri for file in storage.list_files("s3://bucket/in")]
     assert listed == FILES == sorted(FILES, key=lambda uri: uri.encode())
     assert [file.uri for file in storage.list_files("s3://bucket/in", start="n/01")] == [
@@ -112,9 +97,9 @@ def indent(key: str) -> str:
 
 
 @pytest.mark.parametrize("entry", [write_entry, write_quoted, strip_etag, reorder, indent])
-def test_pages_are_parsed_as_boto3_does(server: StubServer, entry: Entry) -> None:
-    server.answer = lambda request: answer_listing(KEYS, request, entry)
-    client = boto3.client("s3", endpoint_url=server.endpoint, config=Config(s3={"addressing_style": "path"}))
+def test_pages_are_parsed_as_boto3_does(s3_stub: StubServer, entry: Entry) -> None:
+    s3_stub.answer = lambda request: answer_listing(KEYS, request, entry)
+    client = boto3.client("s3", endpoint_url=s3_stub.endpoint, config=Config(s3={"addressing_style": "path"}))
 
     def list_keys(**options: Any) -> Iterator[tuple[Any, ...]]:
         pages = s3_pages.S3Pages("s3://bucket/", "in/", lambda **more: client.list_objects_v2(Bucket="bucket", **more))
@@ -136,15 +121,17 @@ def test_a_usual_page_is_not_parsed_by_boto3() -> None:
 
 
 def test_a_store_that_ignores_where_to_begin_is_listed_page_by_page(
-    server: StubServer, monkeypatch: pytest.MonkeyPatch
+    s3_stub: StubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(s3_pages, "PAGE_SIZE", 5)
-    server.answer = lambda request: answer_listing(KEYS, request, write_quoted, knows_start=False)
+    s3_stub.answer = lambda request: answer_listing(KEYS, request, write_quoted, knows_start=False)
     assert [file.uri for file in storage.list_files("s3://bucket/in")] == FILES
 
 
 @pytest.mark.parametrize("keys", [KEYS[::-1], KEYS[10:] + KEYS[:10], KEYS[:20] + KEYS[30:] + KEYS[20:30]])
-def test_an_unsorted_store_is_refused(server: StubServer, keys: Sequence[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unsorted_store_is_refused(
+    s3_stub: StubServer, keys: Sequence[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(s3_pages, "PAGE_SIZE", 10)
 
     def answer(request: Request) -> Answer:  # In pages by position.
@@ -153,17 +140,17 @@ def test_an_unsorted_store_is_refused(server: StubServer, keys: Sequence[str], m
         body = more * (begin + 10 < len(keys)) + "".join(map(write_entry, keys[begin : begin + 10]))
         return Answer(200, f"<ListBucketResult>{body}</ListBucketResult>".encode())
 
-    server.answer = answer
+    s3_stub.answer = answer
     with pytest.raises(StorageError, match="expected sorted keys; use a manifest"):
         list(storage.list_files("s3://bucket/in"))
 
 
-def test_an_empty_page_is_not_the_end(server: StubServer) -> None:
+def test_an_empty_page_is_not_the_end(s3_stub: StubServer) -> None:
     def answer(request: Request) -> Answer:
         if "continuation-token" not in request.query and "start-after" not in request.query:
             more = "<IsTruncated>true</IsTruncated><NextContinuationToken>in/</NextContinuationToken>"
             return Answer(200, f"<ListBucketResult>{more}</ListBucketResult>".encode())
         return answer_listing(KEYS, request, write_quoted)
 
-    server.answer = answer
+    s3_stub.answer = answer
     assert [file.uri for file in storage.list_files("s3://bucket/in")] == FILES

@@ -2,7 +2,7 @@
 
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -23,32 +23,14 @@ def refuse(status: int, code: str, message: str = "") -> Answer:
     return Answer(status, f"<Error><Code>{code}</Code><Message>{message}</Message></Error>".encode())
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[StubServer]:
-    """A stub of S3 that the clients of this process use. They are created once, because that takes a while."""
-    with StubServer() as server, pytest.MonkeyPatch.context() as patch:
-        for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_ENDPOINT_URL_S3"):
-            patch.delenv(name, raising=False)
-        for name, value in {
-            "AWS_ENDPOINT_URL": server.endpoint,
-            "AWS_ACCESS_KEY_ID": "a",
-            "AWS_SECRET_ACCESS_KEY": "b",
-            "AWS_REGION": "us-east-1",
-        }.items():
-            patch.setenv(name, value)
-        files._open_store.cache_clear()
-        yield server
-    files._open_store.cache_clear()
-
-
 @pytest.fixture
-def serve(server: StubServer, monkeypatch: pytest.MonkeyPatch) -> Serve:
+def serve(s3_stub: StubServer, monkeypatch: pytest.MonkeyPatch) -> Serve:
     """Return a function that sets the answers of the stub; the rate of requests is not limited yet."""
 
     def start(answer: Answering) -> StubServer:
-        server.answer = answer
-        server.requests.clear()
-        return server
+        s3_stub.answer = answer
+        s3_stub.requests.clear()
+        return s3_stub
 
     monkeypatch.setattr(files._open_store("s3", "bucket"), "_limiter", RateLimiter())
     return start
@@ -65,12 +47,12 @@ def test_a_store_that_throttles_95_percent_for_a_while_is_used_again(
         is_throttled = time.monotonic() - begin < 2 and chance.random() < 0.95
         return refuse(503, *SLOW_DOWN) if is_throttled else Answer(200, request.path.encode())
 
-    server = serve(answer)
+    stub = serve(answer)
     uris = [f"s3://bucket/{number}" for number in range(10)]
     with ThreadPoolExecutor(8) as pool:
         contents = list(pool.map(storage.read_bytes, uris))
     assert contents == [f"/bucket/{number}".encode() for number in range(10)]
-    assert len(server.requests) < 60  # Without a common limit, 8 threads send many more.
+    assert len(stub.requests) < 60  # Without a common limit, 8 threads send many more.
     assert time.monotonic() - begin < 60
 
 
@@ -157,11 +139,11 @@ def test_another_object_of_the_prefix_tells_whose_fault_a_refusal_is(serve: Serv
         return Answer(206, b"1") if others == 200 and request.path == "/bucket/in/c" else refuse(403, "AccessDenied")
 
     access._readable_folders.clear()
-    server = serve(answer)
+    stub = serve(answer)
     with pytest.raises(ForbiddenFileError):
         storage.read_bytes("s3://bucket/in/a")
     assert storage.can_read_beside("s3://bucket/in/a") is can_read
     if can_read:
-        server.requests.clear()
+        stub.requests.clear()
         assert storage.can_read_beside("s3://bucket/in/b")
-        assert not server.requests
+        assert not stub.requests

@@ -55,8 +55,8 @@ def cut_fragments(batches: Iterable[pa.RecordBatch], limits: FragmentLimits) -> 
         fragments = np.empty(batch.num_rows, np.int64)
         start = 0
         while start < batch.num_rows:
-            room = limits.num_bytes - num_bytes
-            end = int(np.searchsorted(totals, totals[start] + room, "right")) - 1
+            num_free = limits.num_bytes - num_bytes
+            end = int(np.searchsorted(totals, totals[start] + num_free, "right")) - 1
             end = min(end, start + limits.get_num_images(fragment) - num_images)
             end = max(end, start if num_images else start + 1)
             fragments[start:end] = fragment

@@ -1,7 +1,7 @@
 """The source of the pipeline: the numbers of the fragments, one row and one block each.
 
-Ray keeps an object for every block that waits in the driver. So in a large run, tasks produce the blocks while the run
-goes on, and no stage produces more when a thousand of its blocks wait for the next stage.
+Ray keeps an object for every block that waits in the driver. So in a large run, tasks produce the blocks during the
+run, and no stage produces more when a thousand of its blocks wait for the next stage.
 """
 
 from collections.abc import Iterator, Sequence

@@ -66,18 +66,18 @@ def simulate(
     return attempt, {index: failure.kind for index, failure in attempt_plan.failed.items()}, results
 
 
-@pytest.mark.parametrize(("num_images", "room"), [(64, 48), (256, 200), (64, 1), (2, 1)])
-def test_a_fragment_whose_results_do_not_fit_into_a_process_completes(num_images: int, room: int) -> None:
-    attempts, failed, results = simulate(num_images, lambda _, num_held: num_held >= room)
+@pytest.mark.parametrize(("num_images", "capacity"), [(64, 48), (256, 200), (64, 1), (2, 1)])
+def test_a_fragment_whose_results_do_not_fit_into_a_process_completes(num_images: int, capacity: int) -> None:
+    attempts, failed, results = simulate(num_images, lambda _, num_held: num_held >= capacity)
     assert (failed, sorted(results)) == ({}, list(range(num_images)))
     assert results[num_images - 1] == f"result {num_images - 1}"
     assert attempts == 3
 
 
 @pytest.mark.parametrize("killers", [[0], [5], [63], [0, 1, 2], [3, 4, 40], list(range(64)), [7, 9, 11, 13, 15]])
-@pytest.mark.parametrize("room", [64, 48])
-def test_exactly_the_images_that_kill_their_worker_fail(killers: list[int], room: int) -> None:
-    attempts, failed, results = simulate(64, lambda index, num_held: index in killers or num_held >= room)
+@pytest.mark.parametrize("capacity", [64, 48])
+def test_exactly_the_images_that_kill_their_worker_fail(killers: list[int], capacity: int) -> None:
+    attempts, failed, results = simulate(64, lambda index, num_held: index in killers or num_held >= capacity)
     assert failed == dict.fromkeys(killers, FaultKind.FAILED)
     assert sorted(results) == [index for index in range(64) if index not in killers]
     assert attempts <= 2 + (MAX_DEATHS_PER_IMAGE + 1) * len(killers) + 1
