@@ -4,8 +4,8 @@
 
 An INPUT is ``parquet`` or ``csv`` (a manifest with sizes and entity tags), ``text`` (a list of URIs), each in random
 order, ``sorted`` (a text list in order), ``s3`` (a prefix), or ``folder`` (a local folder with a tenth of the images).
-The default is a million images and every input. S3 is simulated by a server on loopback that answers ListObjectsV2 page
-by page; planning needs no other call. The peak is the resident memory of the driver (VmHWM); each input is planned in a
+The default is a million images and every input. ``s3`` is listed from ``listing_server.py``;
+planning needs no other call. The peak is the resident memory of the driver (VmHWM); each input is planned in a
 separate process.
 """
 
@@ -20,16 +20,13 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import suppress
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import Any
-from urllib.parse import parse_qs, urlsplit
 
 import pyarrow as pa
+from listing_server import listing_server, make_key
 from pyarrow import csv
 from pyarrow import parquet as pq
 
-_PAGE = 1000
 _CHUNK = 100_000
 _STEP = 1_000_003  # A prime, so that its multiples modulo any smaller or larger number of images are a permutation.
 _PLAN = """
@@ -57,39 +54,6 @@ print(json.dumps({"images": plan.num_images, "fragments": plan.num_fragments, "p
                   "plan_mb": size / 2**20, "seconds": time.monotonic() - begin,
                   "cpu_s": usage.ru_utime + usage.ru_stime}))
 """
-
-
-def make_key(number: int) -> str:
-    """Return the key of a simulated object; keys sort in the order of the numbers."""
-    return f"images/2026/camera-{number // 10_000:05d}/frame-{number:010d}.jpg"
-
-
-class _Lister(BaseHTTPRequestHandler):
-    num_images = 0
-    protocol_version = "HTTP/1.1"
-
-    def log_message(self, format: str, *args: Any) -> None:
-        """Print nothing."""
-
-    def do_GET(self) -> None:
-        query = parse_qs(urlsplit(self.path).query)
-        begin = int(query.get("continuation-token", ["0"])[0])
-        end = min(begin + _PAGE, self.num_images)
-        entries = "".join(
-            f"<Contents><Key>{make_key(n)}</Key><LastModified>2026-01-01T00:00:00.000Z</LastModified>"
-            f"<ETag>&quot;{n:032x}&quot;</ETag><Size>100000</Size><StorageClass>STANDARD</StorageClass></Contents>"
-            for n in range(begin, end)
-        )
-        more = f"<NextContinuationToken>{end}</NextContinuationToken>" if end < self.num_images else ""
-        body = (
-            '<?xml version="1.0"?><ListBucketResult xmlns="http://s3.amazonaws.com/doc/2006-03-01/"><Name>b</Name>'
-            f"<IsTruncated>{'true' if more else 'false'}</IsTruncated>{more}{entries}</ListBucketResult>"
-        ).encode()
-        self.send_response(200)
-        self.send_header("Content-Type", "application/xml")
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        self.wfile.write(body)
 
 
 def generate_manifest(num_images: int) -> Iterator[pa.Table]:
@@ -150,16 +114,12 @@ def plan(uri: str, environment: dict[str, str], spool: Path) -> dict[str, float]
 
 def main() -> None:
     """Plan the inputs and print one line for each."""
-    _Lister.num_images = num_images = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
+    num_images = int(sys.argv[1]) if len(sys.argv) > 1 else 1_000_000
     names = sys.argv[2:] or ["parquet", "csv", "text", "sorted", "s3", "folder"]
-    server = ThreadingHTTPServer(("127.0.0.1", 0), _Lister)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    environment = {**os.environ, "AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_REGION": "us-east-1"}
-    environment["AWS_ENDPOINT_URL"] = f"http://127.0.0.1:{server.server_port}"
     print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, Python {platform.python_version()}")
     print(time.strftime("%Y-%m-%d"))
     for name in names:
-        with tempfile.TemporaryDirectory() as scratch:
+        with tempfile.TemporaryDirectory() as scratch, listing_server(num_images) as environment:
             data, spool = Path(scratch, "data"), Path(scratch, "spool")
             data.mkdir()
             spool.mkdir()
@@ -170,7 +130,6 @@ def main() -> None:
             f"{result['plan_mb']:.1f} MB, temporary files {result['disk_mb']:,.0f} MB",
             flush=True,
         )
-    server.shutdown()
 
 
 if __name__ == "__main__":

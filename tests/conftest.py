@@ -29,6 +29,7 @@ if TYPE_CHECKING:
 
     from tests.faults.object_store import ObjectStore
     from tests.faults.proxy import FaultProxy
+    from tests.storage.azurite import Azurite
 
 # Several processes share the cores: threads that wait must not spin. Set before torch is imported; Ray inherits it.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -180,6 +181,18 @@ def object_store() -> "Iterator[ObjectStore]":
         ObjectStore(Path(root)) as store,
     ):
         yield store
+
+
+@pytest.fixture(scope="session")
+def azurite(tmp_path_factory: pytest.TempPathFactory) -> "Iterator[Azurite]":
+    from tests.storage.azurite import Azurite, find_azurite
+
+    try:
+        find_azurite()
+    except FileNotFoundError as error:  # A skip would go unnoticed.
+        raise pytest.fail.Exception(str(error), pytrace=False) from None
+    with Azurite(tmp_path_factory.mktemp("azurite")) as server:
+        yield server
 
 
 @pytest.fixture

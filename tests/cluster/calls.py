@@ -3,10 +3,11 @@
 import yaml
 
 from segray.config import IMAGE_EXTENSIONS, TrainConfig
+from tests.faults.buckets import S3Bucket
 from tests.faults.object_store import ObjectStore
-from tests.faults.scene import BUCKET, SETTINGS
+from tests.faults.scene import SETTINGS
 
-BUCKET_URI = f"s3://{BUCKET}"
+BUCKET_URI = S3Bucket.uri
 NUM_EPOCHS = 20
 
 
@@ -44,8 +45,7 @@ def build_training_config() -> bytes:
 
 def list_keys(store: ObjectStore, prefix: str) -> list[str]:
     """Return the keys of the bucket that begin with a prefix."""
-    pages = store.client().get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix=prefix)
-    return [entry["Key"] for page in pages for entry in page.get("Contents", ())]
+    return S3Bucket(store).list_keys(prefix)
 
 
 def list_image_uris(store: ObjectStore) -> list[str]:

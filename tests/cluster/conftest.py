@@ -10,8 +10,9 @@ from tests.cluster.calls import build_training_config
 from tests.cluster.hosts import CLOUD, OWN_ADDRESS, Hosts, find_missing_programs, find_skip_reason
 from tests.cluster.launcher import ROOT
 from tests.conftest import MEMORY, keeps_attributes
+from tests.faults.buckets import BUCKET, S3Bucket
 from tests.faults.object_store import ACCOUNT, REGION, SECRET_KEY, USER, ObjectStore
-from tests.faults.scene import BUCKET, fill_bucket
+from tests.faults.scene import fill_bucket
 
 NUM_HOSTS = 4
 ENVIRONMENT = ROOT / ".venv"  # Every host has a link to it, which avoids installing 5 GB four times.
@@ -34,7 +35,8 @@ def hosts_and_store(bundle_dir: Path) -> Iterator[tuple[Hosts, ObjectStore]]:
     ):
         store = ObjectStore(Path(root), OWN_ADDRESS)
         with Hosts(Path(folder), NUM_HOSTS, build_home_files(store)) as hosts, store:
-            fill_bucket(store, bundle_dir)
+            store.make_bucket(BUCKET)
+            fill_bucket(S3Bucket(store), bundle_dir)
             yield hosts, store
 
 

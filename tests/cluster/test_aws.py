@@ -15,8 +15,9 @@ from tests.cluster.cloud import Cloud
 from tests.cluster.conftest import ENVIRONMENT, LITTLE_MEMORY, NEEDS_HOSTS, shrink_nodes
 from tests.cluster.hosts import CLOUD, Hosts
 from tests.cluster.launcher import ROOT, Job, Launcher, wait_until
+from tests.faults.buckets import BUCKET, S3Bucket
 from tests.faults.object_store import ACCOUNT, USER, ObjectStore
-from tests.faults.scene import BUCKET, read_files, read_table
+from tests.faults.scene import read_files, read_table
 
 pytestmark = NEEDS_HOSTS
 
@@ -111,7 +112,7 @@ def test_a_segmentation_starts_workers_from_none_and_they_are_terminated_afterwa
     assert job.process.returncode == 0, job.text
     assert "waiting for nodes for 2 predictors with 0.89 CPU each: the cluster has 0 CPU, 0 GPU on 1 node" in job.text
     assert len(max(seen, key=len)) >= 2
-    rows = read_table(read_files(store, "segmented/from-zero"))["uri"].to_pylist()
+    rows = read_table(read_files(S3Bucket(store), "segmented/from-zero"))["uri"].to_pylist()
     assert sorted(rows) == sorted(list_image_uris(store))
     wait_until(lambda: not cloud.find_workers(), "the end of all workers", timeout_s=IDLE_S + 90)
     assert len(cloud.find_instances()) == 1, "only the head is still running"

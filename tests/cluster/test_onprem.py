@@ -18,8 +18,9 @@ from tests.cluster.calls import NUM_EPOCHS, build_segment_call, list_keys
 from tests.cluster.conftest import ENVIRONMENT, NEEDS_HOSTS, shrink_nodes
 from tests.cluster.hosts import Hosts
 from tests.cluster.launcher import ROOT, Launcher, wait_until
+from tests.faults.buckets import BUCKET, S3Bucket
 from tests.faults.object_store import ObjectStore
-from tests.faults.scene import BUCKET, read_files, require_invariant
+from tests.faults.scene import read_files, require_invariant
 
 pytestmark = NEEDS_HOSTS
 
@@ -62,7 +63,7 @@ def find_worker_with(hosts: Hosts, title: str) -> str:
 def clean(cluster: Launcher, store: ObjectStore) -> dict[str, bytes]:
     job = cluster.run(*build_segment_call("segmented/clean"))
     assert job.process.returncode == 0, job.text
-    return read_files(store, "segmented/clean")
+    return read_files(S3Bucket(store), "segmented/clean")
 
 
 def test_training_on_two_nodes_continues_when_one_of_them_dies(
@@ -94,7 +95,7 @@ def test_segmentation_loses_and_duplicates_no_rows_when_a_node_dies(
         "the node was killed before the run was nearly complete"
     )
     assert job.wait() == 0, job.text
-    require_invariant(read_files(store, "segmented/killed"), clean)
+    require_invariant(read_files(S3Bucket(store), "segmented/killed"), clean)
     wait_for_raylets(hosts)
 
 
@@ -107,14 +108,14 @@ def test_segmentation_loses_and_duplicates_no_rows_when_a_node_is_disconnected(
     hosts.disconnect(name)
     try:
         assert job.wait() == 0, job.text
-        require_invariant(read_files(store, "segmented/cut"), clean)
+        require_invariant(read_files(S3Bucket(store), "segmented/cut"), clean)
         raylets = hosts.find_processes(name, "raylet/raylet")
     finally:
         hosts.reconnect(name)
     # The node's workers are connected again and may write until its raylet learns that it is considered dead and exits.
     wait_until(lambda: not any(process.is_running() for process in raylets), "the end of the disconnected raylet")
     wait_for_raylets(hosts)
-    require_invariant(read_files(store, "segmented/cut"), clean)
+    require_invariant(read_files(S3Bucket(store), "segmented/cut"), clean)
 
 
 @pytest.mark.parametrize(

@@ -2,31 +2,58 @@
 
 import re
 from collections.abc import Iterator
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 
+from tests.faults.buckets import BUCKET, AzureBucket, Bucket, GoogleStubBucket, S3Bucket
 from tests.faults.object_store import ObjectStore
 from tests.faults.proxy import FaultProxy
 from tests.faults.scene import NO_COUNTS, Clean, Cluster, Scene, fill_bucket
+from tests.storage.azurite import Azurite
+from tests.storage.google_stub import GoogleBucket
+from tests.storage.stub_server import StubServer
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Run all tests on S3, and those of test_fast.py on the other stores too."""
+    if "filled_bucket" in metafunc.fixturenames:
+        others = ["azure", "google"] if metafunc.module.__name__.endswith("test_fast") else []
+        marked = [pytest.param("s3", marks=pytest.mark.integration)]
+        marked += [pytest.param(name, marks=pytest.mark.slow) for name in others]
+        metafunc.parametrize("filled_bucket", marked, indirect=True, scope="session")
 
 
 @pytest.fixture(scope="session")
-def store(object_store: ObjectStore, bundle_dir: Path) -> ObjectStore:
-    fill_bucket(object_store, bundle_dir)
-    return object_store
+def filled_bucket(request: pytest.FixtureRequest, bundle_dir: Path) -> Iterator[Bucket]:
+    with ExitStack() as stack:
+        bucket: Bucket
+        if request.param == "s3":
+            store: ObjectStore = request.getfixturevalue("object_store")
+            store.make_bucket(BUCKET)
+            bucket = S3Bucket(store)
+        elif request.param == "azure":
+            azurite: Azurite = request.getfixturevalue("azurite")
+            azurite.make_container(BUCKET)
+            bucket = AzureBucket(azurite)
+        else:
+            google = GoogleBucket(BUCKET)
+            bucket = GoogleStubBucket(stack.enter_context(StubServer(google.answer)), google)
+        fill_bucket(bucket, bundle_dir)
+        yield bucket
 
 
 @pytest.fixture(scope="session")
-def cluster(object_store: ObjectStore) -> Iterator[Cluster]:
-    with Cluster(object_store.environment) as cluster:
+def cluster(filled_bucket: Bucket) -> Iterator[Cluster]:
+    with Cluster(filled_bucket.build_environment(filled_bucket.endpoint)) as cluster:
         yield cluster
 
 
 @pytest.fixture(scope="session")
-def clean(store: ObjectStore, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Clean:
-    with FaultProxy(store.endpoint) as proxy:
-        scene = Scene(store, proxy, cluster, tmp_path_factory.mktemp("clean"))
+def clean(filled_bucket: Bucket, cluster: Cluster, tmp_path_factory: pytest.TempPathFactory) -> Clean:
+    with FaultProxy(filled_bucket.endpoint) as proxy:
+        scene = Scene(filled_bucket, proxy, cluster, tmp_path_factory.mktemp("clean"))
         run = scene.run("clean")
         assert run.process.returncode == 0, run.text
     return Clean(
@@ -38,12 +65,9 @@ def clean(store: ObjectStore, cluster: Cluster, tmp_path_factory: pytest.TempPat
 
 
 @pytest.fixture
-def scene(store: ObjectStore, proxy: FaultProxy, cluster: Cluster, tmp_path: Path) -> Iterator[Scene]:
-    scene = Scene(store, proxy, cluster, tmp_path)
-    try:
+def scene(filled_bucket: Bucket, cluster: Cluster, tmp_path: Path) -> Iterator[Scene]:
+    with FaultProxy(filled_bucket.endpoint) as proxy, Scene(filled_bucket, proxy, cluster, tmp_path) as scene:
         yield scene
-    finally:
-        scene.end()
 
 
 @pytest.fixture

@@ -101,7 +101,8 @@ class FaultProxy:
     """The proxy, which runs from `__enter__` to `__exit__`; the latter raises the first error of hooks or the store."""
 
     def __init__(self, upstream_endpoint: str, rules: Iterable[Rule] = (), seed: int = 0) -> None:
-        self.upstream = urlsplit(upstream_endpoint).netloc
+        upstream = urlsplit(upstream_endpoint)
+        self.upstream, self.base_path = upstream.netloc, upstream.path
         self.errors: list[Exception] = []
         self._lock = threading.Lock()
         self._random = random.Random(seed)
@@ -119,7 +120,7 @@ class FaultProxy:
     @property
     def endpoint(self) -> str:
         """The URL that clients use as the store's."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"http://127.0.0.1:{self.port}{self.base_path}"
 
     @property
     def requests(self) -> list[Request]:
@@ -203,9 +204,9 @@ def find_peer_pid(peer_port: int, proxy_port: int) -> int | None:
 OPERATIONS: dict[str, Operation] = {"GET": "GET", "HEAD": "HEAD", "PUT": "PUT", "DELETE": "DELETE"}
 
 
-def classify(method: str, target: str) -> tuple[Operation, str]:
-    """Return the operation and the key of a request from its method and its path as sent."""
-    _, _, key = target.partition("?")[0].removeprefix("/").partition("/")
+def classify(method: str, target: str, base_path: str = "") -> tuple[Operation, str]:
+    """Return the operation and the key of a request from its method and its path as sent; the base comes before it."""
+    _, _, key = target.partition("?")[0].removeprefix(f"{base_path}/").partition("/")
     operation = OPERATIONS.get(method, "POST")
     return ("LIST" if operation == "GET" and not key else operation), unquote(key)
 
@@ -274,7 +275,7 @@ class _Handler(BaseHTTPRequestHandler):
     def serve(self) -> None:
         proxy = self.server.proxy
         target = self.requestline.split(" ")[1]  # self.path loses one of two leading slashes.
-        request = Request(*classify(self.command, target), self.client_address[1], proxy.port)
+        request = Request(*classify(self.command, target, proxy.base_path), self.client_address[1], proxy.port)
         number, action = proxy.begin(request)
         if action is Action.RESET:
             self.reset()

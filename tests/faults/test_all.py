@@ -11,24 +11,25 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.object_store import ObjectStore
+from tests.faults.buckets import BUCKET, Bucket
 from tests.faults.proxy import Action, Call, FaultProxy, Operation, Point, Request, Rule
-from tests.faults.scene import BUCKET, NO_COUNTS, NOT_COMPARED, Clean, Cluster, Scene, read_table, require_invariant
+from tests.faults.scene import NO_COUNTS, NOT_COMPARED, Clean, Cluster, Scene, read_table, require_invariant
 
 pytestmark = pytest.mark.slow
 FRAGMENT = r"images/part-"
 NUM_DRIVER_KILLS = 10
+THROTTLED_S = 180
 
 
 @pytest.fixture
-def own_cluster(store: ObjectStore, proxy: FaultProxy, tmp_path: Path) -> Iterator[Scene]:
+def own_cluster(filled_bucket: Bucket, tmp_path: Path) -> Iterator[Scene]:
     """A scene with its own cluster, which the test may break."""
-    with Cluster(store.environment) as cluster:
-        scene = Scene(store, proxy, cluster, tmp_path)
-        try:
-            yield scene
-        finally:
-            scene.end()
+    with (
+        FaultProxy(filled_bucket.endpoint) as proxy,
+        Cluster(filled_bucket.build_environment(filled_bucket.endpoint)) as cluster,
+        Scene(filled_bucket, proxy, cluster, tmp_path) as scene,
+    ):
+        yield scene
 
 
 @pytest.mark.parametrize("point", ["before", "after"])
@@ -124,6 +125,23 @@ def test_an_unavailable_store_is_reported_within_a_minute(scene: Scene, clean: C
     require_invariant(scene.read_files(output), clean.files)
 
 
+def test_rows_are_identical_after_three_minutes_in_which_95_percent_of_requests_are_throttled(
+    scene: Scene, clean: Clean, output: str
+) -> None:
+    scene.proxy.set_rules(Rule(Action.UNAVAILABLE, probability=0.95))
+    calm = threading.Timer(THROTTLED_S, scene.proxy.clear)
+    calm.start()
+    began_s = time.monotonic()
+    run = scene.start(output)
+    try:
+        run.process.wait(3 * THROTTLED_S)
+    finally:
+        calm.cancel()
+    assert run.process.returncode == 0, run.text
+    assert time.monotonic() - began_s > THROTTLED_S / 2, "the run was throttled for long"
+    require_invariant(scene.read_files(output), clean.files)
+
+
 @pytest.mark.parametrize("operation", ["LIST", "PUT"])
 def test_rows_are_identical_after_killed_raylets(
     own_cluster: Scene, clean: Clean, output: str, operation: Operation
@@ -175,7 +193,7 @@ def test_a_rerun_on_a_new_cluster_completes_a_run_whose_head_was_killed(
     run = scene.run(output)
     assert run.process.returncode != 0
     scene.proxy.clear()
-    with Cluster(scene.store.environment) as scene.cluster:
+    with Cluster(scene.bucket.build_environment(scene.bucket.endpoint)) as scene.cluster:
         again = scene.run(output)
     assert again.process.returncode == 0, again.text
     require_invariant(scene.read_files(output), clean.files)

@@ -8,22 +8,20 @@ from typing import Any
 
 import pytest
 
-from tests.faults.object_store import ObjectStore
-from tests.faults.scene import BUCKET, NUM_GOOD, ROOT, build_environment, pick_poison
+from tests.faults.buckets import Bucket
+from tests.faults.scene import NUM_GOOD, ROOT, build_environment, pick_poison
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def folder(store: ObjectStore, tmp_path: Path) -> Path:
+def folder(filled_bucket: Bucket, tmp_path: Path) -> Path:
     """Copy the bucket's images to a local folder and return it."""
-    client = store.client()
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket=BUCKET, Prefix="images/"):
-        for entry in page["Contents"]:
-            if not entry["Key"].endswith("/"):
-                path = tmp_path / entry["Key"].replace("//", "/")
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(client.get_object(Bucket=BUCKET, Key=entry["Key"])["Body"].read())
+    for key in filled_bucket.list_keys("images/"):
+        if not key.endswith("/"):
+            path = tmp_path / key.replace("//", "/")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(filled_bucket.get(key))
     return tmp_path / "images"
 
 

@@ -1,15 +1,16 @@
 """One fault of each family: the fault tests that are not slow."""
 
+from tests.faults.buckets import Bucket
 from tests.faults.proxy import Action, Call, Request, Rule
-from tests.faults.scene import BUCKET, FRAGMENT_SIZE, NUM_GOOD, Clean, Scene, pick_poison, read_table, require_invariant
+from tests.faults.scene import FRAGMENT_SIZE, NUM_GOOD, Clean, Scene, pick_poison, read_table, require_invariant
 
 NUM_IMAGES = NUM_GOOD + len(pick_poison())
 
 
-def test_the_fault_free_run_has_a_row_for_every_image(clean: Clean) -> None:
+def test_the_fault_free_run_has_a_row_for_every_image(filled_bucket: Bucket, clean: Clean) -> None:
     rows = read_table(clean.files).to_pylist()
     assert len(rows) == len({row["uri"] for row in rows}) == NUM_IMAGES
-    kinds = {row["uri"].removeprefix(f"s3://{BUCKET}/images/"): row["error_kind"] for row in rows}
+    kinds = {row["uri"].removeprefix(f"{filled_bucket.uri}/images/"): row["error_kind"] for row in rows}
     poison = pick_poison()
     assert len(set(poison)) >= 4
     assert {name for name, kind in kinds.items() if kind is not None} == set(poison)
@@ -45,7 +46,7 @@ def test_a_rerun_after_a_killed_driver_reads_only_the_remaining_images(scene: Sc
     again = scene.run(output)
     assert again.process.returncode == 0, again.text
     require_invariant(scene.read_files(output), clean.files)
-    read = [f"s3://{BUCKET}/{request.key}" for request in scene.proxy.requests if request.operation == "GET"]
+    read = [f"{scene.bucket.uri}/{request.key}" for request in scene.proxy.requests if request.operation == "GET"]
     assert not set(rows) & set(read)
     images = [uri for uri in read if "/images/" in uri and "/runs/" not in uri]
     # Each of the others is read once.
@@ -69,21 +70,20 @@ def test_an_image_that_kills_its_worker_becomes_one_error_row(scene: Scene, clea
 
 
 def test_objects_changed_or_deleted_after_planning_become_error_rows(scene: Scene, clean: Clean, output: str) -> None:
-    client = scene.store.client()
     changed, deleted, mask = "images/image-13.png", "images/image-15.png", "masks/image-11.png"
-    contents = {key: client.get_object(Bucket=BUCKET, Key=key)["Body"].read() for key in (changed, deleted, mask)}
+    contents = {key: scene.bucket.get(key) for key in (changed, deleted, mask)}
 
     def change(_: Request) -> None:
-        client.put_object(Bucket=BUCKET, Key=changed, Body=contents[deleted])
-        client.delete_object(Bucket=BUCKET, Key=deleted)
-        client.put_object(Bucket=BUCKET, Key=mask, Body=contents[mask] + b" ")
+        scene.bucket.put(changed, contents[deleted])
+        scene.bucket.delete(deleted)
+        scene.bucket.put(mask, contents[mask] + b" ")
 
     scene.proxy.set_rules(Rule(Call(change, "after"), "PUT", r"run\.json", nth=1))
     try:
         run = scene.run(output)
     finally:
         for key, content in contents.items():
-            client.put_object(Bucket=BUCKET, Key=key, Body=content)
+            scene.bucket.put(key, content)
     assert run.process.returncode == 0, run.text
     files = scene.read_files(output)
     require_invariant(files, clean.files, except_for=[changed, deleted, "images/image-11.png"])

@@ -105,7 +105,7 @@ def short_lived_folder() -> Iterator[Path]:
 def unet_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A U-Net bundle exported to both formats; its image size is not a multiple of the network's stride."""
     folder = tmp_path_factory.mktemp("unet")
-    save_mixed_bundle(folder, (72, 104), arch="unet", encoder_name="resnet18")
+    save_mixed_bundle(folder, (72, 104), arch="unet", encoder_name="tu-test_resnet")
     for export_format in ExportFormat:
         export_bundle(str(folder), export_format)
     return folder
@@ -114,7 +114,7 @@ def unet_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "model",
     [
-        {"arch": "fcn8s", "encoder_name": "vgg11"},
+        pytest.param({"arch": "fcn8s", "encoder_name": "vgg11"}, marks=pytest.mark.integration),
         pytest.param({"arch": "deeplabv3plus", "encoder_name": "resnet18"}, marks=pytest.mark.integration),
         {"arch": "classic_unet", "widths": [4, 8, 16]},
         pytest.param({"arch": "segnet", "encoder_name": "vgg11_bn"}, marks=pytest.mark.integration),

@@ -47,15 +47,15 @@ class Azurite:
 
     @property
     def endpoint(self) -> str:
-        """URL at which it listens."""
-        return f"http://127.0.0.1:{self._port}"
+        """URL of the account."""
+        return f"http://127.0.0.1:{self._port}/{ACCOUNT}"
 
     def build_environment(self, endpoint: str = "") -> dict[str, str]:
         """Return the variables with which a client finds the account and its key, at this or another endpoint."""
         return {
             "AZURE_STORAGE_ACCOUNT_NAME": ACCOUNT,
             "AZURE_STORAGE_ACCOUNT_KEY": KEY,
-            "AZURE_STORAGE_ENDPOINT": f"{endpoint or self.endpoint}/{ACCOUNT}",
+            "AZURE_STORAGE_ENDPOINT": endpoint or self.endpoint,
         }
 
     def make_container(self, name: str) -> None:
@@ -65,7 +65,7 @@ class Azurite:
         signed = "\n".join([*lines, "restype:container"]).encode()
         signature = base64.b64encode(hmac.new(base64.b64decode(KEY), signed, hashlib.sha256).digest()).decode()
         headers = {"x-ms-date": date, "x-ms-version": VERSION, "Authorization": f"SharedKey {ACCOUNT}:{signature}"}
-        url = f"{self.endpoint}/{ACCOUNT}/{name}?restype=container"
+        url = f"{self.endpoint}/{name}?restype=container"
         urllib.request.urlopen(urllib.request.Request(url, method="PUT", headers=headers)).close()
 
     def __enter__(self) -> Self:

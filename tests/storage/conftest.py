@@ -1,22 +1,11 @@
-"""Fixtures of the storage tests: a stub of S3, and a server of Azure."""
+"""Fixture of the storage tests: a stub of S3."""
 
 from collections.abc import Iterator
 
 import pytest
 
 from segray.storage import files
-from tests.storage.azurite import Azurite, find_azurite
 from tests.storage.stub_server import StubServer
-
-
-@pytest.fixture(scope="session")
-def azurite(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Azurite]:
-    try:
-        find_azurite()
-    except FileNotFoundError as error:  # A skip would go unnoticed.
-        raise pytest.fail.Exception(str(error), pytrace=False) from None
-    with Azurite(tmp_path_factory.mktemp("azurite")) as server:
-        yield server
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,11 @@ class GoogleBucket:
     page_size: int = 1000
     _generation: int = 0
 
+    def put(self, key: str, content: bytes) -> None:
+        """Write an object."""
+        self._generation += 1
+        self.objects[key] = (content, self._generation)
+
     def answer(self, request: Request) -> Answer:
         """Answer a request."""
         bucket, _, key = request.path[1:].partition("/")
@@ -37,8 +42,7 @@ class GoogleBucket:
         condition = request.headers.get("x-goog-if-generation-match")
         if condition is not None and int(condition) != self.objects.get(key, (b"", 0))[1]:
             return refuse(412, "PreconditionFailed")
-        self._generation += 1
-        self.objects[key] = (request.body, self._generation)
+        self.put(key, request.body)
         return Answer(200, headers=self._describe(key))
 
     def _get(self, key: str, request: Request) -> Answer:

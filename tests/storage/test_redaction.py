@@ -8,6 +8,7 @@ import pytest
 from segray import storage
 from segray.errors import StorageError
 from segray.storage import files
+from segray.storage.rate_limit import RateLimiter
 from segray.storage.redaction import redact
 from tests.storage.stub_server import Answer, Request, StubServer
 
@@ -58,6 +59,7 @@ def server() -> Iterator[StubServer]:
 
 @pytest.fixture(autouse=True)
 def _give_up_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RateLimiter, "wait_for_turn", lambda limiter: limiter.clock())
     monkeypatch.setattr("segray.storage.retries.RETRY_FOR_S", 0)
     monkeypatch.setattr("segray.storage.retries.RETRY_THROTTLED_FOR_S", 0)
 

@@ -1,4 +1,4 @@
-"""Which ranks the diagnosis of a stalled run names; test_interruptions.py stalls a real run."""
+"""Which ranks the diagnosis of a stalled run names; test_runs.py stalls a real run."""
 
 from segray.training.watchdog import StallDetector
 
