@@ -17,7 +17,6 @@ import pytest
 from PIL import Image
 
 import segray
-from segray.config import SegmentSettings
 from segray.errors import ConfigError, DataError, MissingFileError
 from segray.segmentation.job import SegmentResult
 from tests.conftest import NUM_TEST, SHAPE_SIZE
@@ -121,8 +120,8 @@ def test_a_killed_predictor_does_not_change_any_byte(
     assert result.rows().equals(segmented.rows())
 
 
-def test_a_run_without_some_of_its_files_is_completed_with_the_same_bytes(
-    segmented: SegmentResult, bundle_dir: Path, tmp_path: Path
+def test_a_run_without_some_of_its_files_is_completed_with_the_same_bytes_and_nothing_is_printed(
+    segmented: SegmentResult, bundle_dir: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     output = Path(shutil.copytree(segmented.output, tmp_path / "run"))
     before = read_fragments(str(output))
@@ -133,6 +132,7 @@ def test_a_run_without_some_of_its_files_is_completed_with_the_same_bytes(
     )
     assert result.num_ok == NUM_IMAGES
     assert read_fragments(str(output)) == before
+    assert capfd.readouterr().out == ""
 
 
 def test_a_loaded_bundle_predicts_the_masks_of_segment_bit_for_bit(segmented: SegmentResult, bundle_dir: Path) -> None:
@@ -210,22 +210,6 @@ def test_wrong_settings_are_rejected(tmp_path: Path) -> None:
         segray.segment(bundle=tmp_path, images=tmp_path, output=tmp_path, settings={"batch_sise": 3})
     with pytest.raises(ConfigError, match="data: this setting is required"):
         segray.train({"output": str(tmp_path), "image_size": [64, 64]})
-
-
-def test_nothing_is_printed_without_a_console(
-    segmented: SegmentResult,
-    capfd: pytest.CaptureFixture[str],
-    trained: segray.TrainResult,
-    bucket: Path,
-    tmp_path: Path,
-) -> None:
-    segray.segment(
-        bundle=trained.bundle,
-        images=bucket / "images",
-        output=tmp_path / "run",
-        settings=SegmentSettings(fragment_size=5),
-    )
-    assert capfd.readouterr().out == ""
 
 
 def test_python_dash_m_runs_the_command() -> None:

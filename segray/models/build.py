@@ -78,13 +78,12 @@ class SegmentationModel(nn.Module):
 def freeze_unused_parameters(model: SegmentationModel) -> None:
     """Freeze parameters that no logit depends on, such as encoder stages deeper than the decoder uses.
 
-    DistributedDataParallel would wait for their gradients, and weight decay would shrink them for no reason. The model
-    must still be on the CPU.
+    DistributedDataParallel would wait for their gradients, and weight decay would shrink them for no reason.
     """
     was_training = model.training
     model.eval()  # In evaluation mode the probe does not change BatchNorm statistics.
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    logits_nchw = model(torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE))
+    logits_nchw = model(torch.zeros(1, 3, PROBE_SIZE, PROBE_SIZE, device=parameters[0].device))
     gradients = torch.autograd.grad(logits_nchw.sum(), parameters, allow_unused=True)
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.requires_grad_(gradient is not None)

@@ -37,7 +37,7 @@ for title in ("FragmentDecoder", "FragmentPredictor", "FragmentWriter", "ray::Le
 subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(600)", "ray::IDLE"])
 for number in range(num_fragments):
     if not (output / f"part-{number:08d}.parquet").exists():
-        time.sleep(0.1)
+        time.sleep(0.03)
         (output / f"part-{number:08d}.parquet").touch()
 """
 
@@ -164,14 +164,14 @@ def test_a_disturbed_run_goes_on_until_it_is_complete(tmp_path: Path, monkeypatc
     monkeypatch.setattr(processes, "_END_TIMEOUT_S", 0.5)
     (tmp_path / "run").mkdir()
     place = FakePlace(tmp_path, "", str(tmp_path / "run"), {})
-    killer = Killer(1, tmp_path / "kills.csv")
+    killer = Killer(0.5, tmp_path / "kills.csv")
     run = DisturbedRun(place, [], killer, 50)
     run.run()
     assert len(list((tmp_path / "run/images").iterdir())) == 60
     assert run.unexpected == []
     assert run.num_starts == killer.num_killed["driver"] + 1 >= 2
     assert killer.num_killed.total() > killer.num_killed["driver"]
-    assert Killer(1, tmp_path / "kills.csv").num_killed == killer.num_killed
+    assert Killer(0.5, tmp_path / "kills.csv").num_killed == killer.num_killed
     assert (tmp_path / "memory.csv").read_text().startswith("at_s,kind,pid,")
 
 

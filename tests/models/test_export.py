@@ -115,7 +115,7 @@ def unet_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     "model",
     [
         pytest.param({"arch": "fcn8s", "encoder_name": "vgg11"}, marks=pytest.mark.integration),
-        pytest.param({"arch": "deeplabv3plus", "encoder_name": "resnet18"}, marks=pytest.mark.integration),
+        pytest.param({"arch": "deeplabv3plus", "encoder_name": "tu-test_resnet"}, marks=pytest.mark.integration),
         {"arch": "classic_unet", "widths": [4, 8, 16]},
         pytest.param({"arch": "segnet", "encoder_name": "vgg11_bn"}, marks=pytest.mark.integration),
         pytest.param({"arch": "segformer", "encoder_name": "mit_b0"}, marks=pytest.mark.integration),  # A transformer.
@@ -196,6 +196,7 @@ def test_an_onnx_export_is_one_file_with_named_inputs_and_outputs(unet_dir: Path
     assert {path.name for path in unet_dir.iterdir()} == {"model.onnx", "model.pt2", "model.safetensors", "bundle.json"}
 
 
+@pytest.mark.integration
 def test_a_torch_export_file_runs_without_segray(unet_dir: Path, tmp_path: Path) -> None:
     images = draw(3, (72, 104))
     np.save(tmp_path / "images.npy", images.numpy())

@@ -17,9 +17,9 @@ from segray.models.sync_batchnorm import synchronise_norms
 CONFIGS = [
     ModelConfig(encoder_name="resnet18"),
     ModelConfig(encoder_name="resnet18", freeze_encoder=True),
-    ModelConfig(encoder_name="densenet121"),
-    ModelConfig(encoder_name="efficientnet-b0"),  # Drops blocks at random.
-    ModelConfig(encoder_name="mobilenet_v2"),
+    pytest.param(ModelConfig(encoder_name="densenet121"), marks=pytest.mark.integration),
+    pytest.param(ModelConfig(encoder_name="efficientnet-b0"), marks=pytest.mark.integration),  # Drops blocks at random.
+    pytest.param(ModelConfig(encoder_name="mobilenet_v2"), marks=pytest.mark.integration),
     ModelConfig(arch="fpn", encoder_name="mit_b0"),  # Its blocks also take sizes.
     ModelConfig(encoder_name="tu-resnet10t"),
     ModelConfig(arch="dpt", encoder_name="tu-test_vit"),

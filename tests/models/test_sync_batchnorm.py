@@ -103,6 +103,7 @@ def assert_equal(got: Any, expected: Any) -> None:
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.integration  # Starting the ranks takes 20 s.
 def test_ranks_together_equal_one_process(ranks: list[dict[str, Any]]) -> None:
     expected = learn(build_network(), SHARES[len(ranks)], None)
     results = [rank["plain"] for rank in ranks]
@@ -116,6 +117,7 @@ def test_ranks_together_equal_one_process(ranks: list[dict[str, Any]]) -> None:
         assert_equal(result["evaluated"], expected["evaluated"])
 
 
+@pytest.mark.integration
 def test_distributed_data_parallel_averages_the_same_gradients(ranks: list[dict[str, Any]]) -> None:
     expected = learn(build_network(), SHARES[len(ranks)], None)
     for rank in ranks:

@@ -3,6 +3,7 @@
 import csv
 import io
 import json
+import subprocess
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -37,7 +38,7 @@ def make_config(make: MakeConfig, output: Path, **train: object) -> TrainConfig:
     return TrainConfig.model_validate(
         {
             **config.model_dump(),
-            "model": {"arch": "deeplabv3plus"},  # It has dropout.
+            "model": {"arch": "deeplabv3plus", "encoder_name": "tu-test_resnet"},  # It has dropout.
             "augmentation": "strong",
             "loss": {"ce": 1.0, "dice": 0.5},
         }
@@ -56,7 +57,7 @@ def train_with_killed_worker(config: TrainConfig) -> str:
     earlier_workers = find_train_workers()
 
     def kill_worker() -> None:
-        wait_for(lambda: is_in_mid_epoch(Path(config.output)))
+        wait_for_mid_epoch(Path(config.output))
         workers = find_train_workers()
         workers[max(workers.keys() - earlier_workers)].kill()
 
@@ -74,15 +75,24 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.02)
 
 
-def is_in_mid_epoch(output: Path) -> bool:
-    """Return whether a run's newest checkpoint is in the middle of an epoch."""
-    found = find_newest_state(str(output / "ray_train"), lambda _: None)
-    return found is not None and found[1].num_steps_done % STEPS_PER_EPOCH != 0
+def wait_for_mid_epoch(output: Path, driver: "subprocess.Popen[bytes] | None" = None, after_step: int = 0) -> int:
+    """Wait until a run's newest checkpoint is in the middle of an epoch, after a given step; return its step."""
+    step = 0
+
+    def is_in_mid_epoch() -> bool:
+        nonlocal step
+        assert driver is None or driver.poll() is None, "the driver has ended"
+        found = find_newest_state(str(output / "ray_train"), lambda _: None)
+        step = found[1].num_steps_done if found else 0
+        return step > after_step and step % STEPS_PER_EPOCH != 0
+
+    wait_for(is_in_mid_epoch)
+    return step
 
 
-def find_train_workers() -> dict[int, psutil.Process]:
-    """Return the training workers among the descendants of this process, by pid."""
-    return {p.pid: p for p in psutil.Process().children(recursive=True) if "RayTrainWorker" in p.name()}
+def find_train_workers(pid: int | None = None) -> dict[int, psutil.Process]:
+    """Return the training workers among the descendants of a process (default: this one), by pid."""
+    return {p.pid: p for p in psutil.Process(pid).children(recursive=True) if "RayTrainWorker" in p.name()}
 
 
 def read_weights_sha256(output: Path) -> str:

@@ -23,6 +23,7 @@ from segray.training.worker.steps import NonFiniteLossError, rebuild_gradient_bu
 from tests.conftest import PET_CLASSES, TINY_MODEL
 from tests.training.worker.learner import CPU, build_network, make_batch, make_learner, split
 
+pytestmark = pytest.mark.integration  # Starting the ranks takes half a minute.
 NUM_STEPS, GLOBAL_BATCH, NUM_IMAGES = 30, 8, 101
 TERMS: dict[str, object] = {"ce": 1.0, "dice": 0.5, "ohem": 0.5}
 

@@ -95,6 +95,7 @@ def test_tensorboard_has_every_metric_once_even_after_a_restart(tmp_path: Path, 
     } - {"epoch"}
 
 
+@pytest.mark.integration  # It takes ten seconds.
 def test_mlflow_has_one_run_with_settings_and_every_metric_once(tmp_path: Path, console: Console) -> None:
     from mlflow import MlflowClient
 

@@ -23,13 +23,12 @@ from tests.training.ray_runs import (
     NUM_EPOCHS,
     STEPS_PER_EPOCH,
     MakeConfig,
-    is_in_mid_epoch,
+    find_train_workers,
     make_config,
     read_metrics,
     read_weights_sha256,
     train,
-    train_with_killed_worker,
-    wait_for,
+    wait_for_mid_epoch,
 )
 
 pytestmark = pytest.mark.usefixtures("ray_session")
@@ -73,7 +72,7 @@ def test_the_model_card_describes_data_settings_scores_and_limits(uninterrupted_
     card = (uninterrupted_run / "bundle" / "model_card.md").read_text()
     metrics = load_bundle(str(uninterrupted_run / "bundle")).manifest.metrics
     for part in (
-        "# deeplabv3plus on resnet18",
+        "# deeplabv3plus on tu-test_resnet",
         f"{NUM_TRAIN} labelled images for training, {NUM_TEST} for validation",
         f"{metrics['val_mean_iou']:.4f}",
         f"| border | {metrics['val_dataset_iou'][2]:.4f} |",
@@ -136,35 +135,29 @@ def test_another_configuration_in_the_same_output_is_an_error(
         train(make_config(make_train_config, uninterrupted_run, learning_rate=0.5))
 
 
-def test_weights_are_identical_after_a_worker_is_killed_mid_epoch(
+def test_weights_are_identical_after_a_worker_and_then_the_driver_are_killed_mid_epoch(
     uninterrupted_run: Path, make_train_config: MakeConfig, tmp_path: Path
 ) -> None:
-    printed = train_with_killed_worker(make_config(make_train_config, tmp_path))
-    assert "resuming after " in printed, printed
-    assert read_weights_sha256(tmp_path) == read_weights_sha256(uninterrupted_run)
-    assert read_metrics(tmp_path) == read_metrics(uninterrupted_run)
-
-
-def test_weights_are_identical_after_the_driver_is_killed_mid_epoch(
-    uninterrupted_run: Path, make_train_config: MakeConfig, tmp_path: Path
-) -> None:
-    config = make_config(make_train_config, tmp_path / "run")
+    output, printed_file = tmp_path / "run", tmp_path / "printed.txt"
+    config = make_config(make_train_config, output)
     path = tmp_path / "config.yaml"
     path.write_text(yaml.safe_dump(config.model_dump(mode="json")))
-    command = [sys.executable, "-c", "from segray.cli import main; main()", "train", str(path)]
+    command = [sys.executable, "-u", "-c", "from segray.cli import main; main()", "train", str(path)]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    with (tmp_path / "printed.txt").open("w") as printed_file:
-        driver = subprocess.Popen(command, stdout=printed_file, stderr=subprocess.STDOUT, env=environment)
+    with printed_file.open("w") as file:
+        driver = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
     try:
-        wait_for(lambda: driver.poll() is not None or is_in_mid_epoch(tmp_path / "run"))
-        assert driver.poll() is None, (tmp_path / "printed.txt").read_text()
+        before = wait_for_mid_epoch(output, driver)
+        find_train_workers(driver.pid).popitem()[1].kill()
+        wait_for_mid_epoch(output, driver, before)
     finally:  # Even if the test fails: a driver left alive would disturb the next test.
         driver.kill()
         driver.wait()
-    assert not (tmp_path / "run" / "bundle").exists()
+    assert "resuming after " in printed_file.read_text()
+    assert not (output / "bundle").exists()
     # If the driver dies while Ray Train writes its list of checkpoints, the list can be empty; Ray then never resumes.
-    (tmp_path / "run" / "ray_train" / "checkpoint_manager_snapshot.json").write_text("")
+    (output / "ray_train" / "checkpoint_manager_snapshot.json").write_text("")
     printed = train(config)
     assert "resuming after " in printed, printed
-    assert read_weights_sha256(tmp_path / "run") == read_weights_sha256(uninterrupted_run)
-    assert read_metrics(tmp_path / "run") == read_metrics(uninterrupted_run)
+    assert read_weights_sha256(output) == read_weights_sha256(uninterrupted_run)
+    assert read_metrics(output) == read_metrics(uninterrupted_run)

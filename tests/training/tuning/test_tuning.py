@@ -3,6 +3,7 @@
 import csv
 import io
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -30,6 +31,7 @@ from segray.training.tuning.search_space import check_space, draw_values, set_va
 from segray.training.tuning.trial import Search, TrialRun
 
 MakeConfig = Callable[..., TrainConfig]
+FAILURE = re.compile(r"loss is (nan|inf) at step \d+ \(the weights were not updated\)")
 SPACE = {
     "train.learning_rate": {"log_uniform": [1e-4, 1e-2]},
     "loss.dice": {"uniform": [0, 1]},
@@ -179,7 +181,10 @@ def test_a_failed_trial_does_not_affect_the_others(make_train_config: MakeConfig
     assert set(rates) == {1e-3, 1e30}
     search(config)
     for trial in read_trials(tmp_path):
-        assert trial["outcome"].startswith("failed: loss is ") == (rates[int(trial["trial"])] == 1e30)
+        is_failed = rates[int(trial["trial"])] == 1e30
+        assert trial["outcome"].startswith("failed: ") == is_failed
+        assert not is_failed or FAILURE.search(trial["outcome"])
+        assert trial["outcome"].count(".jpg") == 6 * is_failed  # The global batch.
     assert not get_reserved_groups()
 
 
