@@ -111,14 +111,15 @@ def unet_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     "model",
     [
-        pytest.param({"arch": "fcn8s", "encoder_name": "vgg11"}, marks=pytest.mark.integration),
-        pytest.param({"arch": "deeplabv3plus", "encoder_name": "tu-test_resnet"}, marks=pytest.mark.integration),
+        {"arch": "fcn8s", "encoder_name": "vgg11"},
+        {"arch": "deeplabv3plus", "encoder_name": "tu-test_resnet"},
         {"arch": "classic_unet", "widths": [4, 8, 16]},
-        pytest.param({"arch": "segnet", "encoder_name": "vgg11_bn"}, marks=pytest.mark.integration),
-        pytest.param({"arch": "segformer", "encoder_name": "mit_b0"}, marks=pytest.mark.integration),  # A transformer.
+        {"arch": "segnet", "encoder_name": "vgg11_bn"},
+        {"arch": "segformer", "encoder_name": "mit_b0"},  # A transformer.
     ],
     ids=lambda model: model["arch"],
 )

@@ -15,7 +15,7 @@ SIZE = (96, 160)
 def build_with_random_norms(arch: str, encoder_name: str) -> SegmentationModel:
     """Build a model with random BatchNorm statistics and weights."""
     torch.manual_seed(0)
-    model = build_model(ModelConfig(arch=arch, encoder_name=encoder_name), 5).eval()
+    model = build_model(ModelConfig(arch=arch, encoder_name=encoder_name, widths=(8, 16, 32)), 5).eval()
     for module in model.modules():
         if isinstance(module, nn.BatchNorm2d) and module.running_mean is not None and module.running_var is not None:
             nn.init.normal_(module.running_mean, std=0.3)

@@ -22,7 +22,7 @@ CONFIGS = [
     pytest.param(ModelConfig(encoder_name="mobilenet_v2"), marks=pytest.mark.integration),
     ModelConfig(arch="fpn", encoder_name="mit_b0"),  # Its blocks also take sizes.
     ModelConfig(encoder_name="tu-resnet10t"),
-    ModelConfig(arch="dpt", encoder_name="tu-test_vit"),
+    pytest.param(ModelConfig(arch="dpt", encoder_name="tu-test_vit"), marks=pytest.mark.integration),
     ModelConfig(arch="classic_unet", widths=(8, 16, 32)),
 ]
 
