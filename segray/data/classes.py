@@ -11,6 +11,7 @@ from segray.errors import FaultKind, ImageFault
 _UNDECLARED = -1
 _VOID = 255  # By convention, as in PASCAL VOC and Cityscapes.
 _MAX_LISTED_VALUES = 8
+_MAX_YAML_VALUES = 40
 
 
 @dataclass(frozen=True)
@@ -110,9 +111,11 @@ class ClassMap:
 
 
 def _format_values(values: Sequence[int]) -> str:
-    """Return values as a YAML list; the middle of a long consecutive run is abbreviated."""
-    is_long_run = len(values) > _MAX_LISTED_VALUES and values[-1] - values[0] == len(values) - 1
-    return f"[{values[0]}, {values[1]}, …, {values[-1]}]" if is_long_run else str(list(values))
+    """Return values as a YAML list; the middle of a long one is abbreviated, so that an error row stays short."""
+    is_run = values[-1] - values[0] == len(values) - 1
+    if len(values) > (_MAX_LISTED_VALUES if is_run else _MAX_YAML_VALUES):
+        return f"[{values[0]}, {values[1]}, …, {values[-1]}]"
+    return str(list(values))
 
 
 def _list_some(values: Sequence[int]) -> str:

@@ -31,6 +31,7 @@ def test_more_than_255_classes_need_uint16() -> None:
         (ClassMap(("a", "b"), (0, 1)), [0, 1, 255], r"255 usually means void: set data.ignore_values: \[255\]"),
         (ClassMap(("a", "b"), (0, 1), (9,)), [9, 1, 255], r"set data.ignore_values: \[9, 255\]"),
         (ClassMap(tuple("abcdefghi"), tuple(range(9))), list(range(1, 10)), r"class_values: \[1, 2, …, 9\]"),
+        (ClassMap(tuple(map(str, range(80))), tuple(range(80))), list(range(0, 240, 3)), r"_values: \[0, 3, …, 237\]"),
         (
             ClassMap(("a", "b"), (0, 1)),
             list(range(0, 60, 3)),

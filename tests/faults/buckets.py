@@ -6,7 +6,7 @@ from typing import Protocol
 import obstore
 from obstore.store import AzureStore
 
-from tests.faults.object_store import ObjectStore
+from tests.faults.object_store import SECRET_KEY, ObjectStore
 from tests.storage.azurite import ACCOUNT, KEY, Azurite
 from tests.storage.google_stub import GoogleBucket
 from tests.storage.stub_server import StubServer
@@ -15,10 +15,11 @@ BUCKET = "faults"
 
 
 class Bucket(Protocol):
-    """A bucket in a store that listens at ``endpoint``; ``uri`` has no slash at its end."""
+    """A bucket in a store that listens at ``endpoint``; ``uri`` has no slash at its end; ``secret`` must not leak."""
 
     uri: str
     endpoint: str
+    secret: str
 
     def build_environment(self, endpoint: str) -> dict[str, str]:
         """Return the variables with which segray finds store and credentials, at the store's or a proxy's endpoint."""
@@ -40,6 +41,7 @@ class S3Bucket:
     """A bucket of Swift; see ``Bucket``."""
 
     uri = f"s3://{BUCKET}"
+    secret = SECRET_KEY
 
     def __init__(self, store: ObjectStore) -> None:
         self.endpoint = store.endpoint
@@ -68,6 +70,7 @@ class AzureBucket:
     """A container of Azurite; see ``Bucket``."""
 
     uri = f"az://{BUCKET}"
+    secret = KEY
 
     def __init__(self, azurite: Azurite) -> None:
         self.endpoint = azurite.endpoint
@@ -98,13 +101,14 @@ class GoogleStubBucket:
     """A bucket of the stub of Google's API; see ``Bucket``."""
 
     uri = f"gs://{BUCKET}"
+    secret = "secret-of-google"
 
     def __init__(self, server: StubServer, bucket: GoogleBucket) -> None:
         self.endpoint = server.endpoint
         self._bucket = bucket
 
     def build_environment(self, endpoint: str) -> dict[str, str]:
-        return {"GOOGLE_BASE_URL": endpoint, "GOOGLE_BEARER_TOKEN": "token"}
+        return {"GOOGLE_BASE_URL": endpoint, "GOOGLE_BEARER_TOKEN": self.secret}
 
     def put(self, key: str, content: bytes) -> None:
         self._bucket.put(key, content)

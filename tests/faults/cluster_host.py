@@ -1,8 +1,8 @@
 """Run a Ray cluster of a head and more nodes on this machine until standard input is closed.
 
 It is a separate process because Ray reads its settings only once: ``python -m tests.faults.cluster_host NUM_NODES``. It
-prints one line of JSON: the cluster's address, and the process ids of the head's servers and of each other node's
-raylet.
+prints one line of JSON: the cluster's address, the folder of its logs, and the process ids of the head's servers and of
+each other node's raylet.
 """
 
 import json
@@ -27,6 +27,7 @@ def main() -> None:
             {
                 "address": cluster.address,
                 "head": [process.process.pid for kind in ("gcs_server", "raylet") for process in head[kind]],
+                "session": cluster.head_node.get_session_dir_path(),
                 "raylets": [node.all_processes["raylet"][0].process.pid for node in nodes],
             }
         ),

@@ -83,6 +83,7 @@ class Cluster:
         address: For RAY_ADDRESS.
         head: Process ids of the head's control store and raylet.
         raylets: Process ids of the other nodes' raylets.
+        session: Folder with the logs of all processes.
     """
 
     environment: dict[str, str]
@@ -90,6 +91,7 @@ class Cluster:
     address: str = ""
     head: list[int] = field(default_factory=list)
     raylets: list[int] = field(default_factory=list)
+    session: Path = Path()
 
     def __enter__(self) -> Self:
         self._host = subprocess.Popen(
@@ -104,6 +106,7 @@ class Cluster:
         assert self._host.stdout is not None
         started = json.loads(self._host.stdout.readline())
         self.address, self.head, self.raylets = started["address"], started["head"], started["raylets"]
+        self.session = Path(started["session"])
         return self
 
     def __exit__(self, *error: object) -> None:

@@ -1,5 +1,9 @@
 """One fault of each family: the fault tests that are not slow."""
 
+import io
+
+from pyarrow import parquet as pq
+
 from tests.faults.buckets import Bucket
 from tests.faults.proxy import Action, Call, Request, Rule
 from tests.faults.scene import FRAGMENT_SIZE, NUM_GOOD, Clean, Scene, pick_poison, read_table, require_invariant
@@ -104,3 +108,27 @@ def test_objects_changed_or_deleted_after_planning_become_error_rows(scene: Scen
         for request in scene.proxy.requests
         if "images/part" in request.key and request.operation == "PUT"
     } == with_errors
+
+
+def test_no_credential_is_in_any_file_output_or_log(scene: Scene, clean: Clean, output: str) -> None:
+    """Read the files of two runs, one of which stops, and the logs of Ray, also those of the tests before."""
+    scene.proxy.set_rules(Rule(Action.FORBIDDEN, "PUT", r"part-00000002"))
+    run = scene.run(output)
+    assert run.process.returncode == 4, run.text
+    keys = scene.bucket.list_keys("clean/") + scene.bucket.list_keys(f"{output}/")
+    contents = {key: read_content(scene.bucket, key) for key in keys}
+    assert scene.cluster is not None
+    logs = {str(path): path.read_text(errors="replace") for path in scene.cluster.session.rglob("*") if path.is_file()}
+    assert min(len(contents), len(logs)) > 10
+    contents |= {**logs, "output": run.text}
+    assert [name for name, content in contents.items() if scene.bucket.secret in content] == []
+
+
+def read_content(bucket: Bucket, key: str) -> str:
+    """Return the content of a file as text; of a Parquet file, its metadata and all columns but the masks."""
+    content = bucket.get(key)
+    if not key.endswith(".parquet"):
+        return content.decode(errors="replace")
+    schema = pq.read_schema(io.BytesIO(content))
+    columns = [name for name in schema.names if name != "mask"]
+    return f"{schema.metadata} {pq.read_table(io.BytesIO(content), columns=columns).to_pylist()}"
