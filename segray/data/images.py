@@ -5,6 +5,7 @@ import io
 import numpy as np
 import numpy.typing as npt
 from PIL import Image
+from PIL.GifImagePlugin import GifImageFile
 from PIL.ImageFile import ImageFile
 from PIL.TiffImagePlugin import TiffImageFile
 
@@ -19,6 +20,7 @@ _MASK_FORMATS = ("PNG", "BMP", "GIF", "TIFF")
 _JPEG_START = b"\xff\xd8\xff"
 _SIXTEEN_BIT_MODES = ("I;16", "I;16B", "I;16L", "I;16N")
 _MAX_COUNTED_PAGES = 1000  # Of a TIFF.
+_MAX_COUNTED_GIF_BYTES = 8_000_000  # Pillow counts the frames of 4 MB per second.
 
 
 def decode_image(content: bytes, max_px: int = DEFAULT_MAX_IMAGE_PX) -> npt.NDArray[np.uint8]:
@@ -120,6 +122,8 @@ def _to_rgb(image: Image.Image) -> npt.NDArray[np.uint8]:
 def _describe_frames(image: ImageFile, content: bytes) -> str | None:
     is_tiff = isinstance(image, TiffImageFile)
     try:
+        if isinstance(image, GifImageFile) and len(content) > _MAX_COUNTED_GIF_BYTES:
+            return "first of several frames" if image.is_animated else None
         num_frames = count_tiff_pages(content, _MAX_COUNTED_PAGES) if is_tiff else getattr(image, "n_frames", 1)
     except MemoryError:
         raise

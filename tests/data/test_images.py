@@ -222,6 +222,14 @@ def test_pages_are_counted_up_to_a_limit() -> None:
     assert note == "first of more than 1000 frames"
 
 
+def test_the_frames_of_a_large_gif_are_not_counted() -> None:
+    grey = Image.fromarray(RGB[..., 0])
+    animated, single = encode_frames(grey, "GIF"), encode(grey, "GIF")
+    comments = b"\x21\xfe" + b"\xff" + 255 * b"." + b"\0"
+    large = [gif[:-1] + comments * 32_000 + gif[-1:] for gif in (animated, single)]
+    assert [decode_image_with_note(gif)[1] for gif in large] == ["first of several frames", None]
+
+
 def test_masks_decode_to_their_raw_values() -> None:
     values = np.array([[0, 1, 255], [7, 7, 3]], np.uint8)
     np.testing.assert_array_equal(decode_mask(encode(Image.fromarray(values))), values)
