@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 import pyarrow as pa
 import pytest
 from PIL import Image
@@ -20,6 +19,7 @@ import segray
 from segray.errors import ConfigError, DataError, MissingFileError
 from segray.segmentation.job import SegmentResult
 from tests.conftest import NUM_TEST, SHAPE_SIZE
+from tests.processes import find_workers
 from tests.segmented import NUM_IMAGES, SETTINGS
 
 pytestmark = [pytest.mark.smoke, pytest.mark.usefixtures("ray_session")]
@@ -102,10 +102,9 @@ def test_a_killed_predictor_does_not_change_any_byte(
     def kill_a_predictor() -> bool:
         deadline_s = time.monotonic() + 120
         while time.monotonic() < deadline_s:
-            for process in psutil.Process().children(recursive=True):
-                if "FragmentPredictor" in process.name() and list(output.glob("images/*.parquet")):
-                    process.kill()
-                    return True
+            if list(output.glob("images/*.parquet")) and (predictors := find_workers("FragmentPredictor")):
+                predictors[-1].kill()
+                return True
             time.sleep(0.01)
         return False
 

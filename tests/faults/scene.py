@@ -22,6 +22,7 @@ from segray.config import IMAGE_EXTENSIONS
 from tests.faults.buckets import BUCKET, Bucket, S3Bucket
 from tests.faults.proxy import FaultProxy
 from tests.poison import build_poison, encode
+from tests.processes import find_workers
 
 ROOT = Path(__file__).parents[2]
 FRAGMENT_SIZE = 3
@@ -123,14 +124,7 @@ class Cluster:
 
     def find_workers(self, title: str) -> list[int]:
         """Return the ids of worker processes whose command line contains a text, such as the class of an actor."""
-        found = []
-        for process in psutil.Process(self._host.pid).children(recursive=True):
-            try:
-                if title in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process.pid)
-            except psutil.NoSuchProcess:
-                continue
-        return found
+        return [process.pid for process in find_workers(title, self._host.pid)]
 
 
 def build_environment(**more: str) -> dict[str, str]:

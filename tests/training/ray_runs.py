@@ -16,8 +16,10 @@ from segray.config import TrainConfig
 from segray.training.checkpoint import find_newest_state
 from segray.training.driver import run_training
 from tests.conftest import NUM_TRAIN
+from tests.processes import find_workers
 
 MakeConfig = Callable[..., TrainConfig]
+TRAIN_WORKER = "RayTrainWorker"  # In the command line of a training worker.
 NUM_EPOCHS = 4
 STEPS_PER_EPOCH = NUM_TRAIN // 6
 # With these settings a checkpoint contains every kind of state; make_config adds dropout and augmentation.
@@ -54,12 +56,11 @@ def train(config: TrainConfig) -> str:
 
 def train_with_killed_worker(config: TrainConfig) -> str:
     """Train, and kill a worker once the newest checkpoint is in the middle of an epoch; return what was printed."""
-    earlier_workers = find_train_workers()
+    earlier_workers = find_workers(TRAIN_WORKER)
 
     def kill_worker() -> None:
         wait_for_mid_epoch(Path(config.output))
-        workers = find_train_workers()
-        workers[max(workers.keys() - earlier_workers)].kill()
+        find_new_train_worker(earlier_workers).kill()
 
     with ThreadPoolExecutor(1) as executor:
         killer = executor.submit(kill_worker)
@@ -90,9 +91,9 @@ def wait_for_mid_epoch(output: Path, driver: "subprocess.Popen[bytes] | None" = 
     return step
 
 
-def find_train_workers(pid: int | None = None) -> dict[int, psutil.Process]:
-    """Return the training workers among the descendants of a process (default: this one), by pid."""
-    return {p.pid: p for p in psutil.Process(pid).children(recursive=True) if "RayTrainWorker" in p.name()}
+def find_new_train_worker(earlier: list[psutil.Process]) -> psutil.Process:
+    """Return the newest training worker of this process's Ray that is not one of ``earlier``."""
+    return [process for process in find_workers(TRAIN_WORKER) if process not in earlier][-1]
 
 
 def read_weights_sha256(output: Path) -> str:

@@ -17,9 +17,11 @@ from segray.training.checkpoint import find_newest_state
 from tests.faults.object_store import ObjectStore
 from tests.faults.proxy import Call, FaultProxy, Request, Rule
 from tests.faults.scene import build_environment
+from tests.processes import find_workers
 from tests.training.ray_runs import (
+    TRAIN_WORKER,
     MakeConfig,
-    find_train_workers,
+    find_new_train_worker,
     read_metrics,
     read_weights_sha256,
     train,
@@ -120,13 +122,12 @@ def test_bad_labels_are_an_error_before_anything_is_written(make_train_config: M
 def test_a_stalled_worker_ends_the_run_with_an_error_that_names_rank_and_step(
     make_train_config: MakeConfig, tmp_path: Path
 ) -> None:
-    earlier_workers = find_train_workers()
+    earlier_workers = find_workers(TRAIN_WORKER)
     stopped: list[psutil.Process] = []
 
     def stop_worker() -> None:
         wait_for(lambda: find_newest_state(str(tmp_path / "ray_train"), lambda _: None) is not None)
-        workers = find_train_workers()
-        stopped.append(workers[max(workers.keys() - earlier_workers)])
+        stopped.append(find_new_train_worker(earlier_workers))
         stopped[0].suspend()
 
     config = make_train_config(tmp_path, num_epochs=500, stall_timeout_s=12, checkpoint_every_steps=1)

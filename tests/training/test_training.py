@@ -19,11 +19,12 @@ from segray.training.worker.evaluation import compute_scores, evaluate
 from segray.training.worker.feed import RankShare, iterate_evaluation
 from segray.training.worker.sample_store import SampleStore
 from tests.conftest import NUM_TEST, NUM_TRAIN, PET_CLASSES, SHAPE_SIZE
+from tests.processes import find_workers
 from tests.training.ray_runs import (
     NUM_EPOCHS,
     STEPS_PER_EPOCH,
+    TRAIN_WORKER,
     MakeConfig,
-    find_train_workers,
     make_config,
     read_metrics,
     read_weights_sha256,
@@ -148,7 +149,7 @@ def test_weights_are_identical_after_a_worker_and_then_the_driver_are_killed_mid
         driver = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment)
     try:
         before = wait_for_mid_epoch(output, driver)
-        find_train_workers(driver.pid).popitem()[1].kill()
+        find_workers(TRAIN_WORKER, driver.pid)[-1].kill()
         wait_for_mid_epoch(output, driver, before)
     finally:  # Even if the test fails: a driver left alive would disturb the next test.
         driver.kill()
