@@ -41,19 +41,21 @@ PET_CLASSES = ClassMap(("pet", "background", "border"), (1, 2, 3), ignore_values
 SHAPE_SIZE = 64
 NUM_TRAIN, NUM_TEST = 18, 7
 TINY_MODEL = ModelConfig(arch="classic_unet", widths=(8, 16))  # for tests in which the network does not matter
+LONGEST_FILES = {"test_fast.py", "test_runs.py", "test_training.py"}
 INTEGRATION_FIXTURES = {"ray_session", "object_store"}
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Mark tests that use Ray or an object store through a fixture, and run the files with such tests first.
 
-    Tests that use Ray in another way are marked where they are defined.
+    Tests that use Ray in another way are marked where they are defined. A process runs all tests of a file, so the
+    longest files come first: one at the end would leave the other process idle.
     """
     for item in items:
         if INTEGRATION_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker("integration")
     long_files = {item.path for item in items if item.get_closest_marker("integration")}
-    items.sort(key=lambda item: item.path not in long_files)
+    items.sort(key=lambda item: (item.path.name not in LONGEST_FILES, item.path not in long_files))
 
 
 @pytest.fixture(scope="session")

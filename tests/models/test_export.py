@@ -117,7 +117,6 @@ def unet_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         {"arch": "fcn8s", "encoder_name": "vgg11"},
         {"arch": "deeplabv3plus", "encoder_name": "tu-test_resnet"},
-        {"arch": "classic_unet", "widths": [4, 8, 16]},
         {"arch": "segnet", "encoder_name": "vgg11_bn"},
         {"arch": "segformer", "encoder_name": "mit_b0"},  # A transformer.
     ],
