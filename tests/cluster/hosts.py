@@ -18,6 +18,7 @@ from typing import Self
 import psutil
 
 from tests.faults.object_store import LIBC, prepare_child
+from tests.processes import find_workers
 
 OWN_ADDRESS = "10.77.0.254"
 CLOUD = f"http://{OWN_ADDRESS}:5000"  # Endpoint of EC2 in the tests that need one.
@@ -115,14 +116,7 @@ class Hosts:
 
     def find_processes(self, name: str, title: str) -> list[psutil.Process]:
         """Return a host's processes whose command line contains a text."""
-        found = []
-        for process in self._first[name].children(recursive=True):
-            try:
-                if title in " ".join(process.cmdline()) and process.status() != psutil.STATUS_ZOMBIE:
-                    found.append(process)
-            except psutil.NoSuchProcess:
-                continue
-        return found
+        return find_workers(title, self._first[name].pid)
 
     def find_open_ports(self, name: str) -> dict[int, str]:
         """Return the TCP ports of a host that others can reach, except sshd's, with the processes that listen."""
@@ -152,8 +146,9 @@ class Hosts:
         """Kill all processes of a host except its first process and its sshd."""
         kept = {self._first[name].pid, *(process.pid for process in self.find_processes(name, "sshd"))}
         for process in self._first[name].children(recursive=True):
-            if process.pid not in kept and process.name() != "sleep":
-                process.kill()
+            with suppress(psutil.NoSuchProcess):
+                if process.pid not in kept and process.name() != "sleep":
+                    process.kill()
 
     def _enter(self, name: str, command: Sequence[str]) -> list[str]:
         pid = str(self._first[name].pid)
@@ -219,8 +214,9 @@ def _wait_for_first(unshare: subprocess.Popen[bytes], log: Path) -> psutil.Proce
     deadline_s = time.monotonic() + _START_TIMEOUT_S
     while unshare.poll() is None and time.monotonic() < deadline_s:
         for first in psutil.Process(unshare.pid).children():
-            if any(child.name() == "sleep" for child in first.children()):
-                return first
+            with suppress(psutil.NoSuchProcess):  # A child may end between the two calls.
+                if any(child.name() == "sleep" for child in first.children()):
+                    return first
         time.sleep(0.02)
     raise RuntimeError(f"a host did not start: {log.read_text()}")
 
