@@ -124,6 +124,7 @@ class ParallelListing:
             yield from future.result()
             self._num_held -= 1
             waiting += reversed(part.children)
+            part.future, part.children = None, []  # The list that it came from still holds the part.
 
     def _submit(self, waiting: Sequence[_Part], pool: ThreadPoolExecutor) -> "list[Future[Sequence[StoredFile]]]":
         """Request the first pages that are not yet requested; return the requests that are in flight."""

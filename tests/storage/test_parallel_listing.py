@@ -1,6 +1,7 @@
 """Tests of segray.storage.parallel_listing and key_ranges: the same files in the same order as page by page."""
 
 import bisect
+import gc
 import heapq
 import random
 import threading
@@ -164,6 +165,15 @@ def test_a_listing_uses_many_requests_at_a_time_and_few_in_vain(name: str, monke
     assert pages.num_requests < 1.6 * num_pages
     assert num_pages / pool.now > 9  # Times as fast as one page after the other.
     assert most_held < 200 * 100
+
+
+@pytest.mark.parametrize("keys", [make_folders(300, 40), make_folders(3, 4000)], ids=["folders", "large folders"])
+def test_files_that_were_yielded_are_not_held(keys: list[str]) -> None:
+    most = 0
+    for number, _ in enumerate(ParallelListing(FakePages(keys))):
+        if number % 1000 == 999:
+            most = max(most, sum(type(value) is StoredFile for value in gc.get_objects()))
+    assert most < 10 * (parallel_listing._MAX_PAGES_AHEAD + 2 * parallel_listing._NUM_THREADS)
 
 
 def test_a_short_listing_is_one_request_without_threads() -> None:
