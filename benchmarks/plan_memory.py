@@ -4,9 +4,8 @@
 
 An INPUT is ``parquet`` or ``csv`` (a manifest with sizes and entity tags), ``text`` (a list of URIs), each in random
 order, ``sorted`` (a text list in order), ``s3`` (a prefix), or ``folder`` (a local folder with a tenth of the images).
-The default is a million images and every input. ``s3`` is listed from ``listing_server.py``;
-planning needs no other call. The peak is the resident memory of the driver (VmHWM); each input is planned in a
-separate process.
+The default is a million images and every input. ``s3`` is listed from ``listing_server.py``; planning
+needs no other call. The peak is the resident memory of the driver (VmHWM); each input is planned in a separate process.
 """
 
 import hashlib

@@ -122,7 +122,8 @@ class ParallelListing:
                 continue
             part = waiting.pop()
             yield from future.result()
-            self._num_held -= 1
+            with self._lock:
+                self._num_held -= 1
             waiting += reversed(part.children)
             part.future, part.children = None, []  # The list that it came from still holds the part.
 
