@@ -58,8 +58,8 @@ class AugmentationSettings(Section):
     )
     cutout: Fraction = Field(
         0.0,
-        description="Probability, 0 to 1, that one rectangle, with sides 10 to 40% of the sample's, is blanked and "
-        "ignored.",
+        description="Probability, 0 to 1, that one rectangle, with sides 10 to 40% of the sample's, is blanked; its "
+        "pixels are ignored in the loss, because their labels no longer show in the image.",
     )
 
     @model_validator(mode="before")

@@ -24,6 +24,17 @@ _NOT_WEIGHT_SETTINGS = {
     "checkpoint_every_steps",
     "num_best_checkpoints",
 }
+# Settings of train that bind an output folder: those of the optimizer, whose state is in the checkpoints, and those
+# that decide which samples a step takes. The other settings of train may change when a run is resumed.
+_BOUND_SETTINGS = {
+    "seed",
+    "global_batch_size",
+    "optimizer",
+    "learning_rate",
+    "encoder_lr_factor",
+    "momentum",
+    "weight_decay",
+}
 
 
 class SegmentFile(Section):
@@ -85,8 +96,19 @@ class TrainConfig(SegmentFile):
         return found
 
     @property
+    def bound_settings(self) -> dict[str, Any]:
+        """The settings that bind an output folder to a run; a rerun into the same output must have the same."""
+        train = self.train.model_dump(mode="json", include=_BOUND_SETTINGS)
+        return {**self.model_dump(mode="json", include={"data", "model", "image_size", "loss"}), "train": train}
+
+    @property
+    def phase_settings(self) -> dict[str, Any]:
+        """The settings that affect the weights or scores too, but may change when a run is resumed; it records them."""
+        train = self.train.model_dump(mode="json", exclude=_BOUND_SETTINGS | _NOT_WEIGHT_SETTINGS)
+        return {"augmentation": self.augmentation.model_dump(mode="json"), "train": train}
+
+    @property
     def weight_settings(self) -> dict[str, Any]:
-        """The settings that determine the trained weights; a rerun into the same output must have the same."""
-        sections = {"data", "model", "image_size", "loss", "augmentation"}
-        train = self.train.model_dump(mode="json", exclude=_NOT_WEIGHT_SETTINGS)
-        return {**self.model_dump(mode="json", include=sections), "train": train}
+        """All settings that affect the weights or scores; a search compares its trials under one choice of them."""
+        bound, phase = self.bound_settings, self.phase_settings
+        return {**bound, **phase, "train": {**bound["train"], **phase["train"]}}

@@ -13,11 +13,17 @@ class LossSettings(Section):
     """Training loss: a weighted sum of terms, as in ``loss: {ce: 1.0, dice: 1.0}``.
 
     ``ce`` and ``focal`` are means over the scored pixels of the global batch. The other terms are computed for each
-    image and averaged over the images. Ignored pixels do not contribute.
+    image and averaged over the images. Ignored pixels do not contribute. ``dice``, ``jaccard`` and ``tversky`` are
+    means over the classes in the image's ground truth.
     """
 
     ce: float = Field(0.0, ge=0, description="Weight of cross-entropy. It is 1 if no term is given.")
-    dice: float = Field(0.0, ge=0, description="Weight of the soft Dice loss.")
+    dice: float = Field(
+        0.0,
+        ge=0,
+        description="Weight of the soft Dice loss, with the sum of probabilities, "
+        "not of their squares, in the denominator.",
+    )
     focal: float = Field(0.0, ge=0, description="Weight of the focal loss: cross-entropy that emphasises hard pixels.")
     lovasz: float = Field(0.0, ge=0, description="Weight of the Lovász-Softmax loss, a surrogate of IoU.")
     jaccard: float = Field(0.0, ge=0, description="Weight of the soft Jaccard (IoU) loss.")

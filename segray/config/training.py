@@ -10,11 +10,17 @@ from segray.config.section import Section
 class TrainSettings(Section):
     """Optimisation and execution of training.
 
-    Settings that affect the weights belong to the run: a rerun into the same output must have the same. Those that only
-    affect speed and fault tolerance (caches, decoding threads, failures, checkpoints) may differ.
+    ``seed``, ``global_batch_size``, ``optimizer``, ``learning_rate``, ``encoder_lr_factor``, ``momentum`` and
+    ``weight_decay`` belong to the run: a rerun into the same output must have the same. All others may differ; those
+    that affect weights or scores are recorded with the step from which they applied.
     """
 
-    num_epochs: int = Field(15, ge=1, description="Passes over the training images.")
+    num_epochs: int = Field(
+        15,
+        ge=1,
+        description="Passes over the training images. A finished run continues if a rerun has more; the learning-rate "
+        "schedule is then recomputed.",
+    )
     global_batch_size: int = Field(
         16,
         ge=1,
@@ -24,7 +30,8 @@ class TrainSettings(Section):
     num_accumulation_steps: int = Field(
         1,
         ge=1,
-        description="Forward and backward passes per optimizer step. More passes need less memory.",
+        description="Forward and backward passes per optimizer step. More passes need less memory. A run that "
+        "continues with fewer workers (``min_train_workers``) makes more, so that none needs more memory than before.",
     )
     seed: int = Field(0, ge=0, description="Seed of initial weights, sample order and augmentation.")
 
@@ -37,7 +44,9 @@ class TrainSettings(Section):
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of ``sgd``.")
     weight_decay: float = Field(
-        1e-2, ge=0, description="Weight decay; not applied to biases and normalisation parameters."
+        1e-2,
+        ge=0,
+        description="Weight decay; not applied to biases, normalisation parameters, positional embeddings and tokens.",
     )
     schedule: Literal["one_cycle", "poly", "cosine", "constant"] = Field(
         "one_cycle", description="Learning-rate schedule over all steps."
@@ -133,6 +142,11 @@ class TrainSettings(Section):
         description="Disk space per worker, in bytes, in the folder ``TMPDIR``, for decoded images that do not fit "
         "into ``cache_bytes``.",
     )
+
+    @property
+    def micro_batch_size(self) -> int:
+        """Images per worker and forward pass."""
+        return self.global_batch_size // (self.num_train_workers * self.num_accumulation_steps)
 
     @model_validator(mode="after")
     def _check_batch(self) -> Self:

@@ -39,8 +39,9 @@ def compute_boundary_counts(
     """Count, for each class, the pixels in the intersection and in the union of the two masks' boundaries.
 
     The boundary of a class consists of its pixels whose distance to a pixel that is not of the class, or to the outside
-    of the image, is at most 2% of the image's diagonal. Pixels that are not scored are removed from both boundaries at
-    the end.
+    of the image, is at most 2% of the image's diagonal. A pixel that is not scored belongs to no class in either mask,
+    whatever is predicted there, and to no boundary: both boundaries follow its edge in the same way, so a correct mask
+    has an IoU of 1.
 
     Source: Cheng et al., "Boundary IoU: Improving Object-Centric Image Segmentation Evaluation", CVPR 2021; distances
     use the square neighbourhood, as in the authors' code.
@@ -58,10 +59,11 @@ def compute_boundary_counts(
     height, width = truth.shape
     distance = max(1, round(_BOUNDARY_SHARE * (height**2 + width**2) ** 0.5))
     scored = truth != ignore_index
+    mask = mask.where(scored, ignore_index)
     counts = torch.zeros(2, num_classes, dtype=torch.int64, device=truth.device)
     present = torch.bincount(torch.cat([truth[scored], mask[scored]]), minlength=num_classes).nonzero().flatten()
     for index in present.tolist():
-        in_truth, in_mask = (_find_boundary(indices == index, distance) & scored for indices in (truth, mask))
+        in_truth, in_mask = (_find_boundary(indices == index, distance) for indices in (truth, mask))
         counts[0, index] = (in_truth & in_mask).sum()
         counts[1, index] = (in_truth | in_mask).sum()
     return counts

@@ -8,7 +8,8 @@ Cross-entropy and focal loss are means over the scored pixels of the global batc
 are computed for each image and averaged over the images of the global batch. Ignored pixels do not count, and a batch
 in which every pixel is ignored adds 0.
 
-Sources: Lin et al., "Focal Loss for Dense Object Detection", 2017; Milletari et al., "V-Net", 2016 (Dice); Salehi et
+Sources: Lin et al., "Focal Loss for Dense Object Detection", 2017; Milletari et al., "V-Net", 2016, and
+Sudre et al., "Generalised Dice overlap as a deep learning loss function", 2017 (Dice); Salehi et
 al., "Tversky loss function for image segmentation", 2017; Rahman and Wang, "Optimizing Intersection-Over-Union", 2016
 (Jaccard); Berman et al., "The Lovász-Softmax loss", 2018; Shrivastava et al., "Training Region-based Object Detectors
 with Online Hard Example Mining", 2016.
@@ -133,9 +134,12 @@ class SegmentationLoss:
     ) -> torch.Tensor:
         """Sum over images 1 minus the mean Tversky index of the classes in each image's truth.
 
-        ``alpha`` weights false positives, ``beta`` false negatives: (0.5, 0.5) is Dice, (1, 1) is Jaccard. The loss
-        classes of segmentation-models-pytorch pool the images of a batch, so that an image's loss depends on the other
-        images, and average over absent classes too.
+        ``alpha`` weights false positives, ``beta`` false negatives: (0.5, 0.5) is Dice, (1, 1) is Jaccard. So Dice is
+        2 sum(p t) / (sum(p) + sum(t)), with the sum of the probabilities in the denominator, as in Sudre et al., 2017,
+        and in segmentation-models-pytorch; V-Net's has the sum of their squares. A class that is absent from an image's
+        truth is left out of that image's mean, so probability given to it costs only through the classes that are
+        present. The loss classes of segmentation-models-pytorch pool the images of a batch, so that an image's loss
+        depends on the other images; there an absent class adds 0 but counts in the mean.
         """
         scored = (truth_nhw != self._ignore_index).flatten(1)[:, None]
         classes = torch.arange(logits_nchw.shape[1], device=truth_nhw.device)[:, None]

@@ -13,7 +13,7 @@ class TrainFingerprint(Fingerprint):
     """Content of ``train.json`` and ``tune.json``.
 
     Attributes:
-        config: The settings that decide which weights a run produces.
+        config: The settings that bind the folder; see ``TrainConfig.bound_settings``.
         listing: sha256 of the list of images, their masks and splits.
     """
 
@@ -31,7 +31,7 @@ class Binding:
 
     Attributes:
         uri: The file, directly in the output folder.
-        settings: The settings that decide the result, as JSON values.
+        settings: The settings that bind the folder, as JSON values.
         listing: sha256 of the list of images, their masks and splits.
     """
 
@@ -47,7 +47,8 @@ class Binding:
         """
         recorded = read_record(self.uri, TrainFingerprint, TrainFingerprint.output_setting)
         if recorded is not None:
-            recorded.require_same(self._fingerprint, self.uri.rpartition("/")[0])
+            bound = recorded.model_copy(update={"config": _select(recorded.config, self.settings)})
+            bound.require_same(self._fingerprint, self.uri.rpartition("/")[0])
 
     def write(self) -> None:
         """Write the file; from then on the folder belongs to this run."""
@@ -56,3 +57,14 @@ class Binding:
     @property
     def _fingerprint(self) -> TrainFingerprint:
         return TrainFingerprint(config=self.settings, listing=self.listing)
+
+
+def _select(recorded: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
+    """Return the sections of a recorded configuration, and the settings of ``train``, that bind a folder today.
+
+    Folders written before ``bound_settings`` existed also recorded settings that do not bind a run.
+    """
+    selected = {name: value for name, value in recorded.items() if name in current}
+    if isinstance(train := selected.get("train"), dict):
+        selected["train"] = {name: value for name, value in train.items() if name in current["train"]}
+    return selected

@@ -15,8 +15,9 @@ from segray.models.prediction import compute_mask
 from segray.plots import Panel, draw_comparison, draw_confusion, draw_curves
 from segray.schema import get_library_versions
 from segray.storage import get_file_name
-from segray.training.checkpoint import find_best_state, find_newest_history
+from segray.training.checkpoint import find_best_state, find_newest_history, find_newest_phases
 from segray.training.job import TrainJob
+from segray.training.phases import describe_phases
 from segray.training.tracking import format_metrics_csv
 from segray.training.worker.sample_store import load_labelled_image
 
@@ -34,7 +35,7 @@ def write_bundle(job: TrainJob, bundle_uri: str, console: Console) -> None:
         StorageError: Permissions, network or disk error.
     """
     best = find_best_state(job.run_uri, console.print)
-    history = find_newest_history(job.run_uri)
+    history, phases = find_newest_history(job.run_uri), find_newest_phases(job.run_uri)
     metrics = best.history[-1]
     model = build_model(job.config.model.model_copy(update={"encoder_weights": None}), job.classes.num_classes).eval()
     model.load_state_dict(best.weights)
@@ -46,7 +47,7 @@ def write_bundle(job: TrainJob, bundle_uri: str, console: Console) -> None:
             classes=job.classes,
             image_size=job.config.image_size,
             preprocessing=job.preprocessing,
-            metrics=metrics,
+            metrics={**metrics, "num_epochs": len(history)},
             config=job.config.model_dump(mode="json"),
         ),
         files={
@@ -55,7 +56,7 @@ def write_bundle(job: TrainJob, bundle_uri: str, console: Console) -> None:
             "confusion.png": draw_confusion(np.array(metrics["val_confusion"]), job.classes),
             "best.png": _draw_predictions(job, model, metrics["val_best_images"]),
             "worst.png": _draw_predictions(job, model, metrics["val_worst_images"]),
-            "model_card.md": _format_card(job, history, metrics),
+            "model_card.md": _format_card(job, len(history), metrics, describe_phases(phases)),
         },
     )
 
@@ -75,8 +76,8 @@ def _draw_predictions(job: TrainJob, model: SegmentationModel, scores: Sequence[
     return draw_comparison(panels, classes)
 
 
-def _format_card(job: TrainJob, history: Sequence[dict[str, Any]], metrics: dict[str, Any]) -> bytes:
-    """Return the model card, in Markdown, of the epoch with these metrics."""
+def _format_card(job: TrainJob, num_epochs: int, metrics: dict[str, Any], changes: Sequence[str]) -> bytes:
+    """Return the model card, in Markdown, of the epoch with these metrics; ``changes`` are those of the settings."""
     columns = ("dataset_iou", "dataset_dice", "precision", "recall", "boundary_iou", "mean_image_iou")
     rows = [
         {"name": name, **{column: metrics[f"val_{column}"][index] for column in columns}}
@@ -87,7 +88,8 @@ def _format_card(job: TrainJob, history: Sequence[dict[str, Any]], metrics: dict
         classes=job.classes,
         splits=job.splits,
         metrics=metrics,
-        num_epochs=len(history),
+        num_epochs=num_epochs,
+        changes=changes,
         columns=columns,
         rows=rows,
         class_weights=None if job.class_weights is None else ", ".join(f"{weight:.3g}" for weight in job.class_weights),

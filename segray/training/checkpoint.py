@@ -17,6 +17,7 @@ from segray.errors import MissingFileError, TrainingError
 from segray.models.bundle import pack_tensors
 from segray.storage import get_file_name, join_uri, list_names, read_bytes, remove_folder, write_bytes
 from segray.training.checkpoint_index import CheckpointIndex, get_score, read_index, write_index
+from segray.training.phases import Phase
 
 _STATE_NAME = "state.safetensors"
 RUN_NAME = "ray_train"  # The folder under the output in which Ray Train keeps its checkpoints.
@@ -38,8 +39,11 @@ class TrainingState:
         schedule: State dict of the learning-rate schedule.
         scaler: State dict of the gradient scaler; empty unless training in fp16.
         average: State dict of the model with averaged weights, or None.
-        epoch_losses: Losses of the steps so far of an unfinished epoch; empty at the end of an epoch.
+        epoch_losses: Losses of the steps so far of an unfinished epoch, NaN for a skipped step; empty at the end of an
+            epoch.
         history: Metrics of each finished epoch.
+        num_skipped: Steps that were skipped in a row before this one.
+        phases: Settings that changed during the run.
     """
 
     num_steps_done: int
@@ -50,6 +54,8 @@ class TrainingState:
     average: Tensors | None = None
     epoch_losses: list[float] = field(default_factory=list)
     history: list[dict[str, Any]] = field(default_factory=list)
+    num_skipped: int = 0
+    phases: list[Phase] = field(default_factory=list)
 
     @property
     def weights(self) -> Tensors:
@@ -86,6 +92,8 @@ def save_state(uri: str, state: TrainingState) -> None:
         scaler=state.scaler,
         epoch_losses=state.epoch_losses,
         history=state.history,
+        num_skipped=state.num_skipped,
+        phases=state.phases,
     )
     write_index(uri, index)
 
@@ -125,6 +133,8 @@ def load_state(uri: str) -> TrainingState:
         average=parts[_AVERAGE] or None,
         epoch_losses=index.epoch_losses,
         history=index.history,
+        num_skipped=index.num_skipped,
+        phases=index.phases,
     )
 
 
@@ -156,6 +166,12 @@ def find_newest_history(run_uri: str) -> list[dict[str, Any]]:
     """Return the metrics of all finished epochs, from the checkpoint that has the most of them."""
     histories = [index.history for _, index in _read_indices(run_uri, lambda _: None)]
     return max(histories, key=len, default=[])
+
+
+def find_newest_phases(run_uri: str) -> list[Phase]:
+    """Return the settings that changed during a run, from the checkpoint that has the most steps."""
+    newest = max((index for _, index in _read_indices(run_uri, lambda _: None)), key=lambda index: index.num_steps_done)
+    return newest.phases
 
 
 def find_best_state(run_uri: str, warn: Callable[[str], None]) -> TrainingState:

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from segray.errors import MissingFileError
 from segray.storage import join_uri, read_bytes, write_bytes
+from segray.training.phases import Phase
 
 _INDEX_NAME = "checkpoint.json"
 
@@ -28,6 +29,8 @@ class CheckpointIndex(BaseModel):
         scaler: State dict of the gradient scaler; empty unless training in fp16.
         epoch_losses: Losses of the steps so far of an unfinished epoch; empty at the end of an epoch.
         history: Metrics of each finished epoch.
+        num_skipped: Steps that were skipped in a row before this one.
+        phases: Settings that changed during the run.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -40,6 +43,8 @@ class CheckpointIndex(BaseModel):
     scaler: dict[str, Any]
     epoch_losses: list[float]
     history: list[dict[str, Any]]
+    num_skipped: int = 0  # Checkpoints of earlier versions lack these two.
+    phases: list[Phase] = []
 
     @property
     def score(self) -> float | None:

@@ -5,11 +5,12 @@ import numpy.typing as npt
 import torch
 from rich.console import Console
 
-from segray.config import TrainConfig
+from segray.config import TrainConfig, TrainSettings
 from segray.data.manifest import Splits, load_splits
 from segray.data.preprocessing import Preprocessing
+from segray.errors import TrainingError
 from segray.models.build import check_model
-from segray.models.bundle import has_bundle
+from segray.models.bundle import has_bundle, load_manifest
 from segray.models.gradient_checkpointing import recompute_encoder
 from segray.models.sync_batchnorm import synchronise_norms
 from segray.runtime.autoscaling import reported_shortage
@@ -17,7 +18,7 @@ from segray.runtime.connect import connect_ray
 from segray.storage import join_uri, normalize_uri
 from segray.training.binding import Binding
 from segray.training.checkpoint import RUN_NAME, find_newest_history, list_checkpoints, remove_surplus
-from segray.training.job import TrainJob, get_classes
+from segray.training.job import TrainJob, get_classes, is_finished
 from segray.training.labels.command import check_splits
 from segray.training.labels.inspect import SplitReport, require_learnable
 from segray.training.labels.report import print_warnings
@@ -28,6 +29,8 @@ _BINDING_NAME = "train.json"
 
 def run_training(config: TrainConfig, console: Console) -> str:
     """Train a model and return the URI of its bundle; an interrupted run is resumed, a complete one is not repeated.
+
+    A complete run goes on if ``train.num_epochs`` is higher than before; its bundle is replaced at the end.
 
     Raises:
         ConfigError: A setting is wrong.
@@ -42,11 +45,11 @@ def run_training(config: TrainConfig, console: Console) -> str:
     splits = load_splits(config.data)
     output = normalize_uri(config.output)
     bundle_uri, run_uri = join_uri(output, "bundle"), join_uri(output, RUN_NAME)
-    binding = Binding(join_uri(output, _BINDING_NAME), config.weight_settings, splits.compute_sha256())
+    binding = Binding(join_uri(output, _BINDING_NAME), config.bound_settings, splits.compute_sha256())
     if has_bundle(bundle_uri) or list_checkpoints(run_uri):  # Otherwise the output is still unused.
         binding.require_same()
     console.print(describe_run(config, splits), highlight=False)
-    if has_bundle(bundle_uri):
+    if has_bundle(bundle_uri) and is_complete(config.train, bundle_uri, run_uri):
         console.print("this run is complete; nothing to do", highlight=False)
         return bundle_uri
     num_workers = config.train.num_train_workers
@@ -66,6 +69,27 @@ def run_training(config: TrainConfig, console: Console) -> str:
             write_bundle(job, bundle_uri, console)
         remove_surplus(run_uri, config.train.num_best_checkpoints)
     return bundle_uri
+
+
+def is_complete(settings: TrainSettings, bundle_uri: str, run_uri: str) -> bool:
+    """Return whether a run that has a bundle is complete; it is not if ``train.num_epochs`` was raised since.
+
+    Raises:
+        TrainingError: It is not, and its checkpoints were removed.
+        BundleError: The bundle is damaged.
+    """
+    manifest, _ = load_manifest(bundle_uri)
+    history = find_newest_history(run_uri)
+    if history:  # A bundle of an earlier version does not say how many epochs it was chosen from.
+        is_newest = manifest.metrics.get("num_epochs", len(history)) == len(history)
+        return is_newest and is_finished(history, settings)
+    num_epochs = manifest.config["train"]["num_epochs"]
+    if settings.num_epochs > num_epochs:
+        raise TrainingError(
+            f"train.num_epochs: the run was complete after {num_epochs} epochs, got {settings.num_epochs}, but the "
+            f"checkpoints under {run_uri} were removed; restore them, or choose another output"
+        )
+    return True
 
 
 def print_wait(config: TrainConfig, console: Console) -> None:

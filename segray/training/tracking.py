@@ -23,7 +23,7 @@ from segray.errors import ConfigError, SegrayError, flatten_message
 from segray.storage import exists, join_uri, read_bytes, remove_folder, write_bytes
 
 _MLFLOW_BATCH = 1000  # Maximum number of metrics per request.
-_PER_EPOCH = ("epoch", "loss", "learning_rate", "images_per_s")
+_PER_EPOCH = ("epoch", "loss", "learning_rate", "images_per_s", "num_skipped_steps")
 _PER_CLASS = (
     "dataset_iou",
     "dataset_dice",
@@ -59,7 +59,7 @@ class Tracker(Protocol):
 
 def flatten_metrics(metrics: Mapping[str, Any], classes: ClassMap) -> dict[str, float | None]:
     """Return all scalar metrics of an epoch by name, per-class ones as ``val_precision_car``; None where undefined."""
-    flat = {name: metrics[name] for name in _PER_EPOCH}
+    flat = {name: metrics.get(name) for name in _PER_EPOCH}
     flat |= {f"val_{name}": metrics.get(f"val_{name}") for name in _MEANS}
     for score in _PER_CLASS:
         values = metrics.get(f"val_{score}") or [None] * classes.num_classes

@@ -174,6 +174,19 @@ def test_settings_that_affect_only_speed_or_faults_may_differ_between_reruns(tmp
     assert TrainSettings.model_fields.keys() - slow.weight_settings["train"].keys() == speed | faults
 
 
+def test_only_what_a_checkpoint_depends_on_binds_a_training_run(tmp_path: Path) -> None:
+    config = load(tmp_path, VALID)
+    optimizer = {"optimizer", "learning_rate", "encoder_lr_factor", "momentum", "weight_decay"}
+    assert config.bound_settings.keys() == {"data", "model", "image_size", "loss", "train"}
+    assert config.bound_settings["train"].keys() == {"seed", "global_batch_size"} | optimizer
+    # Every setting that can change the weights or the scores is either bound or recorded.
+    bound, recorded = config.bound_settings["train"].keys(), config.phase_settings["train"].keys()
+    assert not bound & recorded
+    assert bound | recorded == config.weight_settings["train"].keys()
+    assert "num_epochs" in recorded
+    assert "augmentation" in config.phase_settings
+
+
 @pytest.mark.parametrize(
     ("loss", "terms"),
     [

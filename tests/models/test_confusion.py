@@ -47,7 +47,7 @@ def test_boundaries_are_the_pixels_that_erosion_removes(size: tuple[int, int]) -
     truth[size[0] // 3 : size[0] // 2, size[1] // 3 :] = IGNORE
     expected = np.zeros((2, NUM_CLASSES), np.int64)
     for index in range(NUM_CLASSES):
-        in_truth, in_mask = (find_boundary(indices == index) & (truth != IGNORE) for indices in (truth, mask))
+        in_truth, in_mask = (find_boundary((indices == index) & (truth != IGNORE)) for indices in (truth, mask))
         expected[:, index] = (in_truth & in_mask).sum(), (in_truth | in_mask).sum()
     got = count(truth, mask)
     np.testing.assert_array_equal(got, expected)
@@ -70,15 +70,59 @@ def test_a_class_that_fills_the_image_has_its_boundary_at_the_edge() -> None:
     np.testing.assert_array_equal(count(whole, whole), [[ring, 0, 0, 0, 0]] * 2)
 
 
-def test_ignored_pixels_are_not_counted_for_any_prediction() -> None:
-    truth, mask = draw_regions((60, 80), 3, 17, seed=1), draw_regions((60, 80), 3, 13, seed=2)
-    truth[:, 40:] = IGNORE
-    got = count(truth, mask)
-    elsewhere = mask.copy()
-    elsewhere[:, 50:] = 4  # Far enough from scored pixels not to move any scored boundary.
-    np.testing.assert_array_equal(count(truth, elsewhere), got)
-    np.testing.assert_array_equal(count(np.full_like(truth, IGNORE), mask), np.zeros((2, NUM_CLASSES)))
-    assert got[1].sum() > 0
+def count_by_definition(truth: Array, mask: Array, index: int) -> list[int]:
+    """Count a class's boundaries pixel by pixel: is any pixel nearby ignored, outside, or of another class?"""
+    distance = max(1, round(0.02 * float(np.hypot(*truth.shape))))
+
+    def is_boundary(indices: Array, row: int, column: int) -> bool:
+        if indices[row, column] != index or truth[row, column] == IGNORE:
+            return False
+        near = [
+            (row + down, column + right)
+            for down in range(-distance, distance + 1)
+            for right in range(-distance, distance + 1)
+        ]
+        if not all(0 <= r < truth.shape[0] and 0 <= c < truth.shape[1] for r, c in near):
+            return True
+        return any(indices[position] != index or truth[position] == IGNORE for position in near)
+
+    pairs = [(is_boundary(truth, *at), is_boundary(mask, *at)) for at in np.ndindex(*truth.shape)]
+    return [sum(a and b for a, b in pairs), sum(a or b for a, b in pairs)]
+
+
+def draw_with_void(void_share: float) -> tuple[npt.NDArray[np.uint8], npt.NDArray[np.uint8]]:
+    """Return a truth with an ignored rectangle that cuts through several classes, and the same mask without it."""
+    whole = draw_regions((60, 80), 4, 17, seed=1)
+    truth = whole.copy()
+    side = void_share**0.5
+    truth[15 : 15 + int(60 * side), 10 : 10 + int(80 * side)] = IGNORE
+    return truth, whole
+
+
+@pytest.mark.parametrize("void_share", [0.02, 0.1, 0.4])
+def test_a_correct_mask_scores_one_beside_ignored_pixels_whatever_it_predicts_in_them(void_share: float) -> None:
+    truth, mask = draw_with_void(void_share)
+    void = truth == IGNORE
+    expected = np.array([count_by_definition(truth, mask, index) for index in range(NUM_CLASSES)]).T
+    np.testing.assert_array_equal(expected[0], expected[1])
+    noise = np.random.default_rng(0).integers(0, NUM_CLASSES, truth.shape).astype(np.uint8)
+    for predicted in (mask, np.where(void, 3, mask), np.where(void, 4, mask), np.where(void, noise, mask)):
+        np.testing.assert_array_equal(count(truth, predicted), expected)
+
+
+@pytest.mark.parametrize("void_share", [0.02, 0.4])
+def test_predictions_in_ignored_pixels_change_no_count_of_a_wrong_mask(void_share: float) -> None:
+    truth, whole = draw_with_void(void_share)
+    mask = np.roll(whole, 2, axis=1)
+    expected = np.array([count_by_definition(truth, mask, index) for index in range(NUM_CLASSES)]).T
+    assert 0 < expected[0].sum() < expected[1].sum()
+    np.testing.assert_array_equal(count(truth, mask), expected)
+    np.testing.assert_array_equal(count(truth, np.where(truth == IGNORE, 4, mask)), expected)
+
+
+def test_an_image_without_scored_pixels_has_no_counts() -> None:
+    mask = draw_regions((60, 80), 3, 13, seed=2)
+    np.testing.assert_array_equal(count(np.full_like(mask, IGNORE), mask), np.zeros((2, NUM_CLASSES)))
 
 
 def test_boundary_iou_drops_faster_than_iou() -> None:

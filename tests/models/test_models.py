@@ -27,7 +27,7 @@ from segray.models.build import (
     check_model,
     freeze_unused_parameters,
 )
-from segray.models.fcn import FCN, build_bilinear_upsampling
+from segray.models.fcn import FCN, build_bilinear_upsampling, load_fully_connected
 from segray.models.segnet import SegNet
 
 NUM_CLASSES = 4
@@ -128,6 +128,31 @@ def test_fcn_taps_equal_torchvisions_pooled_features() -> None:
     assert [tuple(tap.shape[1:]) for tap in taps[2:]] == [(256, 12, 8), (512, 6, 4), (512, 3, 2)]
     for tap, pooled in zip(taps, expected, strict=True):
         assert torch.equal(tap, pooled)
+
+
+def build_small_vgg_layers() -> tuple[nn.Sequential, nn.Sequential]:
+    """Return VGG's fully connected layers, with 6 and 8 instead of 512 and 4096 channels, and FCN's convolutions."""
+    linear = nn.Sequential(nn.Linear(6 * 49, 8), nn.ReLU(), nn.Dropout(), nn.Linear(8, 8), nn.ReLU())
+    convolutions = nn.Sequential(
+        nn.Conv2d(6, 8, 7, padding=3), nn.ReLU(), nn.Dropout2d(), nn.Conv2d(8, 8, 1), nn.ReLU()
+    )
+    return linear.eval(), convolutions.eval()
+
+
+def test_fc6_and_fc7_compute_what_vggs_fully_connected_layers_compute() -> None:
+    torch.manual_seed(0)
+    linear, convolutions = build_small_vgg_layers()
+    load_fully_connected(convolutions, {f"classifier.{name}": value for name, value in linear.state_dict().items()})
+    features = torch.randn(2, 6, 7, 7)
+    torch.testing.assert_close(convolutions(features)[:, :, 3, 3], linear(features.flatten(1)))
+
+
+def test_a_vgg_without_fully_connected_layers_leaves_them_random_with_a_warning() -> None:
+    _, convolutions = build_small_vgg_layers()
+    before = {name: value.clone() for name, value in convolutions.state_dict().items()}
+    with pytest.warns(UserWarning, match=r"has no classifier\.0\.weight; fc6 and fc7 start random"):
+        load_fully_connected(convolutions, {"features.0.weight": torch.zeros(1)})
+    assert all(torch.equal(value, before[name]) for name, value in convolutions.state_dict().items())
 
 
 @pytest.mark.parametrize(("arch", "num_skips"), [("fcn32s", 0), ("fcn16s", 1), ("fcn8s", 2)])
@@ -260,14 +285,24 @@ def test_a_frozen_encoder_keeps_weights_and_batchnorm_statistics(arch: str, enco
 def test_pretrained_weights_are_loaded_into_the_encoder(make_hub_snapshot: Callable[..., Path]) -> None:
     snapshot = make_hub_snapshot("vgg16", "imagenet")
     reference = vgg16(weights=None)
-    ignored = {f"classifier.{number}.{name}": torch.zeros(1) for number in (0, 3, 6) for name in ("weight", "bias")}
-    save_file({**reference.state_dict(), **ignored}, snapshot / "model.safetensors")
+    linear = {"0.weight": torch.rand(64, 512 * 49), "0.bias": torch.rand(64)}
+    linear |= {
+        "3.weight": torch.rand(64, 64),
+        "3.bias": torch.rand(64),
+        "6.weight": torch.rand(1),
+        "6.bias": torch.rand(1),
+    }
+    classifier = {f"classifier.{name}": value for name, value in linear.items()}
+    save_file({**reference.state_dict(), **classifier}, snapshot / "model.safetensors")
     (snapshot / "config.json").write_text(json.dumps({}))
     for arch in ("fcn8s", "segnet", "unet"):
         config = ModelConfig(arch=arch, encoder_name="vgg16", encoder_weights="imagenet")
         loaded = build_model(config, NUM_CLASSES).network.get_submodule("encoder").state_dict()
         for name, expected in reference.features.state_dict().items():
             assert torch.equal(loaded[f"features.{name}"], expected)
+    fcn8s = build_model(config.model_copy(update={"arch": "fcn8s"}), NUM_CLASSES).network
+    for name in ("0.weight", "0.bias", "3.weight", "3.bias"):
+        assert torch.equal(fcn8s.get_parameter(f"classifier.{name}").flatten(), linear[name].flatten())
 
 
 @pytest.mark.parametrize(

@@ -38,3 +38,11 @@ def test_an_invalid_file_is_refused(binding: Binding, content: str) -> None:
     Path(binding.uri).write_text(content)
     with pytest.raises(RunMismatchError, match=r"train\.json: not written by this version of segray"):
         binding.require_same()
+
+
+def test_settings_that_an_earlier_version_recorded_but_that_bind_no_run_are_not_compared(binding: Binding) -> None:
+    earlier = {**binding.settings, "augmentation": {"preset": "light"}, "train": {"seed": 1, "num_epochs": 15}}
+    replace(binding, settings=earlier).write()
+    binding.require_same()
+    with pytest.raises(RunMismatchError, match=r"train\.seed: the run has 1, got 2"):
+        replace(binding, settings={**binding.settings, "train": {"seed": 2}}).require_same()

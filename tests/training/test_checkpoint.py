@@ -22,6 +22,7 @@ from segray.training.checkpoint import (
     remove_surplus,
     save_state,
 )
+from segray.training.phases import Phase
 from segray.training.worker.optimisation import build_optimizer, build_schedule
 
 
@@ -46,6 +47,8 @@ def make_state(
         average={name: value + 1 for name, value in model.state_dict().items()},
         epoch_losses=epoch_losses or [],
         history=history,
+        num_skipped=2,
+        phases=[Phase(num_steps_done=0, epoch=1, num_workers=4, settings={"train": {"num_epochs": 3}})],
     )
 
 
@@ -78,7 +81,7 @@ def test_loading_returns_the_saved_state(tmp_path: Path) -> None:
     state = make_state(3, [0.25, 1 / 3], [0.5, 0.25])
     save_state(str(tmp_path), state)
     loaded = load_state(str(tmp_path))
-    for name in ("num_steps_done", "schedule", "scaler", "epoch_losses", "history"):
+    for name in ("num_steps_done", "schedule", "scaler", "epoch_losses", "history", "num_skipped", "phases"):
         assert getattr(loaded, name) == getattr(state, name)
     assert state.average is not None
     assert loaded.average is not None
@@ -180,6 +183,8 @@ def test_the_index_is_json_text_beside_its_sha256(run: Path) -> None:
         "scaler",
         "epoch_losses",
         "history",
+        "num_skipped",
+        "phases",
     ]
     assert index["history"] == [{"epoch": 1, "val_mean_iou": 0.1}, {"epoch": 2, "val_mean_iou": 0.5}]
 

@@ -48,6 +48,20 @@ def test_a_run_that_stopped_early_is_complete(make_train_config: MakeConfig, tmp
     assert "nothing to do" in train(config)
 
 
+@pytest.mark.usefixtures("ray_session")
+def test_a_finished_run_goes_on_with_more_epochs_fewer_workers_and_another_precision(
+    make_train_config: MakeConfig, tmp_path: Path
+) -> None:
+    train(make_train_config(tmp_path, num_epochs=2, num_train_workers=2, precision="fp32"))
+    printed = train(make_train_config(tmp_path, num_epochs=3, num_train_workers=1, precision="bf16"))
+    assert "train.num_epochs: the run has 2, got 3" in printed, printed
+    assert "the learning-rate schedule is recomputed over 3 epochs" in printed, printed
+    assert "number of workers: the run has 2, got 1" in printed, printed
+    assert [row["epoch"] for row in read_metrics(tmp_path)] == ["1", "2", "3"]
+    assert "train.num_epochs: the run has 2, got 3" in (tmp_path / "bundle" / "model_card.md").read_text()
+    assert "nothing to do" in train(make_train_config(tmp_path, num_epochs=3, num_train_workers=1))
+
+
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_weights_are_identical_after_a_worker_of_an_fsdp_run_is_killed(

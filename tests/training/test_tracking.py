@@ -21,13 +21,14 @@ EVALUATED: dict[str, Any] = {
     "loss": 0.5,
     "learning_rate": 0.01,
     "images_per_s": 7.5,
+    "num_skipped_steps": 2,
     "val_mean_iou": 0.25,
     "val_mean_dice": 0.4,
     "val_dataset_iou": [0.25, None],
     "val_dataset_dice": [0.4, None],
     "val_confusion": [[1, 0], [0, 1]],
 }
-NOT_EVALUATED = {"epoch": 1, "loss": 0.75, "learning_rate": 0.02, "images_per_s": 7.0}
+NOT_EVALUATED = {"epoch": 1, "loss": 0.75, "learning_rate": 0.02, "images_per_s": 7.0, "num_skipped_steps": 0}
 
 
 def make_config(output: Path, **tracking: object) -> TrainConfig:
@@ -57,7 +58,13 @@ def test_the_csv_has_a_column_per_score_and_empty_cells_where_undefined() -> Non
     assert second["val_dataset_iou_b"] == ""
     assert second["val_dataset_dice_a"] == "0.4"
     assert first["loss"] == "0.75"
-    assert {name for name, value in first.items() if value} == {"epoch", "loss", "learning_rate", "images_per_s"}
+    assert {name for name, value in first.items() if value} == {
+        "epoch",
+        "loss",
+        "learning_rate",
+        "images_per_s",
+        "num_skipped_steps",
+    }
     assert first.keys() == second.keys()
 
 

@@ -66,7 +66,8 @@ class StreamSettings:
 
     Attributes:
         global_batch_size: Samples per step over all ranks.
-        num_parts: Batches that each rank's share of a step is divided into, for gradient accumulation.
+        num_parts: Batches that each rank's share of a step is divided into, for gradient accumulation; see
+            ``compute_num_parts``.
         seed: Seed of the sample order and of the augmentation.
     """
 
@@ -93,6 +94,15 @@ class RankShare:
 def compute_num_steps(num_samples: int, global_batch_size: int) -> int:
     """Return the number of steps in an epoch: the smallest number that takes at least ``num_samples`` samples."""
     return -(-num_samples // global_batch_size)
+
+
+def compute_num_parts(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
+    """Return how many parts, of at most ``micro_batch_size`` images, each rank divides its share of a step into.
+
+    So a run that continues with fewer ranks accumulates more gradients, and needs no more memory per rank than before.
+    """
+    largest_share = -(-global_batch_size // world_size)
+    return -(-largest_share // micro_batch_size)
 
 
 def compute_step_order(step: int, num_samples: int, global_batch_size: int, seed: int) -> npt.NDArray[np.int64]:
@@ -127,6 +137,8 @@ def iterate_training(
     """Yield a rank's share of each step, as a list of ``stream.num_parts`` batches.
 
     Each sample is augmented by its own random generator, which depends only on the seed and the position in the stream.
+    Every rank needs the same number of parts, because they communicate in each. One with fewer images than parts, which
+    occurs with parts of one image, repeats its last image there with all pixels ignored.
 
     Args:
         samples: The training split.
@@ -153,11 +165,17 @@ def iterate_training(
 
     for items, pairs in _load_ahead(load, map(list_share, steps), share.num_threads):
         uris = [sample.image_uri for _, sample in items]
-        yield [_build_batch(part, pairs, uris) for part in np.array_split(np.arange(len(items)), stream.num_parts)]
+        parts = np.array_split(np.arange(len(items)), stream.num_parts)
+        yield [_build_batch(part, pairs, uris, augmentation.ignore_index) for part in parts]
 
 
-def _build_batch(part: npt.NDArray[np.int64], pairs: Sequence[LabelledImage], uris: Sequence[str]) -> TrainBatch:
-    """Return the batch of the samples with the indices ``part``."""
+def _build_batch(
+    part: npt.NDArray[np.int64], pairs: Sequence[LabelledImage], uris: Sequence[str], ignore_index: int
+) -> TrainBatch:
+    """Return the batch of the samples with the indices ``part``; if there are none, the last sample, ignored."""
+    if not len(part):
+        image, truth = pairs[-1]
+        return TrainBatch(image[None], np.full_like(truth, ignore_index)[None], [uris[-1]])
     return TrainBatch(
         np.stack([pairs[number][0] for number in part]),
         np.stack([pairs[number][1] for number in part]),

@@ -17,6 +17,7 @@ from ray.train.v2.api.report_config import CheckpointUploadMode
 from torch import distributed
 
 from segray.errors import TrainingError
+from segray.metrics import compute_defined_mean
 from segray.runtime.failures import named_failure
 from segray.storage import join_uri
 from segray.training.checkpoint import TrainingState, name_checkpoint, remove_surplus, save_state
@@ -27,10 +28,10 @@ from segray.training.worker.feed import (
     EvalBatch,
     RankShare,
     StreamSettings,
-    compute_step_order,
     iterate_evaluation,
     iterate_training,
 )
+from segray.training.worker.non_finite import count_skipped, explain_non_finite_loss
 from segray.training.worker.optimisation import get_highest_rate
 from segray.training.worker.state import Trainer, set_up
 from segray.training.worker.steps import NonFiniteLossError, train_step
@@ -93,9 +94,10 @@ def _run_epoch(trainer: Trainer) -> None:
             _save(trainer, {})
     metrics: dict[str, Any] = {
         "epoch": epoch,
-        "loss": float(np.mean(trainer.epoch_losses)),
+        "loss": compute_defined_mean(np.array(trainer.epoch_losses)),  # A skipped step has no loss.
         "learning_rate": trainer.learning_rate,
         "images_per_s": images_per_s,
+        "num_skipped_steps": int(np.isnan(trainer.epoch_losses).sum()),
     }
     if epoch % settings.eval_every_epochs == 0 or epoch == settings.num_epochs:
         if trainer.poster:
@@ -118,7 +120,8 @@ def _train_steps(trainer: Trainer, steps: range) -> Iterator[float]:
     """Run the given steps; yield the loss of each.
 
     Raises:
-        NonFiniteLossError: Names the step and its images; raised on every rank, before the weights are updated.
+        NonFiniteLossError: Names the step and its images; raised on every rank, before the weights are updated. In
+            fp16, only after many skipped steps in a row.
     """
     job, settings = trainer.job, trainer.job.config.train
     batches = iterate_training(
@@ -126,7 +129,7 @@ def _train_steps(trainer: Trainer, steps: range) -> Iterator[float]:
         trainer.store,
         trainer.augmentation,
         steps,
-        StreamSettings(settings.global_batch_size, settings.num_accumulation_steps, settings.seed),
+        StreamSettings(settings.global_batch_size, trainer.num_parts, settings.seed),
         _get_share(trainer),
     )
     trainer.heartbeat.update(trainer.num_steps_done, "loading")
@@ -134,13 +137,9 @@ def _train_steps(trainer: Trainer, steps: range) -> Iterator[float]:
         torch.manual_seed(_derive_seed(settings.seed, step, trainer.world_rank))
         try:
             loss = train_step(trainer.learner, parts, partial(trainer.heartbeat.update, step))
+            trainer.num_skipped = count_skipped(trainer.num_skipped, loss)
         except NonFiniteLossError as error:
-            order = compute_step_order(step, len(job.splits.train), settings.global_batch_size, settings.seed)
-            uris = ", ".join(job.splits.train[index].image_uri for index in order)
-            raise NonFiniteLossError(
-                f"{error} at step {step + 1} (the weights were not updated); lower train.learning_rate "
-                f"({settings.learning_rate}), or check the images of this step: {uris}"
-            ) from error
+            raise explain_non_finite_loss(job, step, error) from error
         trainer.learning_rate = get_highest_rate(trainer.learner.optimizer)
         trainer.schedule.step()
         if trainer.average:
@@ -198,6 +197,8 @@ def format_epoch(metrics: dict[str, Any], num_epochs: int) -> str:
     )
     if "val_mean_iou" in metrics:
         line += f"  val mean IoU {metrics['val_mean_iou']:.4f}  mean Dice {metrics['val_mean_dice']:.4f}"
+    if metrics["num_skipped_steps"]:
+        line += f"  {metrics['num_skipped_steps']} steps skipped (not finite in fp16)"
     return line
 
 

@@ -1,7 +1,9 @@
 """Build the optimizer and the learning-rate schedule, and average the weights over steps."""
 
-from collections.abc import Iterator
+import warnings
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,6 +14,8 @@ from segray.config import TrainSettings
 from segray.models.build import SegmentationModel
 
 _ONE_CYCLE_WARM_UP = 0.2  # Fraction of all steps in which the one-cycle schedule rises to its peak, by default.
+# Parts of names such as pos_embed, rel_pos_h, height_rel, relative_position_bias_table, attention_biases and cls_token.
+_NOT_DECAYED = ("pos", "_rel", "bias", "token")
 _WARM_UP_START = 1e-2  # Learning rate at the start of a linear warm-up, relative to the peak.
 
 
@@ -19,13 +23,14 @@ def build_optimizer(model: SegmentationModel, settings: TrainSettings) -> torch.
     """Build AdamW, or SGD with Nesterov momentum, over all parameters that are not frozen.
 
     The encoder has its own learning rate. Weight decay is not applied to parameters with one dimension (biases and the
-    weights of normalisation layers): it would pull outputs towards 0 without making the network simpler.
+    weights of normalisation layers), nor to positional embeddings, tables of attention biases, and class tokens: it
+    would pull outputs towards 0 without making the network simpler.
     """
     encoder = {id(parameter) for parameter in model.encoder.parameters()}
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((id(parameter) in encoder, parameter.ndim > 1), []).append(parameter)
+            groups.setdefault((id(parameter) in encoder, _is_decayed(name, parameter)), []).append(parameter)
     options = [
         {
             "params": parameters,
@@ -41,6 +46,16 @@ def build_optimizer(model: SegmentationModel, settings: TrainSettings) -> torch.
     return torch.optim.SGD(
         options, lr=settings.learning_rate, momentum=settings.momentum, nesterov=settings.momentum > 0
     )
+
+
+def _is_decayed(name: str, parameter: nn.Parameter) -> bool:
+    """Return whether weight decay applies to a parameter.
+
+    timm's ``no_weight_decay`` cannot be asked, because a network that returns features of several stages does not have
+    it. These parts of names occur in all its encoders with positional embeddings, and in no other weights.
+    """
+    own_name = name.rpartition(".")[2]
+    return parameter.ndim > 1 and not any(part in own_name for part in _NOT_DECAYED)
 
 
 def build_schedule(
@@ -72,6 +87,25 @@ def build_schedule(
         return after
     warm_up = lr_scheduler.LinearLR(optimizer, _WARM_UP_START, total_iters=num_warm_up)
     return lr_scheduler.SequentialLR(optimizer, [warm_up, after], [num_warm_up])
+
+
+def load_schedule(schedule: lr_scheduler.LRScheduler, state: Mapping[str, Any]) -> None:
+    """Set a schedule, and the learning rates of its optimizer, to a saved state of the same schedule."""
+    schedule.load_state_dict(dict(state))
+    for group, rate in zip(schedule.optimizer.param_groups, schedule.get_last_lr(), strict=True):
+        group["lr"] = rate
+
+
+def advance_schedule(schedule: lr_scheduler.LRScheduler, num_steps_done: int) -> None:
+    """Bring a new schedule to the learning rates that it has after a number of steps.
+
+    Step by step, because torch computes some schedules by recursion: only so are the rates the same to the last bit as
+    those of a run that was never interrupted. 100,000 steps take some seconds.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # torch warns that the optimizer has not made a step yet.
+        for _ in range(num_steps_done):
+            schedule.step()
 
 
 def get_highest_rate(optimizer: torch.optim.Optimizer) -> float:

@@ -1,39 +1,39 @@
-"""Build the objects that a rank trains with, gather their state for a checkpoint, and restore it."""
+"""Build the objects that a rank trains with, and gather their state for a checkpoint."""
 
-import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import ray.train
 import ray.train.torch
 import torch
-from torch import distributed, nn
-from torch.distributed.checkpoint.state_dict import (
-    StateDictOptions,
-    get_model_state_dict,
-    get_optimizer_state_dict,
-    set_model_state_dict,
-    set_optimizer_state_dict,
-)
+from torch import nn
+from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.optim.lr_scheduler import LRScheduler
 
+from segray.config import TrainSettings
 from segray.data.augmentation import Augmentation
 from segray.models.build import SegmentationModel, build_model
 from segray.models.losses import SegmentationLoss
-from segray.models.precision import has_bf16
-from segray.runtime.connect import count_cores
-from segray.training.checkpoint import TrainingState, find_newest_state, load_state
+from segray.training.checkpoint import TrainingState
 from segray.training.job import TrainJob
+from segray.training.phases import Phase, add_phase, describe_phases, have_same_schedule
 from segray.training.progress_board import ProgressPoster
 from segray.training.watchdog import Heartbeat
-from segray.training.worker.feed import compute_num_steps
-from segray.training.worker.optimisation import WeightAverage, build_optimizer, build_schedule, get_highest_rate
+from segray.training.worker.device import configure_torch, resolve_precision
+from segray.training.worker.feed import compute_num_parts, compute_num_steps
+from segray.training.worker.optimisation import (
+    WeightAverage,
+    advance_schedule,
+    build_optimizer,
+    build_schedule,
+    get_highest_rate,
+    load_schedule,
+)
 from segray.training.worker.replica import build_replica
+from segray.training.worker.restore import FULL_STATE, load_newest_state, restore_state
 from segray.training.worker.sample_store import SampleStore
 from segray.training.worker.steps import Learner
-
-# Collects the full state of sharded models in the memory of rank 0.
-_FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
 @dataclass
@@ -54,8 +54,10 @@ class Trainer:
         heartbeat: Reports the rank's step and stage for stall detection.
         poster: Posts progress to the terminal; None on ranks other than 0.
         num_steps_done: Training steps completed since the start of the run.
-        epoch_losses: Losses of the steps so far of the current epoch.
+        epoch_losses: Losses of the steps so far of the current epoch, NaN for a skipped step.
         history: Metrics of each finished epoch.
+        num_skipped: Steps that were skipped in a row before the next one.
+        phases: Settings that changed during the run.
     """
 
     job: TrainJob
@@ -73,20 +75,28 @@ class Trainer:
     num_steps_done: int
     epoch_losses: list[float]
     history: list[dict[str, Any]]
+    num_skipped: int
+    phases: list[Phase]
 
     @property
     def steps_per_epoch(self) -> int:
         """The number of steps in an epoch; see ``compute_num_steps``."""
         return compute_num_steps(len(self.job.splits.train), self.job.config.train.global_batch_size)
 
+    @property
+    def num_parts(self) -> int:
+        """The number of forward and backward passes per step; see ``compute_num_parts``."""
+        settings = self.job.config.train
+        return compute_num_parts(settings.global_batch_size, settings.micro_batch_size, self.world_size)
+
     def gather_state(self) -> TrainingState | None:
         """Return the state of the run on rank 0, and None on the others; collective, so all ranks must call it."""
-        model = get_model_state_dict(self.model, options=_FULL_STATE)
-        optimizer = get_optimizer_state_dict(self.model, self.learner.optimizer, options=_FULL_STATE)
+        model = get_model_state_dict(self.model, options=FULL_STATE)
+        optimizer = get_optimizer_state_dict(self.model, self.learner.optimizer, options=FULL_STATE)
         average = None
         if self.average:
             with self.average.applied():  # Copied inside the block: on CPUs the state dict shares the model's memory.
-                average = _copy_tensors(get_model_state_dict(self.model, options=_FULL_STATE))
+                average = _copy_tensors(get_model_state_dict(self.model, options=FULL_STATE))
         if self.world_rank != 0:
             return None
         return TrainingState(
@@ -98,6 +108,8 @@ class Trainer:
             average=average,
             epoch_losses=list(self.epoch_losses),
             history=list(self.history),
+            num_skipped=self.num_skipped,
+            phases=self.phases,
         )
 
 
@@ -122,9 +134,9 @@ def set_up(job: TrainJob, heartbeat: Heartbeat) -> Trainer:
     world_rank = context.get_world_rank()
     poster = ProgressPoster(job.board) if world_rank == 0 else None
     if poster and context.get_world_size() < settings.num_train_workers:
-        poster.post_line(f"training on {context.get_world_size()} of {settings.num_train_workers} workers")
+        poster.post_line(describe_shortage(settings, context.get_world_size()))
     device = ray.train.torch.get_device()
-    _configure_torch(settings.deterministic, device, context.get_local_world_size())
+    configure_torch(settings.deterministic, device, context.get_local_world_size())
     torch.manual_seed(settings.seed)  # For the same initial weights on every rank.
     heartbeat.update(0, "setting up")
     model = build_model(config.model, job.classes.num_classes)  # May download the encoder's weights.
@@ -132,20 +144,19 @@ def set_up(job: TrainJob, heartbeat: Heartbeat) -> Trainer:
     replica = build_replica(model, settings, device)
     heartbeat.update(0, "setting up")
     learner = _build_learner(job, model, replica, device, poster)
-    num_steps = compute_num_steps(len(job.splits.train), settings.global_batch_size) * settings.num_epochs
-    schedule = build_schedule(learner.optimizer, settings, num_steps)
     average = WeightAverage(model, settings.ema_decay) if settings.ema_decay else None
-    found = _load_newest_state(job, poster, device)
+    found = load_newest_state(job.run_uri, poster, device)
     heartbeat.update(found.num_steps_done if found else 0, "setting up")
     if found:
-        restore_state(found, model, learner, schedule, average)
+        restore_state(found, model, learner, average)
+    phases = _list_phases(job, found, context.get_world_size(), poster)
     return Trainer(
         job=job,
         world_rank=world_rank,
         world_size=context.get_world_size(),
         model=model,
         learner=learner,
-        schedule=schedule,
+        schedule=_build_schedule(job, learner.optimizer, found, phases),
         average=average,
         learning_rate=get_highest_rate(learner.optimizer),
         store=SampleStore(job.classes, settings.cache_bytes, settings.cache_disk_bytes),
@@ -155,7 +166,50 @@ def set_up(job: TrainJob, heartbeat: Heartbeat) -> Trainer:
         num_steps_done=found.num_steps_done if found else 0,
         epoch_losses=list(found.epoch_losses) if found else [],
         history=list(found.history) if found else [],
+        num_skipped=found.num_skipped if found else 0,
+        phases=phases,
     )
+
+
+def describe_shortage(settings: TrainSettings, world_size: int) -> str:
+    """Return the line to print if a run has fewer workers than configured."""
+    num_parts = compute_num_parts(settings.global_batch_size, settings.micro_batch_size, world_size)
+    return (
+        f"training on {world_size} of {settings.num_train_workers} workers, with {num_parts} instead of "
+        f"{settings.num_accumulation_steps} accumulation steps, so that each still processes at most "
+        f"{settings.micro_batch_size} images at once"
+    )
+
+
+def _list_phases(
+    job: TrainJob, found: TrainingState | None, world_size: int, poster: ProgressPoster | None
+) -> list[Phase]:
+    """Return the phases of the run including the one that begins now, and print what changed since the checkpoint."""
+    earlier = found.phases if found else []
+    phase = Phase(
+        num_steps_done=found.num_steps_done if found else 0,
+        epoch=len(found.history) + 1 if found else 1,
+        num_workers=world_size,
+        settings=job.config.phase_settings,
+    )
+    phases = add_phase(earlier, phase)
+    if poster and earlier and len(phases) > len(earlier):
+        poster.post_line(describe_phases(phases)[-1])
+    return phases
+
+
+def _build_schedule(
+    job: TrainJob, optimizer: torch.optim.Optimizer, found: TrainingState | None, phases: Sequence[Phase]
+) -> LRScheduler:
+    """Build the schedule of all epochs and bring it to the step of the checkpoint, if there is one."""
+    settings = job.config.train
+    num_steps = compute_num_steps(len(job.splits.train), settings.global_batch_size) * settings.num_epochs
+    schedule = build_schedule(optimizer, settings, num_steps)
+    if found and found.phases and have_same_schedule(found.phases[-1], phases[-1]):
+        load_schedule(schedule, found.schedule)
+    elif found:  # A checkpoint of an earlier version has no phases; for the same settings the rates are the same.
+        advance_schedule(schedule, min(found.num_steps_done, num_steps))
+    return schedule
 
 
 def _build_learner(
@@ -163,7 +217,7 @@ def _build_learner(
 ) -> Learner:
     settings = job.config.train
     optimizer = build_optimizer(model, settings)
-    precision = _resolve_precision(settings.precision, device, poster)
+    precision = resolve_precision(settings.precision, device, poster)
     return Learner(
         replica=replica,
         loss=SegmentationLoss(job.config.loss, job.classes.ignore_index, job.class_weights),
@@ -174,69 +228,3 @@ def _build_learner(
         precision=precision,
         max_gradient_norm=settings.max_gradient_norm,
     )
-
-
-def _configure_torch(deterministic: bool, device: torch.device, num_local_ranks: int) -> None:
-    """Set the number of CPU threads, or the determinism of GPU kernels, for this process."""
-    if device.type == "cpu":  # The workers of a node share its cores.
-        torch.set_num_threads(max(1, count_cores() // num_local_ranks))
-        return
-    torch.backends.cudnn.benchmark = not deterministic
-    if deterministic:
-        os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # Read at the first matrix multiplication.
-        torch.use_deterministic_algorithms(True, warn_only=True)
-
-
-def _resolve_precision(precision: str, device: torch.device, poster: ProgressPoster | None) -> str:
-    """Return the precision to train in, the same on all ranks: fp32 instead of bf16 if a rank lacks native bf16."""
-    if precision != "bf16":
-        return precision
-    supported = torch.tensor(int(has_bf16(device)), device=device)
-    if distributed.is_initialized():
-        distributed.all_reduce(supported, distributed.ReduceOp.MIN)
-    if not supported.item() and poster:
-        poster.post_line("bf16 is not supported natively on every worker; training in fp32")
-    return "bf16" if supported.item() else "fp32"
-
-
-def _load_newest_state(job: TrainJob, poster: ProgressPoster | None, device: torch.device) -> TrainingState | None:
-    """Return the newest intact checkpoint, or None; rank 0 chooses it, so that all ranks load the same one."""
-    found = None
-    if poster:
-        found = find_newest_state(job.run_uri, poster.post_line)
-        if found:
-            poster.post_line(f"resuming after {_describe_progress(found[1])}, from {found[0]}")
-            poster.post_epochs(found[1].history)
-    chosen = [found[0] if found else None]
-    if distributed.is_initialized():
-        distributed.broadcast_object_list(chosen, src=0, device=device)
-    if chosen[0] is None:
-        return None
-    return found[1] if found else load_state(chosen[0])
-
-
-def _describe_progress(state: TrainingState) -> str:
-    if state.epoch_losses:
-        return f"step {state.num_steps_done}"
-    return f"epoch {len(state.history)}"
-
-
-def restore_state(
-    state: TrainingState,
-    model: SegmentationModel,
-    learner: Learner,
-    schedule: LRScheduler,
-    average: WeightAverage | None,
-) -> None:
-    """Load the state of a checkpoint into a rank's objects, in place."""
-    if average and state.average:
-        set_model_state_dict(model, dict(state.average), options=_FULL_STATE)
-        average.reset(state.num_steps_done)
-    set_model_state_dict(model, dict(state.model), options=_FULL_STATE)
-    if state.optimizer["state"]:
-        set_optimizer_state_dict(model, learner.optimizer, state.optimizer, options=_FULL_STATE)
-    else:  # SGD without momentum has no state, which set_optimizer_state_dict does not expect.
-        for group, saved in zip(learner.optimizer.param_groups, state.optimizer["param_groups"], strict=True):
-            group.update({name: value for name, value in saved.items() if name != "params"})
-    schedule.load_state_dict(state.schedule)
-    learner.scaler.load_state_dict(state.scaler)

@@ -18,6 +18,8 @@ from segray.models.losses import SegmentationLoss
 from segray.models.precision import autocast
 from segray.training.worker.feed import TrainBatch
 
+SKIPPED = math.nan  # What ``train_step`` returns instead of the loss of a step that changed nothing.
+
 
 class NonFiniteLossError(TrainingError):
     """Raised on all ranks if the loss or gradient of a step is not finite on any rank; the weights are not updated."""
@@ -69,20 +71,47 @@ def train_step(learner: Learner, parts: Sequence[TrainBatch], announce: Callable
     Loss sums are divided by counts over all ranks and parts, so each pixel or image has the same weight regardless of
     the rank or part it is in.
 
+    In fp16, numbers above 65,504 overflow. A step whose loss or gradient is not finite on any rank is then skipped on
+    all of them: weights, optimizer and BatchNorm statistics stay as they were, and the scaler halves its factor.
+
     Args:
         learner: The model, loss and optimizer.
         parts: This rank's share of the global batch, processed one part after the other; the same number on every rank.
         announce: Called with the name of each stage as it begins, for stall detection.
 
+    Returns:
+        The loss, or ``SKIPPED`` (NaN).
+
     Raises:
-        NonFiniteLossError: The loss or gradient is not finite; raised on every rank, before the weights are updated. In
-            fp16, a step whose gradient alone is not finite is skipped instead.
+        NonFiniteLossError: In fp32 and bf16, the loss or gradient is not finite; raised on every rank, before the
+            weights are updated.
     """
+    learner.optimizer.zero_grad(set_to_none=True)
+    buffers = list(learner.replica.buffers()) if learner.scaler.is_enabled() else []
+    earlier = [buffer.clone() for buffer in buffers]
+    loss = _accumulate_gradients(learner, parts, announce)
+    announce("update")
+    problem = None if math.isfinite(loss) else f"loss is {loss}"
+    problem = problem or _clip_gradients(learner)
+    if problem is None:
+        learner.scaler.step(learner.optimizer)
+        learner.scaler.update()
+        return loss
+    if not learner.scaler.is_enabled():
+        raise NonFiniteLossError(problem)
+    for buffer, value in zip(buffers, earlier, strict=True):
+        buffer.copy_(value)
+    # Not by scaler.step: a loss can be infinite although no gradient is, and FSDP ranks look only at their own shards.
+    learner.scaler.update(learner.scaler.get_scale() * learner.scaler.get_backoff_factor())
+    return SKIPPED
+
+
+def _accumulate_gradients(learner: Learner, parts: Sequence[TrainBatch], announce: Callable[[str], None]) -> float:
+    """Run the forward and backward passes of a step, and return the loss of the global batch."""
     truths = [torch.from_numpy(part.truth).to(learner.device, non_blocking=True).long() for part in parts]
     counts = _sum_over_ranks(torch.stack([learner.loss.count(truth) for truth in truths]).sum(0))
     # DDP and FSDP average gradients over ranks; the factor world_size turns the average into the sum.
     world_size = distributed.get_world_size() if distributed.is_initialized() else 1
-    learner.optimizer.zero_grad(set_to_none=True)
     sums = torch.zeros_like(counts)
     for number, (part, truth) in enumerate(zip(parts, truths, strict=True)):
         image_nchw = learner.preprocessing.apply(torch.from_numpy(part.images).to(learner.device, non_blocking=True))
@@ -95,26 +124,20 @@ def train_step(learner: Learner, parts: Sequence[TrainBatch], announce: Callable
             scaled = learner.scaler.scale(learner.loss.combine(part_sums, counts) * world_size)
             scaled.backward()  # type: ignore[no-untyped-call]
         sums += part_sums.detach()
-    announce("update")
-    loss = learner.loss.combine(_sum_over_ranks(sums), counts).item()
-    if not math.isfinite(loss):
-        raise NonFiniteLossError(f"loss is {loss}")
-    _clip_gradients(learner)
-    learner.scaler.step(learner.optimizer)
-    learner.scaler.update()
-    return loss
+    return learner.loss.combine(_sum_over_ranks(sums), counts).item()
 
 
-def _clip_gradients(learner: Learner) -> None:
-    """Clip the gradient norm, and raise an error if it is not finite, which can happen even if the loss is finite."""
+def _clip_gradients(learner: Learner) -> str | None:
+    """Clip the gradient norm; return what is wrong if it is not finite, which can happen even if the loss is finite."""
     parameters = [p for p in _list_parameters(learner.optimizer) if p.grad is not None]
     learner.scaler.unscale_(learner.optimizer)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
     norm_value = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-    if not learner.scaler.is_enabled() and not math.isfinite(norm_value):  # The scaler skips such steps itself.
-        raise NonFiniteLossError(f"the gradient norm is {norm_value}")
+    if not math.isfinite(norm_value):
+        return f"the gradient norm is {norm_value}"
     if learner.max_gradient_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, learner.max_gradient_norm, norm)
+    return None
 
 
 def _sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ from segray.training.worker.feed import (
     RankShare,
     StreamSettings,
     TrainBatch,
+    compute_num_parts,
     compute_num_steps,
     compute_step_order,
     iterate_evaluation,
@@ -240,3 +241,27 @@ def test_the_error_for_an_unreadable_image_names_the_file_and_segray_check(
     broken.write_bytes(b"no")
     with pytest.raises(DataError, match=r"broken\.jpg: unreadable: .*run segray check to list all"):
         load_labelled_image(Sample(str(broken), samples[0].mask_uri), PET_CLASSES)
+
+
+@pytest.mark.parametrize(("global_batch_size", "micro_batch_size"), [(16, 2), (12, 3), (8, 1), (64, 8), (24, 6)])
+def test_fewer_ranks_process_no_more_images_at_once_and_no_more_parts_than_needed(
+    global_batch_size: int, micro_batch_size: int
+) -> None:
+    for world_size in range(1, global_batch_size // micro_batch_size + 1):
+        num_parts = compute_num_parts(global_batch_size, micro_batch_size, world_size)
+        shares = np.array_split(np.arange(global_batch_size), world_size)
+        sizes = [len(part) for share in shares for part in np.array_split(share, num_parts)]
+        assert max(sizes) <= micro_batch_size
+        assert (num_parts - 1) * micro_batch_size < len(shares[0])
+
+
+def test_a_rank_with_fewer_images_than_parts_repeats_one_ignored(samples: list[Sample]) -> None:
+    stream = StreamSettings(global_batch_size=4, num_parts=compute_num_parts(4, 1, 3), seed=7)
+    steps = [train(samples, range(2), stream=stream, share=RankShare(rank, 3)) for rank in range(3)]
+    for step in range(2):
+        parts = [rank[step] for rank in steps]
+        assert [len(rank) for rank in parts] == [2, 2, 2]
+        assert all(len(part.images) == 1 for rank in parts for part in rank)
+        scored = [part for rank in parts for part in rank if (part.truth != PET_CLASSES.ignore_index).any()]
+        order = compute_step_order(step, len(samples), 4, 7)
+        assert [part.image_uris[0] for part in scored] == [samples[index].image_uri for index in order]

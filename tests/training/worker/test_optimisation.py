@@ -175,3 +175,26 @@ def test_a_restored_average_continues_identically(model: SegmentationModel) -> N
         restored.update()
     with restored.applied():
         assert all(torch.equal(value, expected[name]) for name, value in model.state_dict().items())
+
+
+@pytest.mark.parametrize(
+    ("encoder_name", "parts"),
+    [("tu-swin_tiny_patch4_window7_224", ["bias_table"]), ("tu-hiera_tiny_224", ["pos_embed"])],
+)
+def test_positional_embeddings_and_bias_tables_do_not_decay(encoder_name: str, parts: list[str]) -> None:
+    import timm
+
+    class Encoded(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder = timm.create_model(encoder_name.removeprefix("tu-"), features_only=True)
+
+    with torch.device("meta"):
+        model = Encoded()
+    optimizer = build_optimizer(model, TrainSettings(weight_decay=0.1))  # type: ignore[arg-type]
+    decay = {id(p): group["weight_decay"] for group in optimizer.param_groups for p in group["params"]}
+    names = {name: decay[id(parameter)] for name, parameter in model.named_parameters()}
+    tables = [name for name in names if any(part in name for part in parts)]
+    assert tables
+    assert {names[name] for name in tables} == {0.0}
+    assert {decay[id(p)] for name, p in model.named_parameters() if name.endswith("fc1.weight")} == {0.1}

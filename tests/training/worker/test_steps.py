@@ -1,6 +1,7 @@
 """A training step compared with plain torch, gradient accumulation, and losses that are not finite."""
 
 import copy
+import math
 
 import numpy as np
 import pytest
@@ -123,3 +124,38 @@ def test_a_step_in_half_precision_is_close_to_one_in_fp32(precision: str, dtype:
     assert seen == {dtype}
     for got, reference in zip(half.parameters(), whole.parameters(), strict=True):
         torch.testing.assert_close(got, reference, rtol=0.05, atol=5e-3)
+
+
+def build_normalised() -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.BatchNorm2d(8), nn.ReLU(), nn.Conv2d(8, 3, 1)).train()
+
+
+@pytest.mark.parametrize("broken", ["loss", "gradient"])
+def test_in_fp16_a_step_that_is_not_finite_is_skipped_and_the_scale_halved(broken: str) -> None:
+    network = build_normalised()
+    learner = make_learner(network, precision="fp16", max_gradient_norm=1.0)
+    step(learner, make_batch([0]))
+    before, scale = copy.deepcopy(network.state_dict()), learner.scaler.get_scale()
+    if broken == "loss":  # As an overflow in the forward pass, which also breaks the BatchNorm statistics.
+        hook = network[0].register_forward_hook(lambda module, inputs, output: output * float("inf"))  # type: ignore[index]
+    else:
+        hook = network.get_parameter("0.weight").register_hook(lambda g: g * float("inf"))  # type: ignore[no-untyped-call]
+    assert math.isnan(step(learner, make_batch([1])))
+    for name, value in network.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert learner.scaler.get_scale() == scale / 2
+    hook.remove()
+    assert math.isfinite(step(learner, make_batch([2])))
+    assert not torch.equal(network.get_parameter("0.weight"), before["0.weight"])
+
+
+def test_in_fp16_an_infinite_loss_with_finite_gradients_is_skipped() -> None:
+    network = build_network()
+    learner = make_learner(network, precision="fp16")
+    compute = learner.loss.sum
+    learner.loss.sum = lambda logits_nchw, truth_nhw: compute(logits_nchw, truth_nhw) + float("inf")  # type: ignore[method-assign]
+    before = copy.deepcopy(network.state_dict())
+    assert math.isnan(step(learner, make_batch([0])))
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert all(torch.isfinite(p.grad).all() for p in network.parameters() if p.grad is not None)

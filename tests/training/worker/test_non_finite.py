@@ -1,0 +1,35 @@
+"""The end of a run whose steps are skipped again and again, and its error message."""
+
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from segray.config import TrainSettings
+from segray.data.manifest import Sample
+from segray.training.worker.non_finite import MAX_SKIPPED_STEPS, count_skipped, explain_non_finite_loss
+from segray.training.worker.steps import NonFiniteLossError
+
+
+def test_a_step_that_is_not_skipped_starts_the_count_again() -> None:
+    num_skipped = 0
+    for loss in [math.nan] * (MAX_SKIPPED_STEPS - 1) + [0.5]:
+        num_skipped = count_skipped(num_skipped, loss)
+    assert num_skipped == 0
+    assert count_skipped(0, math.nan) == 1
+
+
+def test_many_skipped_steps_in_a_row_end_the_run() -> None:
+    with pytest.raises(NonFiniteLossError, match=f"not finite in {MAX_SKIPPED_STEPS} steps of fp16 in a row"):
+        count_skipped(MAX_SKIPPED_STEPS - 1, math.nan)
+
+
+def test_the_error_names_the_images_and_only_advises_what_a_rerun_accepts() -> None:
+    settings = TrainSettings(global_batch_size=2)
+    splits = SimpleNamespace(train=[Sample("a.png", "a"), Sample("b.png", "b")])
+    job = SimpleNamespace(config=SimpleNamespace(train=settings), splits=splits)
+    message = str(explain_non_finite_loss(job, 4, NonFiniteLossError("loss is nan")))  # type: ignore[arg-type]
+    assert message.startswith("loss is nan at step 5 (the weights were not updated); to go on from the newest")
+    assert "rerun with a lower train.max_gradient_norm (now null), or with train.precision: fp32 (now bf16)" in message
+    assert "train.learning_rate (0.001) and choose another output" in message
+    assert sorted(message.rpartition(": ")[2].split(", ")) == ["a.png", "b.png"]

@@ -1,0 +1,132 @@
+"""A checkpoint restored into new objects continues identically for every optimizer, schedule and scaler."""
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
+
+from segray.config import ModelConfig, TrainSettings
+from segray.models.build import SegmentationModel, build_model
+from segray.training.checkpoint import TrainingState, load_state, save_state
+from segray.training.worker.optimisation import (
+    WeightAverage,
+    advance_schedule,
+    build_optimizer,
+    build_schedule,
+    load_schedule,
+)
+from segray.training.worker.restore import restore_state
+from segray.training.worker.steps import Learner, train_step
+from tests.training.worker.learner import make_batch, make_learner
+
+NUM_STEPS = 8
+
+
+class Run:
+    """The objects that one rank trains with, new or restored from the checkpoint in a folder.
+
+    ``advance`` computes the schedule again instead of loading its state.
+    """
+
+    def __init__(
+        self,
+        settings: TrainSettings,
+        folder: Path | None = None,
+        num_steps: int = NUM_STEPS,
+        advance: bool = False,
+    ) -> None:
+        torch.manual_seed(0)
+        self.model: SegmentationModel = build_model(ModelConfig(arch="classic_unet", widths=(4, 8)), 3).train()
+        optimizer = build_optimizer(self.model, settings)
+        self.learner: Learner = make_learner(self.model, optimizer, precision=settings.precision)
+        self.average = WeightAverage(self.model, 0.9)
+        state = load_state(str(folder)) if folder else None
+        if state:
+            restore_state(state, self.model, self.learner, self.average)
+        self.schedule = build_schedule(optimizer, settings, num_steps)
+        if state and advance:
+            advance_schedule(self.schedule, state.num_steps_done)
+        elif state:
+            load_schedule(self.schedule, state.schedule)
+
+    def train(self, steps: range) -> list[float]:
+        losses = []
+        for step in steps:
+            losses.append(train_step(self.learner, [make_batch([step], side=32)], lambda stage: None))
+            self.schedule.step()
+            self.average.update()
+        return losses
+
+    def gather(self, num_steps_done: int) -> TrainingState:
+        with self.average.applied():
+            average = {name: value.clone() for name, value in self.model.state_dict().items()}
+        return TrainingState(
+            num_steps_done=num_steps_done,
+            model=self.model.state_dict(),
+            optimizer=get_optimizer_state_dict(self.model, self.learner.optimizer),
+            schedule=self.schedule.state_dict(),
+            scaler=self.learner.scaler.state_dict(),
+            average=average,
+        )
+
+
+@pytest.mark.parametrize("advance", [False, True])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"optimizer": "sgd", "schedule": "poly", "warm_up_fraction": 0.5},
+        {"optimizer": "sgd", "momentum": 0.0, "schedule": "constant"},
+        {"schedule": "cosine", "encoder_lr_factor": 0.1},
+        {"precision": "fp16"},
+    ],
+    ids=str,
+)
+def test_a_restored_run_continues_identically(settings: dict[str, Any], advance: bool, tmp_path: Path) -> None:
+    chosen = TrainSettings(learning_rate=0.01, **settings)
+    uninterrupted, interrupted = Run(chosen), Run(chosen)
+    losses = uninterrupted.train(range(NUM_STEPS))
+    interrupted.train(range(3))
+    save_state(str(tmp_path), interrupted.gather(3))
+    restored = Run(chosen, tmp_path, advance=advance)
+    assert restored.train(range(3, NUM_STEPS)) == losses[3:]
+    for name, expected in uninterrupted.gather(NUM_STEPS).weights.items():
+        assert torch.equal(restored.gather(NUM_STEPS).weights[name], expected), name
+    assert restored.learner.scaler.state_dict() == uninterrupted.learner.scaler.state_dict()
+    assert restored.schedule.get_last_lr() == uninterrupted.schedule.get_last_lr()
+
+
+def test_a_run_with_more_epochs_continues_with_the_rates_of_the_longer_schedule(tmp_path: Path) -> None:
+    settings = TrainSettings(learning_rate=0.01, schedule="cosine", warm_up_fraction=0.25)
+    short, longer = Run(settings), Run(settings, num_steps=2 * NUM_STEPS)
+    short.train(range(NUM_STEPS))
+    longer.train(range(NUM_STEPS))
+    save_state(str(tmp_path), short.gather(NUM_STEPS))
+    continued = Run(settings, tmp_path, 2 * NUM_STEPS, advance=True)
+    for step in range(NUM_STEPS, 2 * NUM_STEPS):
+        assert continued.schedule.get_last_lr() == longer.schedule.get_last_lr()
+        assert continued.learner.optimizer.param_groups[0]["lr"] == continued.schedule.get_last_lr()[0] > 0
+        continued.train(range(step, step + 1))
+        longer.train(range(step, step + 1))
+
+
+@pytest.mark.parametrize(("before", "after"), [("fp16", "bf16"), ("bf16", "fp16")])
+def test_a_run_continues_in_another_precision(before: str, after: str, tmp_path: Path) -> None:
+    run = Run(TrainSettings(precision=before))
+    run.train(range(2))
+    save_state(str(tmp_path), run.gather(2))
+    continued = Run(TrainSettings(precision=after), tmp_path)
+    assert all(math.isfinite(loss) for loss in continued.train(range(2, 4)))
+
+
+def test_a_moving_average_that_is_switched_on_later_starts_from_the_weights_of_the_checkpoint(tmp_path: Path) -> None:
+    run = Run(TrainSettings(learning_rate=0.1))
+    run.train(range(3))
+    save_state(str(tmp_path), replace(run.gather(3), average=None))
+    average = Run(TrainSettings(learning_rate=0.1), tmp_path).gather(3).average
+    assert average is not None
+    assert all(torch.equal(average[name], value) for name, value in run.model.state_dict().items())
