@@ -7,7 +7,7 @@ unexport PYTHONDONTWRITEBYTECODE
 # Tests of one file run in one process and share its fixtures; tests/conftest.py puts the longest files first.
 PARALLEL := --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
-.PHONY: setup demo docs test test-all test-faults test-cluster gpu-pack gpu-run wheel check lock clean
+.PHONY: setup demo docs encoders test test-all test-faults test-cluster gpu-pack gpu-run wheel check lock clean
 
 setup: .venv/installed
 
@@ -60,6 +60,10 @@ gpu-run:
 # The documentation site, into site/. A broken link or anchor is an error.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir site
+
+# The table of timm's encoders in the documentation, measured on the smallest member of each family; takes some minutes.
+encoders: setup
+	$(BIN)/python -m tests.models.timm_families
 
 # Into dist/. uv builds the wheel from a source archive, so files left over in build/ do not get into it.
 wheel: setup

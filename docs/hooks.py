@@ -224,6 +224,13 @@ def _describe_parameter(parameter: Any) -> list[str]:
     return [f"`{_spell(parameter)}`", "required" if parameter.required else "optional", about]
 
 
+def render_encoders() -> str:
+    """Return which image sizes U-Net and DPT accept on the smallest member of each of timm's families."""
+    table = yaml.safe_load((ROOT / "docs/reference/encoders.yaml").read_text())
+    rows = [[f"`{family}`", f"`{row['encoder']}`", row["unet"], row["dpt"]] for family, row in table.items()]
+    return build_table(["family", "smallest member", "`unet`", "`dpt`"], rows)
+
+
 def load_column_descriptions() -> dict[str, dict[str, str]]:
     """Return the descriptions of all columns by schema and name."""
     described: dict[str, dict[str, str]] = yaml.safe_load((ROOT / "docs/reference/columns.yaml").read_text())
@@ -307,6 +314,7 @@ GENERATORS: dict[str, Callable[[], str]] = {
     "summary_columns": lambda: render_columns("summary"),
     "exceptions": render_exceptions,
     "error_kinds": render_error_kinds,
+    "encoders": render_encoders,
     "notebook": render_notebook,
 }
 

@@ -28,10 +28,13 @@ class ModelConfig(Section):
     encoder_weights: str | None = Field(
         None,
         description="Pretrained weights of the encoder, such as ``imagenet``, downloaded on first use. ``null``: "
-        "random initialisation.",
+        "random initialisation. The weights of a timm model are part of its name (``tu-resnet18.a1_in1k``); set "
+        "``imagenet`` to load them.",
     )
     freeze_encoder: bool = Field(
-        False, description="Keep the weights and BatchNorm statistics of the encoder fixed during training."
+        False,
+        description="Keep the weights and BatchNorm statistics of the encoder fixed during training. Needs "
+        "``encoder_weights``.",
     )
     widths: tuple[Annotated[int, Field(ge=1)], ...] = Field(
         (64, 128, 256, 512, 1024),

@@ -3,7 +3,10 @@
 segmentation-models-pytorch (smp) and timm take seconds to import, so they are imported only where a network needs them.
 """
 
-import difflib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import nn
@@ -12,11 +15,13 @@ from torch.nn import functional
 from segray.config import ModelConfig
 from segray.errors import ConfigError, flatten_message
 from segray.models.classic_unet import ClassicUNet
+from segray.models.dpt import rescale_odd_patches
+from segray.models.encoders import TIMM_PREFIX, check_encoder, check_freezing
 from segray.models.fcn import FCN, FCN_STRIDES
+from segray.models.input_size import ANY_SIZE, MIN_FIXED_PX, EncoderFit, InputSize, Size, find_fit
+from segray.models.meta_device import build_on_meta, run_on_meta
 from segray.models.segnet import SegNet
 
-# Every network halves its input at most five times. Images are padded to a multiple of this, and logits cropped back.
-STRIDE = 32
 # These are the keys of smp.MODEL_ARCHITECTURES_MAPPING (a test compares them), listed so that smp is not imported here.
 SMP_ARCHITECTURES = (
     "unet",
@@ -32,23 +37,25 @@ SMP_ARCHITECTURES = (
     "segformer",
     "dpt",
 )
-_CLASSIC_UNET, _SEGNET = "classic_unet", "segnet"
+_CLASSIC_UNET, _SEGNET, _DPT = "classic_unet", "segnet", "dpt"
 ARCHITECTURES = (_CLASSIC_UNET, *FCN_STRIDES, _SEGNET, *SMP_ARCHITECTURES)
 _VGG_ENCODERS = tuple(f"vgg{depth}{norm}" for depth in (11, 13, 16, 19) for norm in ("", "_bn"))
-_OPTIONS = {"dpt": {"dynamic_img_size": True}}  # Without this option a vision transformer accepts only one size.
-PROBE_SIZE = 128  # The smallest size that every architecture accepts (PAN pools its stride-16 features three times).
+PROBE_SIZE = MIN_FIXED_PX  # Every network accepts images of this size.
+_MAX_REASON_LENGTH = 300
 
 
 class SegmentationModel(nn.Module):
-    """A network that accepts any image size, by padding to a multiple of ``STRIDE`` and cropping the logits.
+    """A network that accepts any image size, by padding to a size that suits its encoder and cropping the logits.
 
     Attributes:
         network: The wrapped module; ``freeze_encoder`` freezes its ``encoder``.
+        input_size: The sizes that the wrapped module accepts. If that is one size, larger images are a ``ValueError``.
     """
 
-    def __init__(self, network: nn.Module, freeze_encoder: bool = False) -> None:
+    def __init__(self, network: nn.Module, freeze_encoder: bool = False, input_size: InputSize = ANY_SIZE) -> None:
         super().__init__()
         self.network = network
+        self.input_size = input_size
         self._encoder_is_frozen = freeze_encoder
         if freeze_encoder:
             self.encoder.requires_grad_(False)
@@ -61,7 +68,7 @@ class SegmentationModel(nn.Module):
     def forward(self, image_nchw: torch.Tensor) -> torch.Tensor:
         """Map normalised images (N, 3, H, W) to logits (N, C, H, W)."""
         height, width = image_nchw.shape[-2:]
-        padding = (0, -width % STRIDE, 0, -height % STRIDE)
+        padding = self.input_size.compute_padding(height, width)
         if any(padding):
             image_nchw = functional.pad(image_nchw, padding, mode="replicate")
         logits_nchw: torch.Tensor = self.network(image_nchw)
@@ -90,21 +97,42 @@ def freeze_unused_parameters(model: SegmentationModel) -> None:
     model.train(was_training)
 
 
-def check_model(config: ModelConfig, num_classes: int) -> SegmentationModel:
-    """Build the network without weights, on the meta device if possible, to check the settings before loading anything.
+def check_model(config: ModelConfig, num_classes: int, image_size: Size) -> SegmentationModel:
+    """Build the network on the meta device, without weights, and run it, to check the settings before anything starts.
 
     The only error that it cannot detect is that the pretrained weights cannot be downloaded.
+
+    Args:
+        config: Architecture and encoder.
+        num_classes: Number of channels of the logits.
+        image_size: Height and width of the model's input.
 
     Raises:
         ConfigError: Names the setting and the accepted values.
     """
-    _check_names(config)  # This imports smp if needed: inside the context below its constants would be meta tensors.
+    _check_names(config)  # This imports smp if needed, as build_on_meta requires.
+    check_freezing(config)
     without_weights = config.model_copy(update={"encoder_weights": None})
+    with _reported(without_weights, image_size):
+        model = build_on_meta(lambda: _assemble(without_weights, num_classes, image_size))
+    assert isinstance(model, SegmentationModel)
+    check_size(model, num_classes, image_size, "image_size")
+    return model
+
+
+def check_size(model: SegmentationModel, num_classes: int, size: Size, setting: str) -> None:
+    """Run a model of ``check_model`` on an image of a size, without computing anything.
+
+    Raises:
+        ConfigError: It does not return logits of that size; the message names the setting that the size is from.
+    """
     try:
-        with torch.device("meta"):
-            return build_model(without_weights, num_classes)
-    except RuntimeError:  # smp's MiT encoders read tensor values while they are built, and meta tensors have none.
-        return build_model(without_weights, num_classes)
+        run_on_meta(model, size, num_classes)
+    except Exception as error:  # Networks raise many kinds of error for a size that they do not support.
+        raise ConfigError(
+            f"{setting}: the network of model does not support images of {size[0]}x{size[1]}: {_shorten(error)}; "
+            "choose another size or network"
+        ) from error
 
 
 def _check_names(config: ModelConfig) -> None:
@@ -117,7 +145,7 @@ def _check_names(config: ModelConfig) -> None:
             f"choose from {', '.join(_VGG_ENCODERS)}"
         )
     if arch != _CLASSIC_UNET:
-        _check_encoder(config)
+        check_encoder(config)
     elif config.encoder_weights is not None or config.freeze_encoder:
         raise ConfigError(
             f"model: {arch} trains its own encoder; set encoder_weights: null and freeze_encoder: false, "
@@ -125,69 +153,85 @@ def _check_names(config: ModelConfig) -> None:
         )
 
 
-def _check_encoder(config: ModelConfig) -> None:
-    import timm
-    from segmentation_models_pytorch.encoders import encoders
-
-    encoder = config.encoder_name
-    if encoder.startswith("tu-"):
-        if not timm.is_model(encoder.removeprefix("tu-")):
-            raise ConfigError(f"model.encoder_name: timm has no model {encoder.removeprefix('tu-')!r}")
-        return
-    if encoder not in encoders:
-        close = difflib.get_close_matches(encoder, encoders, n=3)
-        hint = f"did you mean {' or '.join(close)}?" if close else "see segmentation-models-pytorch's list of encoders"
-        raise ConfigError(f"model.encoder_name: unknown encoder {encoder!r}; {hint}")
-    pretrained = encoders[encoder]["pretrained_settings"]
-    if config.encoder_weights is not None and config.encoder_weights not in pretrained:
-        raise ConfigError(
-            f"model.encoder_weights: {encoder} has no weights {config.encoder_weights!r}; "
-            f"choose from {', '.join(pretrained)}, or null"
-        )
-
-
-def build_model(config: ModelConfig, num_classes: int) -> SegmentationModel:
+def build_model(
+    config: ModelConfig, num_classes: int, image_size: Size = (PROBE_SIZE, PROBE_SIZE)
+) -> SegmentationModel:
     """Build a network with random weights, or with a pretrained encoder if ``encoder_weights`` is set.
 
     Args:
         config: Architecture and encoder.
         num_classes: Number of channels of the logits.
+        image_size: Height and width of the model's input. It matters only for encoders that are built for one size.
 
     Raises:
         ConfigError: A name is unknown, the architecture does not support the encoder, or the weights cannot be loaded.
     """
     _check_names(config)
-    arch = config.arch.lower()
+    with _reported(config, image_size):
+        return _assemble(config, num_classes, image_size)
+
+
+@contextmanager
+def _reported(config: ModelConfig, image_size: Size) -> Iterator[None]:
+    """Report errors of libraries as a ``ConfigError`` that names the setting."""
     try:
-        network = _build_network(arch, config, num_classes)
+        yield
     except OSError as error:  # The model hub cannot be reached.
         raise ConfigError(
             f"model.encoder_weights: cannot load {config.encoder_weights!r} for {config.encoder_name}: "
-            f"{flatten_message(error)[:300]}; give this machine access to the model hub, or set null"
+            f"{_shorten(error)}; give this machine access to the model hub, or set null"
         ) from error
-    except (KeyError, ValueError, TypeError, AssertionError, AttributeError) as error:
+    except (KeyError, ValueError, TypeError, AssertionError, AttributeError, RuntimeError) as error:
         raise ConfigError(
-            f"model: {arch} cannot be built on {config.encoder_name} with encoder_weights {config.encoder_weights}: "
-            f"{flatten_message(error)[:300]}"
+            f"model: {config.arch.lower()} cannot be built on {config.encoder_name} with encoder_weights "
+            f"{config.encoder_weights} for image_size {list(image_size)}: {_shorten(error)}; choose another encoder "
+            "(docs/reference/encoders.md lists those of timm)"
         ) from error
-    return SegmentationModel(network, config.freeze_encoder)
 
 
-def _build_network(arch: str, config: ModelConfig, num_classes: int) -> nn.Module:
+def _shorten(error: BaseException) -> str:
+    return flatten_message(error)[:_MAX_REASON_LENGTH]
+
+
+def _assemble(config: ModelConfig, num_classes: int, image_size: Size) -> SegmentationModel:
+    arch, name, weights = config.arch.lower(), config.encoder_name, config.encoder_weights
+    fit = EncoderFit()
+    network: nn.Module
     if arch == _CLASSIC_UNET:
-        return ClassicUNet(config.widths, num_classes)
-    if arch == _SEGNET:
-        return SegNet(config.encoder_name, config.encoder_weights, num_classes)
-    if arch in FCN_STRIDES:
-        return FCN(arch, config.encoder_name, config.encoder_weights, num_classes)
+        network = ClassicUNet(config.widths, num_classes)
+    elif arch == _SEGNET:
+        network = SegNet(name, weights, num_classes)
+    elif arch in FCN_STRIDES:
+        network = FCN(arch, name, weights, num_classes)
+    else:
+        if name.startswith(TIMM_PREFIX):
+            fit = _find_fit(arch, name, num_classes, image_size)
+        network = _build_smp_network(arch, name, weights, num_classes, fit.options)
+    return SegmentationModel(network, config.freeze_encoder, fit.input_size)
+
+
+@lru_cache
+def _find_fit(arch: str, encoder_name: str, num_classes: int, image_size: Size) -> EncoderFit:
+    def build(options: dict[str, Any]) -> nn.Module:
+        return _build_smp_network(arch, encoder_name, None, num_classes, options)
+
+    return find_fit(build, arch == _DPT, image_size, num_classes)
+
+
+def _build_smp_network(
+    arch: str, encoder_name: str, weights: str | None, num_classes: int, options: dict[str, Any]
+) -> nn.Module:
     import segmentation_models_pytorch as smp
 
+    is_timm = encoder_name.startswith(TIMM_PREFIX)
     network: nn.Module = smp.create_model(
         arch,
-        encoder_name=config.encoder_name,
-        encoder_weights=config.encoder_weights,
+        encoder_name=encoder_name,
+        encoder_weights=True if is_timm and weights else weights,  # smp warns of a name: timm's weights have none here.
         in_channels=3,
         classes=num_classes,
-        **_OPTIONS.get(arch, {}),
+        **options,
     )
+    if arch == _DPT:
+        rescale_odd_patches(network)
     return network

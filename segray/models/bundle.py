@@ -219,7 +219,8 @@ def load_bundle(uri: str) -> Bundle:
     manifest, sha256 = load_manifest(uri)
     content = read_weights(uri, manifest)
     # The weights come from the bundle, so no pretrained encoder is downloaded.
-    model = build_model(manifest.model.model_copy(update={"encoder_weights": None}), len(manifest.class_names))
+    without_weights = manifest.model.model_copy(update={"encoder_weights": None})
+    model = build_model(without_weights, len(manifest.class_names), manifest.image_size)
     try:
         model.load_state_dict(load_safetensors(content))
     except (RuntimeError, SafetensorError) as error:

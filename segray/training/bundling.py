@@ -37,7 +37,8 @@ def write_bundle(job: TrainJob, bundle_uri: str, console: Console) -> None:
     best = find_best_state(job.run_uri, console.print)
     history, phases = find_newest_history(job.run_uri), find_newest_phases(job.run_uri)
     metrics = best.history[-1]
-    model = build_model(job.config.model.model_copy(update={"encoder_weights": None}), job.classes.num_classes).eval()
+    without_weights = job.config.model.model_copy(update={"encoder_weights": None})
+    model = build_model(without_weights, job.classes.num_classes, job.config.image_size).eval()
     model.load_state_dict(best.weights)
     save_bundle(
         bundle_uri,

@@ -9,7 +9,7 @@ from segray.config import TrainConfig, TrainSettings
 from segray.data.manifest import Splits, load_splits
 from segray.data.preprocessing import Preprocessing
 from segray.errors import TrainingError
-from segray.models.build import check_model
+from segray.models.build import check_model, check_size
 from segray.models.bundle import has_bundle, load_manifest
 from segray.models.gradient_checkpointing import recompute_encoder
 from segray.models.sync_batchnorm import synchronise_norms
@@ -135,7 +135,10 @@ def check_network(config: TrainConfig) -> None:
     Raises:
         ConfigError: The network cannot be built, or does not support a setting; the message names the setting.
     """
-    outline = check_model(config.model, len(config.data.class_names))
+    num_classes = len(config.data.class_names)
+    outline = check_model(config.model, num_classes, config.image_size)
+    if config.augmentation.crop_size:
+        check_size(outline, num_classes, config.augmentation.crop_size, "augmentation.crop_size")
     if config.train.sync_batchnorm:
         synchronise_norms(outline, torch.device("cpu"))
     if config.train.gradient_checkpointing:

@@ -19,7 +19,7 @@ from torchvision.models import VGG, vgg16
 from segray.config import ModelConfig
 from segray.data.preprocessing import Preprocessing
 from segray.errors import ConfigError
-from segray.models import fcn
+from segray.models import build, fcn
 from segray.models.build import (
     ARCHITECTURES,
     SMP_ARCHITECTURES,
@@ -28,9 +28,11 @@ from segray.models.build import (
     freeze_unused_parameters,
 )
 from segray.models.fcn import FCN, build_bilinear_upsampling, load_fully_connected
+from segray.models.input_size import EncoderFit, InputSize
 from segray.models.segnet import SegNet
 
 NUM_CLASSES = 4
+SIZE = (128, 160)
 ENCODERS = {
     "fcn32s": "vgg11",
     "fcn16s": "vgg11_bn",
@@ -43,7 +45,7 @@ import sys
 from segray.config import ModelConfig
 from segray.models import build, bundle, export, fuse_batchnorm, losses
 config = ModelConfig(arch="classic_unet", widths=(4, 8))
-build.check_model(config, 2)
+build.check_model(config, 2, (32, 32))
 build.build_model(config, 2)
 print(*sys.modules)
 """
@@ -328,27 +330,86 @@ def test_pretrained_weights_are_loaded_into_the_encoder(make_hub_snapshot: Calla
 )
 def test_an_unknown_name_raises_with_the_accepted_values(config: ModelConfig, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check_model(config, NUM_CLASSES)
+        check_model(config, NUM_CLASSES, SIZE)
 
 
-def test_an_encoder_that_cannot_be_built_on_the_meta_device_can_be_checked() -> None:
-    model = check_model(ModelConfig(arch="segformer", encoder_name="mit_b0"), NUM_CLASSES)
-    assert not any(parameter.is_meta for parameter in model.parameters())
+@pytest.mark.parametrize(
+    ("config", "message"),
+    [
+        (ModelConfig(encoder_name="tu-test_resnt"), "timm has no model 'test_resnt'; did you mean .*tu-test_resnet"),
+        (
+            ModelConfig(encoder_name="tu-test_resnet.a"),
+            "timm has no weights 'a' for test_resnet; it has tu-test_resnet.r",
+        ),
+        (
+            ModelConfig(encoder_name="tu-test_resnet", encoder_weights="coco"),
+            r"model\.encoder_weights: tu-test_resnet has no weights 'coco'; choose imagenet for r160_in1k, or null",
+        ),
+        (
+            ModelConfig(encoder_name="tu-halonet_h1", encoder_weights="imagenet"),
+            r"model\.encoder_weights: timm has no pretrained weights for halonet_h1; set null",
+        ),
+        (
+            ModelConfig(freeze_encoder=True),
+            r"model\.freeze_encoder: true needs pretrained weights, .*; set encoder_weights, .*freeze_encoder: false",
+        ),
+        (
+            ModelConfig(encoder_name="tu-vit_tiny_patch16_224"),
+            r"^model: unet cannot be built on tu-vit_tiny_patch16_224 .*Unsupported model downsampling pattern",
+        ),
+    ],
+)
+def test_an_encoder_that_cannot_be_used_is_one_line(config: ModelConfig, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_model(config, NUM_CLASSES, SIZE)
+
+
+@pytest.mark.parametrize("encoder_weights", ["imagenet", "r160_in1k"])
+def test_the_weights_of_a_timm_encoder_can_be_frozen(encoder_weights: str) -> None:
+    config = ModelConfig(encoder_name="tu-test_resnet", encoder_weights=encoder_weights, freeze_encoder=True)
+    assert check_model(config, NUM_CLASSES, SIZE).input_size.stride == 32
+
+
+@pytest.mark.parametrize(
+    ("arch", "encoder_name"),
+    [("segformer", "mit_b0"), ("unet", "mit_b1"), ("dpt", "tu-test_vit"), ("segnet", "vgg11"), ("fcn8s", "vgg11")],
+)
+def test_a_check_takes_no_memory(arch: str, encoder_name: str) -> None:
+    """SegFormer's encoders read the values of ``torch.linspace`` while they are built, which meta tensors lack."""
+    model = check_model(ModelConfig(arch=arch, encoder_name=encoder_name), NUM_CLASSES, SIZE)
+    assert all(tensor.is_meta for tensor in (*model.parameters(), *model.buffers()))
+
+
+def test_a_network_that_does_not_support_the_image_size_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^image_size: the network of model does not support images of 64x64: .*"):
+        check_model(ModelConfig(arch="pan"), NUM_CLASSES, (64, 64))
 
 
 def test_an_unsupported_combination_raises() -> None:
     with pytest.raises(ConfigError, match="deeplabv3 cannot be built on vgg11"):
-        check_model(ModelConfig(arch="deeplabv3", encoder_name="vgg11"), NUM_CLASSES)
-    with pytest.raises(ConfigError, match="dpt cannot be built on tu-resnet18"):
-        check_model(ModelConfig(arch="dpt", encoder_name="tu-resnet18"), NUM_CLASSES)
+        check_model(ModelConfig(arch="deeplabv3", encoder_name="vgg11"), NUM_CLASSES, SIZE)
+    with pytest.raises(ConfigError, match="dpt cannot be built on resnet18"):
+        check_model(ModelConfig(arch="dpt", encoder_name="resnet18"), NUM_CLASSES, SIZE)
     with pytest.raises(ConfigError, match="has no weights 'imagnet'; choose from imagenet"):
-        check_model(ModelConfig(encoder_weights="imagnet"), NUM_CLASSES)
+        check_model(ModelConfig(encoder_weights="imagnet"), NUM_CLASSES, SIZE)
+
+
+def test_an_encoder_of_one_size_accepts_smaller_images(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A network for one size accepts smaller images, so that the size that DDP is prepared with is accepted too."""
+    fit = EncoderFit(InputSize(fixed=(160, 192)))
+    monkeypatch.setattr(build, "_find_fit", lambda *_: fit)
+    model = build_model(ModelConfig(encoder_name="tu-test_resnet"), NUM_CLASSES, (150, 180)).eval()
+    freeze_unused_parameters(model)
+    with torch.no_grad():
+        assert model(torch.randn(1, 3, 150, 180)).shape == (1, NUM_CLASSES, 150, 180)
+        with pytest.raises(ValueError, match="at most image_size"):
+            model(torch.randn(1, 3, 170, 180))
 
 
 @pytest.mark.usefixtures("make_hub_snapshot")
 def test_weights_that_cannot_be_downloaded_raise() -> None:
     config = ModelConfig(encoder_weights="imagenet")
-    check_model(config, NUM_CLASSES)
+    check_model(config, NUM_CLASSES, SIZE)
     with pytest.raises(ConfigError, match=r"model\.encoder_weights: cannot load 'imagenet' .*or set null"):
         build_model(config, NUM_CLASSES)
     with pytest.raises(ConfigError, match=r"model\.encoder_weights: cannot look up what 'imagenet'"):

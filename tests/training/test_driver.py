@@ -1,13 +1,41 @@
-"""Which runs with a bundle are complete, and which go on."""
+"""What the driver checks before anything is read or started, and which runs with a bundle are complete."""
 
+from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
-from segray.config import TrainSettings
-from segray.errors import TrainingError
+from segray.config import TrainConfig, TrainSettings
+from segray.errors import ConfigError, TrainingError
 from segray.training import driver
+
+MakeConfig = Callable[..., TrainConfig]
+
+
+def change(config: TrainConfig, **settings: Any) -> TrainConfig:
+    return TrainConfig.model_validate({**config.model_dump(mode="json"), **settings})
+
+
+def test_segformers_own_encoders_pass(make_train_config: MakeConfig, tmp_path: Path) -> None:
+    model = {"arch": "segformer", "encoder_name": "mit_b0"}
+    driver.check_network(change(make_train_config(tmp_path), model=model))
+
+
+def test_the_network_is_run_at_the_size_of_images_and_crops(make_train_config: MakeConfig, tmp_path: Path) -> None:
+    config = change(make_train_config(tmp_path), model={"arch": "pan"})  # It needs at least 128 pixels.
+    with pytest.raises(ConfigError, match=r"^image_size: .*64x64"):
+        driver.check_network(config)
+    config = change(config, image_size=[128, 128])
+    driver.check_network(config)
+    with pytest.raises(ConfigError, match=r"^augmentation\.crop_size: .*96x96"):
+        driver.check_network(change(config, augmentation={"preset": "light", "crop_size": [96, 96]}))
+
+
+def test_a_frozen_encoder_needs_weights(make_train_config: MakeConfig, tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"model\.freeze_encoder: true needs pretrained weights"):
+        driver.check_network(change(make_train_config(tmp_path), model={"freeze_encoder": True}))
 
 
 @pytest.fixture

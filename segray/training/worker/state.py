@@ -139,7 +139,8 @@ def set_up(job: TrainJob, heartbeat: Heartbeat) -> Trainer:
     configure_torch(settings.deterministic, device, context.get_local_world_size())
     torch.manual_seed(settings.seed)  # For the same initial weights on every rank.
     heartbeat.update(0, "setting up")
-    model = build_model(config.model, job.classes.num_classes)  # May download the encoder's weights.
+    # May download the encoder's weights.
+    model = build_model(config.model, job.classes.num_classes, config.image_size)
     heartbeat.update(0, "setting up")
     replica = build_replica(model, settings, device)
     heartbeat.update(0, "setting up")
