@@ -27,9 +27,9 @@ class ModelConfig(Section):
     )
     encoder_weights: str | None = Field(
         None,
-        description="Pretrained weights of the encoder, such as ``imagenet``, downloaded on first use. ``null``: "
-        "random initialisation. The weights of a timm model are part of its name (``tu-resnet18.a1_in1k``); set "
-        "``imagenet`` to load them.",
+        description="Pretrained weights of the encoder, such as ``imagenet``. The driver downloads them and writes "
+        "them to the output, where the workers read them. ``null``: random initialisation. "
+        "The weights of a timm model are part of its name (``tu-resnet18.a1_in1k``); set ``imagenet`` to load them.",
     )
     freeze_encoder: bool = Field(
         False,

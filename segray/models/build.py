@@ -65,6 +65,12 @@ class SegmentationModel(nn.Module):
         """The part of the network that can be pretrained."""
         return self.network.get_submodule("encoder")
 
+    def get_pretrained(self) -> dict[str, torch.Tensor]:
+        """Return the part of the state dict that pretrained weights replace: the encoder's, and FCN's fc6 and fc7."""
+        layers = ("encoder", *getattr(self.network, "pretrained_layers", ()))
+        prefixes = tuple(f"network.{layer}." for layer in layers)
+        return {name: tensor for name, tensor in self.state_dict().items() if name.startswith(prefixes)}
+
     def forward(self, image_nchw: torch.Tensor) -> torch.Tensor:
         """Map normalised images (N, 3, H, W) to logits (N, C, H, W)."""
         height, width = image_nchw.shape[-2:]

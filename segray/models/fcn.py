@@ -21,7 +21,13 @@ _CLASSIFIER_CHANNELS = 4096
 
 
 class FCN(nn.Module):
-    """A fully convolutional network with skips down to the stride in its name: 32, 16 or 8."""
+    """A fully convolutional network with skips down to the stride in its name: 32, 16 or 8.
+
+    Attributes:
+        pretrained_layers: Layers outside the encoder that begin with pretrained weights: fc6 and fc7.
+    """
+
+    pretrained_layers = ("classifier.0", "classifier.3")
 
     def __init__(self, arch: str, encoder_name: str, encoder_weights: str | None, num_classes: int) -> None:
         from segmentation_models_pytorch.encoders import get_encoder  # It takes seconds to import.

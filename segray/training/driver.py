@@ -7,7 +7,6 @@ from rich.console import Console
 
 from segray.config import TrainConfig, TrainSettings
 from segray.data.manifest import Splits, load_splits
-from segray.data.preprocessing import Preprocessing
 from segray.errors import TrainingError
 from segray.models.build import check_model, check_size
 from segray.models.bundle import has_bundle, load_manifest
@@ -23,6 +22,7 @@ from segray.training.labels.command import check_splits
 from segray.training.labels.inspect import SplitReport, require_learnable
 from segray.training.labels.report import print_warnings
 from segray.training.placement import place_on_cluster
+from segray.training.pretrained import find_preprocessing, save_pretrained
 
 _BINDING_NAME = "train.json"
 
@@ -63,6 +63,7 @@ def run_training(config: TrainConfig, console: Console) -> str:
 
         with Tracking(config, job.classes, output, console) as tracking:
             binding.write()
+            save_pretrained(config)
             fit(job, output, console, tracking.log)
             tracking.write_csv(find_newest_history(run_uri))  # Including epochs that the display missed.
         with console.status("writing the bundle"):
@@ -111,7 +112,7 @@ def check_run(config: TrainConfig, splits: Splits, console: Console) -> SplitRep
         DataError: The labels cannot be used for training.
         StorageError: Permissions, network or disk error.
     """
-    Preprocessing.of_encoder(config.model)
+    find_preprocessing(config)
     reports = check_splits(splits, get_classes(config), console)
     for name, report in reports.items():
         require_learnable(report, name)
@@ -125,8 +126,9 @@ def build_job(config: TrainConfig, splits: Splits, report: SplitReport, run_uri:
     Raises:
         ConfigError: The input that the encoder's weights expect is not supported, or cannot be looked up.
     """
-    preprocessing = Preprocessing.of_encoder(config.model)
-    return TrainJob(config, get_classes(config), splits, preprocessing, _get_class_weights(config, report), run_uri)
+    return TrainJob(
+        config, get_classes(config), splits, find_preprocessing(config), _get_class_weights(config, report), run_uri
+    )
 
 
 def check_network(config: TrainConfig) -> None:

@@ -17,6 +17,7 @@ from segray.training.checkpoint import RUN_NAME, find_newest_history
 from segray.training.driver import build_job
 from segray.training.job import TrainJob, is_finished
 from segray.training.labels.inspect import SplitReport
+from segray.training.pretrained import save_pretrained
 from segray.training.tuning.search_space import draw_values, set_values
 
 METRIC, TIME = "val_mean_iou", "epoch"
@@ -95,6 +96,7 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]
         from segray.training.fit import fit
 
         if self._track(find_newest_history(self._job.run_uri)) and not self._is_finished():
+            save_pretrained(self._job.config)
             fit(self._job, self._job.config.output, Console(quiet=True), self._track)
             self._track(find_newest_history(self._job.run_uri))  # The display may have missed the last epochs.
 

@@ -18,6 +18,7 @@ from segray.models.losses import SegmentationLoss
 from segray.training.checkpoint import TrainingState
 from segray.training.job import TrainJob
 from segray.training.phases import Phase, add_phase, describe_phases, have_same_schedule
+from segray.training.pretrained import load_pretrained
 from segray.training.progress_board import ProgressPoster
 from segray.training.watchdog import Heartbeat
 from segray.training.worker.device import configure_torch, resolve_precision
@@ -139,14 +140,17 @@ def set_up(job: TrainJob, heartbeat: Heartbeat) -> Trainer:
     configure_torch(settings.deterministic, device, context.get_local_world_size())
     torch.manual_seed(settings.seed)  # For the same initial weights on every rank.
     heartbeat.update(0, "setting up")
-    # May download the encoder's weights.
-    model = build_model(config.model, job.classes.num_classes, config.image_size)
+    found = load_newest_state(job.run_uri, poster, device)
+    heartbeat.update(0, "setting up")
+    without_weights = config.model.model_copy(update={"encoder_weights": None})
+    model = build_model(without_weights, job.classes.num_classes, config.image_size)
+    if not found:  # A checkpoint has all weights.
+        load_pretrained(config, model)
     heartbeat.update(0, "setting up")
     replica = build_replica(model, settings, device)
     heartbeat.update(0, "setting up")
     learner = _build_learner(job, model, replica, device, poster)
     average = WeightAverage(model, settings.ema_decay) if settings.ema_decay else None
-    found = load_newest_state(job.run_uri, poster, device)
     heartbeat.update(found.num_steps_done if found else 0, "setting up")
     if found:
         restore_state(found, model, learner, average)
