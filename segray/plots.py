@@ -152,14 +152,17 @@ def _build_legend(masks: Sequence[npt.NDArray[np.integer]], classes: ClassMap, h
 
 
 def draw_curves(history: Sequence[dict[str, Any]], classes: ClassMap) -> bytes:
-    """Draw loss, learning rate, mean scores and IoU per class over epochs; return a PNG file.
+    """Draw training and validation loss, learning rate, mean scores and IoU per class over epochs; return a PNG file.
 
     Scores are drawn only for evaluated epochs.
     """
     figure = Figure(figsize=(11, 7), layout="constrained")
     (loss, rate), (means, ious) = figure.subplots(2, 2)
     evaluated = [metrics for metrics in history if "val_mean_iou" in metrics]
-    _plot(loss, history, "loss")
+    _plot(loss, history, "loss", label="training")
+    if losses := [metrics for metrics in evaluated if "val_loss" in metrics]:  # Not in those of earlier versions.
+        _plot(loss, losses, "val_loss", label="validation")
+    loss.legend(fontsize=7)
     _plot(rate, history, "learning_rate")
     for name in ("IoU", "Dice", "boundary IoU"):
         _plot(means, evaluated, f"val_mean_{name.lower().replace(' ', '_')}", label=f"mean {name}")
@@ -167,7 +170,7 @@ def draw_curves(history: Sequence[dict[str, Any]], classes: ClassMap) -> bytes:
     colours = build_palette(classes.num_classes) / 255
     for index in shown:
         _plot(ious, evaluated, "val_dataset_iou", index, label=classes.names[index], color=colours[index])
-    loss.set(title="training loss", ylim=(0, None))
+    loss.set(title="loss", ylim=(0, None))
     rate.set(title="learning rate", ylim=(0, None))
     means.set(title="validation, mean over classes", ylim=(0, 1))
     which = "each class" if len(shown) == classes.num_classes else f"the {len(shown)} lowest classes"

@@ -35,6 +35,7 @@ _PER_CLASS = (
     "mean_image_dice",
 )
 _MEANS = (
+    "loss",
     "mean_iou",
     "mean_dice",
     "mean_precision",

@@ -80,7 +80,7 @@ def test_each_loss_and_its_gradient_equal_those_of_the_cpu(term: str, device: to
 
 def test_evaluation_counts_equal_those_of_the_cpu(device: torch.device, on_cpu: Trained) -> None:
     batch = draw_batch()
-    split = EvalBatch(batch.images, list(batch.truth), list(range(len(batch.images))))
+    split = EvalBatch(batch.images, list(batch.truth), batch.truth, list(range(len(batch.images))))
     confusions = []
     for where in (CPU, device):
         model = build_model(MODEL, PET_CLASSES.num_classes)
@@ -90,7 +90,7 @@ def test_evaluation_counts_equal_those_of_the_cpu(device: torch.device, on_cpu: 
             [split],
             classes=PET_CLASSES,
             preprocessing=Preprocessing(),
-            device=where,
+            loss=SegmentationLoss(LossSettings(), PET_CLASSES.ignore_index),
             precision="fp32",
         )
         confusions.append(counts.confusion.cpu())

@@ -11,12 +11,13 @@ from PIL import Image
 from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from segray.config import ModelConfig
+from segray.config import LossSettings, ModelConfig
 from segray.data.manifest import Sample
 from segray.data.preprocessing import Preprocessing
 from segray.models.build import build_model
+from segray.models.losses import SegmentationLoss
 from segray.models.sync_batchnorm import synchronise_norms
-from segray.training.worker.evaluation import add_over_ranks, compute_scores, evaluate
+from segray.training.worker.evaluation import add_over_ranks, compute_loss, compute_scores, evaluate
 from segray.training.worker.feed import RankShare, iterate_evaluation
 from segray.training.worker.sample_store import SampleStore
 from segray.training.worker.steps import NonFiniteLossError, rebuild_gradient_buckets, train_step
@@ -26,6 +27,7 @@ from tests.training.worker.learner import CPU, build_network, make_batch, make_l
 pytestmark = pytest.mark.integration  # Starting the ranks takes half a minute.
 NUM_STEPS, GLOBAL_BATCH, NUM_IMAGES = 30, 8, 101
 TERMS: dict[str, object] = {"ce": 1.0, "dice": 0.5, "ohem": 0.5}
+LOSS = SegmentationLoss(LossSettings.model_validate(TERMS), PET_CLASSES.ignore_index)
 
 
 def build_normalised_network() -> nn.Module:
@@ -79,8 +81,9 @@ def score(folder: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
         7,
         RankShare(rank, world_size),
     )
-    counts = evaluate(model, batches, classes=PET_CLASSES, preprocessing=Preprocessing(), device=CPU, precision="fp32")
-    return compute_scores(add_over_ranks(counts))
+    counts = evaluate(model, batches, classes=PET_CLASSES, preprocessing=Preprocessing(), loss=LOSS, precision="fp32")
+    total = add_over_ranks(counts)
+    return {"val_loss": compute_loss(total, LOSS), **compute_scores(total)}
 
 
 def run_rank(rank: int, world_size: int, folder: Path) -> None:

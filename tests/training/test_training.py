@@ -6,16 +6,16 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
 import yaml
 from PIL import Image
 
 from segray.data.manifest import load_splits
 from segray.errors import RunMismatchError
 from segray.models.bundle import load_bundle
+from segray.models.losses import SegmentationLoss
 from segray.training.checkpoint import list_checkpoints, load_state
 from segray.training.job import get_classes
-from segray.training.worker.evaluation import compute_scores, evaluate
+from segray.training.worker.evaluation import compute_loss, compute_scores, evaluate
 from segray.training.worker.feed import RankShare, iterate_evaluation
 from segray.training.worker.sample_store import SampleStore
 from tests.conftest import NUM_TEST, NUM_TRAIN, PET_CLASSES, SHAPE_SIZE
@@ -112,8 +112,12 @@ def test_the_bundle_weights_reproduce_the_recorded_score(
         batches,
         classes=get_classes(config),
         preprocessing=bundle.manifest.preprocessing,
-        device=torch.device("cpu"),
+        loss=SegmentationLoss(config.loss, PET_CLASSES.ignore_index),
         precision="fp32",
+    )
+    recorded = bundle.manifest.metrics["val_loss"]
+    assert compute_loss(counts, SegmentationLoss(config.loss, PET_CLASSES.ignore_index)) == pytest.approx(
+        recorded, 1e-3
     )
     assert compute_scores(counts)["val_mean_iou"] == pytest.approx(bundle.manifest.metrics["val_mean_iou"], abs=1e-3)
 

@@ -27,12 +27,15 @@ from segray.metrics import (
     to_nullable,
 )
 from segray.models.confusion import compute_boundary_counts, compute_confusion
+from segray.models.losses import SegmentationLoss
 from segray.models.precision import autocast
 from segray.models.prediction import compute_mask
 from segray.training.worker.feed import EvalBatch
 
 # Per-image scores are summed as integer multiples of 2^-40, so the sum does not depend on the order of summation.
 _FIXED_POINT = 2**40
+# Losses are not bounded, so their whole part is summed too, and their fraction with fewer digits.
+_LOSS_FRACTION = 2**32
 NUM_EXTREMES = 4  # Number of best images, and of worst images, to report.
 
 
@@ -59,6 +62,8 @@ class EvaluationCounts:
         image_count: (C,) int64, numbers of images in which the scores are defined.
         worst: The images with the lowest scores, lowest first.
         best: The images with the highest scores, highest first.
+        loss: (3, 2, T) int64, sums over images of each loss term and of the count that divides it: their whole parts,
+            their fractions in multiples of 2^-32, and the number of images where they are not finite.
     """
 
     confusion: torch.Tensor
@@ -67,13 +72,15 @@ class EvaluationCounts:
     image_count: torch.Tensor
     worst: list[ImageScore]
     best: list[ImageScore]
+    loss: torch.Tensor
 
 
 class _Tally:
     """Accumulates the counts of images, on the device that computes them."""
 
-    def __init__(self, classes: ClassMap, device: torch.device) -> None:
-        self._classes = classes
+    def __init__(self, classes: ClassMap, loss: SegmentationLoss, device: torch.device) -> None:
+        self._classes, self._loss = classes, loss
+        self._loss_sums = torch.zeros((3, 2, len(loss.term_weights)), dtype=torch.int64, device=device)
         zeros = torch.zeros((2, classes.num_classes), dtype=torch.int64, device=device)
         self._confusion = torch.zeros((classes.num_classes,) * 2, dtype=torch.int64, device=device)
         self._boundary, self._image_sums, self._image_count = zeros, zeros.clone(), zeros[0].clone()
@@ -95,6 +102,15 @@ class _Tally:
         self._mean_ious.append(scores[0][is_defined].mean())
         self._numbers.append(number)
 
+    def add_loss(self, logits_chw: torch.Tensor, target: torch.Tensor) -> None:
+        """Add the loss of an image: its logits (C, H, W), and its ground truth (H, W) at the same size."""
+        target_nhw = target.long()[None]
+        sums = self._loss.sum(logits_chw[None], target_nhw).double()
+        values = torch.stack([sums, self._loss.count(target_nhw)])
+        whole = values.floor()
+        parts = torch.stack([whole, ((values - whole) * _LOSS_FRACTION).round(), ~values.isfinite()])
+        self._loss_sums += parts.nan_to_num(0, 0, 0).long()
+
     def finish(self) -> EvaluationCounts:
         """Return the counts of all images added."""
         pairs = zip(self._mean_ious, self._numbers, strict=True)
@@ -107,6 +123,7 @@ class _Tally:
             self._image_count,
             heapq.nsmallest(NUM_EXTREMES, scores),
             heapq.nlargest(NUM_EXTREMES, scores),
+            self._loss_sums,
         )
 
 
@@ -117,7 +134,7 @@ def evaluate(
     *,
     classes: ClassMap,
     preprocessing: Preprocessing,
-    device: torch.device,
+    loss: SegmentationLoss,
     precision: str,
 ) -> EvaluationCounts:
     """Evaluate this rank's share of a split; each mask is compared with the ground truth at the image's original size.
@@ -127,17 +144,20 @@ def evaluate(
         batches: The rank's batches, from ``iterate_evaluation``.
         classes: Classes, in the order of the logits' channels.
         preprocessing: Converts (N, H, W, 3) uint8 pixels to the model's input.
-        device: Device of the model.
+        loss: The training loss; it is computed at the size of the model's input, as in training.
         precision: ``bf16``, ``fp16`` or ``fp32``.
     """
     model.eval()
-    tally = _Tally(classes, device)
+    device = next(model.parameters()).device
+    tally = _Tally(classes, loss, device)
     for batch in batches:
         image_nchw = preprocessing.apply(torch.from_numpy(batch.images).to(device, non_blocking=True))
         with autocast(device, precision):
             logits_nchw = model(image_nchw)
+        targets = torch.from_numpy(batch.targets).to(device, non_blocking=True)
         # Images beyond the last ground truth are padding.
-        for logits_chw, truth, number in zip(logits_nchw, batch.truths, batch.numbers, strict=False):
+        for logits_chw, target, truth, number in zip(logits_nchw, targets, batch.truths, batch.numbers, strict=False):
+            tally.add_loss(logits_chw, target)
             mask = compute_mask(logits_chw, (truth.shape[0], truth.shape[1]))
             tally.add(number, torch.from_numpy(truth).to(device), mask)
     return tally.finish()
@@ -147,12 +167,24 @@ def add_over_ranks(counts: EvaluationCounts) -> EvaluationCounts:
     """Return the counts summed over all ranks; collective, and with the same result on every rank."""
     if not distributed.is_initialized():
         return counts
-    for tensor in (counts.confusion, counts.boundary, counts.image_sums, counts.image_count):
+    for tensor in (counts.confusion, counts.boundary, counts.image_sums, counts.image_count, counts.loss):
         distributed.all_reduce(tensor)
     extremes: list[Any] = [None] * distributed.get_world_size()
     distributed.all_gather_object(extremes, (counts.worst, counts.best))
     worst, best = ([score for pair in extremes for score in pair[side]] for side in (0, 1))
     return replace(counts, worst=heapq.nsmallest(NUM_EXTREMES, worst), best=heapq.nlargest(NUM_EXTREMES, best))
+
+
+def compute_loss(counts: EvaluationCounts, loss: SegmentationLoss) -> float | None:
+    """Return the loss of the whole split, computed as if it were one batch; None if it is not finite.
+
+    The sums are exact, so it does not depend on the order of the images or on the rank that processed each.
+    """
+    whole, fraction, num_infinite = counts.loss.cpu()
+    if num_infinite.any():
+        return None
+    sums, divisors = whole.double() + fraction.double() / _LOSS_FRACTION
+    return float(loss.combine(sums, divisors))
 
 
 def compute_scores(counts: EvaluationCounts) -> dict[str, Any]:

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from segray.data.augmentation import Augmentation
-from segray.data.images import resize_image
+from segray.data.images import resize_image, resize_mask
 from segray.data.manifest import Sample
 from segray.data.preprocessing import pad_batch
 from segray.training.worker.sample_store import LabelledImage, SampleStore
@@ -52,11 +52,13 @@ class EvalBatch:
     Attributes:
         images: (eval_batch_size, H, W, 3) uint8; those beyond ``len(truths)`` are padding.
         truths: Class-index maps (H_i, W_i).
+        targets: (len(truths), H, W), the same at the model's input size, for the loss.
         numbers: Index of each image in its split.
     """
 
     images: npt.NDArray[np.uint8]
     truths: list[npt.NDArray[np.integer]]
+    targets: npt.NDArray[np.integer]
     numbers: list[int]
 
 
@@ -214,7 +216,9 @@ def iterate_evaluation(
     batches = (mine[start : start + batch_size] for start in range(0, num_longest, batch_size))
     for numbers, pairs in _load_ahead(load, batches, share.num_threads):
         images = np.array([image for image, _ in pairs], np.uint8).reshape(-1, *image_size, 3)
-        yield EvalBatch(pad_batch(images, batch_size), [truth for _, truth in pairs], list(numbers))
+        truths = [truth for _, truth in pairs]
+        targets = np.array([resize_mask(truth, image_size) for truth in truths]).reshape(-1, *image_size)
+        yield EvalBatch(pad_batch(images, batch_size), truths, targets, list(numbers))
 
 
 def _load_ahead(

@@ -23,7 +23,7 @@ from segray.storage import join_uri
 from segray.training.checkpoint import TrainingState, name_checkpoint, remove_surplus, save_state
 from segray.training.job import TrainJob, is_finished
 from segray.training.watchdog import Heartbeat
-from segray.training.worker.evaluation import add_over_ranks, compute_scores, evaluate
+from segray.training.worker.evaluation import add_over_ranks, compute_loss, compute_scores, evaluate
 from segray.training.worker.feed import (
     EvalBatch,
     RankShare,
@@ -169,10 +169,11 @@ def _evaluate(trainer: Trainer) -> dict[str, Any]:
             _iterate_evaluation(trainer),
             classes=trainer.job.classes,
             preprocessing=trainer.job.preprocessing,
-            device=trainer.learner.device,
+            loss=trainer.learner.loss,
             precision=trainer.learner.precision,
         )
-    return compute_scores(add_over_ranks(counts))
+    total = add_over_ranks(counts)
+    return {"val_loss": compute_loss(total, trainer.learner.loss), **compute_scores(total)}
 
 
 def _iterate_evaluation(trainer: Trainer) -> Iterator[EvalBatch]:
@@ -196,6 +197,7 @@ def format_epoch(metrics: dict[str, Any], num_epochs: int) -> str:
         f"learning rate {metrics['learning_rate']:.2e}  {metrics['images_per_s']:.1f} images/s"
     )
     if "val_mean_iou" in metrics:
+        line += "" if metrics["val_loss"] is None else f"  val loss {metrics['val_loss']:.4f}"
         line += f"  val mean IoU {metrics['val_mean_iou']:.4f}  mean Dice {metrics['val_mean_dice']:.4f}"
     if metrics["num_skipped_steps"]:
         line += f"  {metrics['num_skipped_steps']} steps skipped (not finite in fp16)"

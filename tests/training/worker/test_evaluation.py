@@ -9,16 +9,17 @@ import pytest
 import torch
 from torch.nn import functional
 
-from segray.config import DataConfig, ModelConfig
+from segray.config import DataConfig, LossSettings, ModelConfig
 from segray.data.manifest import Sample, load_splits
 from segray.data.preprocessing import Preprocessing
 from segray.models.build import SegmentationModel, build_model
-from segray.training.worker.evaluation import NUM_EXTREMES, EvaluationCounts, compute_scores, evaluate
+from segray.models.losses import SegmentationLoss
+from segray.training.worker.evaluation import NUM_EXTREMES, EvaluationCounts, compute_loss, compute_scores, evaluate
 from segray.training.worker.feed import RankShare, iterate_evaluation
 from segray.training.worker.sample_store import SampleStore, load_labelled_image
 from tests.conftest import NUM_TEST, PET_CLASSES, SHAPE_SIZE
-from tests.training.worker.learner import CPU
 
+LOSS = SegmentationLoss(LossSettings(ce=1.0, dice=0.5), PET_CLASSES.ignore_index, np.array([1.0, 0.3, 2.0]))
 SMALL = (32, 32)  # Smaller than the images, at whose size the masks must still be scored.
 
 
@@ -42,7 +43,7 @@ def count(model: SegmentationModel, samples: list[Sample], world_size: int, rank
         batch_size,
         RankShare(rank, world_size),
     )
-    return evaluate(model, batches, classes=PET_CLASSES, preprocessing=Preprocessing(), device=CPU, precision="fp32")
+    return evaluate(model, batches, classes=PET_CLASSES, preprocessing=Preprocessing(), loss=LOSS, precision="fp32")
 
 
 @pytest.fixture(scope="module")
@@ -104,7 +105,7 @@ def test_scores_follow_their_formulas() -> None:
     confusion = torch.tensor([[6, 2, 0], [1, 3, 0], [0, 0, 0]])  # The third class does not occur.
     zeros = torch.zeros((2, 3), dtype=torch.int64)
     boundary = torch.tensor([[1, 2, 0], [4, 3, 0]])
-    scores = compute_scores(EvaluationCounts(confusion, boundary, zeros, zeros[0], [], []))
+    scores = compute_scores(EvaluationCounts(confusion, boundary, zeros, zeros[0], [], [], zeros))
     assert scores["val_dataset_iou"] == [6 / 9, 3 / 6, None]
     assert scores["val_dataset_dice"] == [12 / 15, 6 / 9, None]
     assert scores["val_precision"] == [6 / 7, 3 / 5, None]
@@ -123,7 +124,7 @@ def test_counts_of_the_shares_sum_to_those_of_the_whole_split(
     model: SegmentationModel, samples: list[Sample], counts: EvaluationCounts, world_size: int
 ) -> None:
     shares = [count(model, samples, world_size, rank) for rank in range(world_size)]
-    for name in ("confusion", "boundary", "image_sums", "image_count"):
+    for name in ("confusion", "boundary", "image_sums", "image_count", "loss"):
         total = sum(getattr(share, name) for share in shares)
         assert torch.equal(total, getattr(counts, name)), name
 
@@ -134,3 +135,29 @@ def test_counts_do_not_depend_on_padding_and_batch_size(
     other = count(model, samples, 1, 0, batch_size=5)
     assert torch.equal(other.confusion, counts.confusion)
     assert other.worst == counts.worst
+    assert compute_loss(other, LOSS) == pytest.approx(compute_loss(counts, LOSS), rel=1e-6)
+
+
+def test_the_loss_is_that_of_the_whole_split_as_one_batch(
+    model: SegmentationModel, samples: list[Sample], counts: EvaluationCounts
+) -> None:
+    batch = next(iterate_evaluation(samples, SampleStore(PET_CLASSES, 0), SMALL, NUM_TEST, RankShare()))
+    with torch.no_grad():
+        logits = model.eval()(Preprocessing().apply(torch.from_numpy(batch.images)))
+    truth = torch.from_numpy(np.stack(batch.truths)[:, 1::2, 1::2]).long()  # The pixels at the centres of the smaller.
+    entropy = functional.cross_entropy(logits, truth, torch.tensor([1.0, 0.3, 2.0]), ignore_index=255)
+    dices = []
+    for probability, image_truth in zip(logits.softmax(1), truth, strict=True):
+        present = [index for index in range(3) if (image_truth == index).any()]
+        scored = image_truth != 255
+        parts = [(probability[index] * scored, (image_truth == index).float()) for index in present]
+        dices.append(torch.stack([1 - 2 * (p * t).sum() / (p.sum() + t.sum()) for p, t in parts]).mean())
+    assert compute_loss(counts, LOSS) == pytest.approx(float(entropy + 0.5 * torch.stack(dices).mean()), rel=1e-5)
+
+
+def test_a_loss_that_is_not_finite_is_undefined(counts: EvaluationCounts, samples: list[Sample]) -> None:
+    torch.manual_seed(0)
+    broken = build_model(ModelConfig(arch="classic_unet", widths=(2, 2)), PET_CLASSES.num_classes)
+    with torch.no_grad():
+        broken.network.get_parameter("head.bias").fill_(torch.nan)
+    assert compute_loss(count(broken, samples[:2], 1, 0), LOSS) is None
