@@ -23,6 +23,8 @@ _NOT_WEIGHT_SETTINGS = {
     "stall_timeout_s",
     "checkpoint_every_steps",
     "num_best_checkpoints",
+    "log_every_steps",
+    "time_budget_min",
 }
 # Settings of train that bind an output folder: those of the optimizer, whose state is in the checkpoints, and those
 # that decide which samples a step takes. The other settings of train may change when a run is resumed.
@@ -32,6 +34,7 @@ _BOUND_SETTINGS = {
     "optimizer",
     "learning_rate",
     "encoder_lr_factor",
+    "layer_decay",
     "momentum",
     "weight_decay",
 }

@@ -10,9 +10,9 @@ from segray.config.section import Section
 class TrainSettings(Section):
     """Optimisation and execution of training.
 
-    ``seed``, ``global_batch_size``, ``optimizer``, ``learning_rate``, ``encoder_lr_factor``, ``momentum`` and
-    ``weight_decay`` belong to the run: a rerun into the same output must have the same. All others may differ; those
-    that affect weights or scores are recorded with the step from which they applied.
+    ``seed``, ``global_batch_size``, ``optimizer``, ``learning_rate``, ``encoder_lr_factor``, ``layer_decay``,
+    ``momentum`` and ``weight_decay`` belong to the run: a rerun into the same output must have the same. All others may
+    differ; those that affect weights or scores are recorded with the step from which they applied.
     """
 
     num_epochs: int = Field(
@@ -20,6 +20,12 @@ class TrainSettings(Section):
         ge=1,
         description="Passes over the training images. A finished run continues if a rerun has more; the learning-rate "
         "schedule is then recomputed.",
+    )
+    time_budget_min: float | None = Field(
+        None,
+        gt=0,
+        description="Minutes that training should take, instead of ``num_epochs``: the number of epochs is computed "
+        "once, from some measured steps, and printed. Start-up and label check are not included. ``null``: no budget.",
     )
     global_batch_size: int = Field(
         16,
@@ -34,6 +40,11 @@ class TrainSettings(Section):
         "continues with fewer workers (``min_train_workers``) makes more, so that none needs more memory than before.",
     )
     seed: int = Field(0, ge=0, description="Seed of initial weights, sample order and augmentation.")
+    sampling: Literal["uniform", "class_balanced"] = Field(
+        "uniform",
+        description="``uniform``: every training image once per epoch. ``class_balanced``: images with rare classes "
+        "more often, the others less often, in as many steps (repeat factors of LVIS).",
+    )
 
     optimizer: Literal["adamw", "sgd"] = Field(
         "adamw", description="Optimizer: ``adamw``, or ``sgd`` with Nesterov momentum."
@@ -41,6 +52,13 @@ class TrainSettings(Section):
     learning_rate: float = Field(1e-3, gt=0, description="Highest learning rate of the schedule.")
     encoder_lr_factor: float = Field(
         1.0, ge=0, description="Learning rate of the encoder, as a multiple of ``learning_rate``."
+    )
+    layer_decay: float | None = Field(
+        None,
+        gt=0,
+        le=1,
+        description="Factor, such as 0.75, by which each layer of the encoder learns more slowly than the layer "
+        "after it: the layers of timm, or the stages of other encoders. ``null``: the same rate for all.",
     )
     momentum: float = Field(0.9, ge=0, lt=1, description="Momentum of ``sgd``.")
     weight_decay: float = Field(
@@ -124,6 +142,12 @@ class TrainSettings(Section):
         ge=1,
         description="Steps between checkpoints within an epoch. ``null``: only one at the end of each epoch.",
     )
+    log_every_steps: int | None = Field(
+        None,
+        ge=1,
+        description="Steps between rows of ``steps.csv``, which go to TensorBoard and MLflow too: loss, learning rate, "
+        "gradient norm (with ``max_gradient_norm``) and speed of single steps. ``null``: only epochs are logged.",
+    )
     num_best_checkpoints: int = Field(
         1, ge=1, description="Checkpoints with the highest scores to keep, besides the newest two."
     )
@@ -147,6 +171,15 @@ class TrainSettings(Section):
     def micro_batch_size(self) -> int:
         """Images per worker and forward pass."""
         return self.global_batch_size // (self.num_train_workers * self.num_accumulation_steps)
+
+    @model_validator(mode="after")
+    def _check_length(self) -> Self:
+        if self.time_budget_min is not None and "num_epochs" in self.model_fields_set:
+            raise ValueError(
+                f"time_budget_min: expected either time_budget_min ({self.time_budget_min:g}) or num_epochs "
+                f"({self.num_epochs}), got both; remove one"
+            )
+        return self
 
     @model_validator(mode="after")
     def _check_batch(self) -> Self:

@@ -169,14 +169,15 @@ def test_settings_that_affect_only_speed_or_faults_may_differ_between_reruns(tmp
     listing = ["extensions", "recursive", "split", "relist"]  # These are covered by the sha256 of the plan.
     outcome = ["max_error_fraction", "stop_error_fraction", "num_report_images", "retry_errors", "allow_mixed"]
     assert sorted([*recorded, *cut, *pace, *listing, *outcome]) == sorted([*SegmentSettings.model_fields, "device"])
-    speed = {"num_decode_threads", "cache_bytes", "cache_disk_bytes"}
+    speed = {"num_decode_threads", "cache_bytes", "cache_disk_bytes", "log_every_steps"}
     faults = {"max_failures", "min_train_workers", "stall_timeout_s", "checkpoint_every_steps", "num_best_checkpoints"}
-    assert TrainSettings.model_fields.keys() - slow.weight_settings["train"].keys() == speed | faults
+    length = {"time_budget_min"}  # The driver replaces it by num_epochs.
+    assert TrainSettings.model_fields.keys() - slow.weight_settings["train"].keys() == speed | faults | length
 
 
 def test_only_what_a_checkpoint_depends_on_binds_a_training_run(tmp_path: Path) -> None:
     config = load(tmp_path, VALID)
-    optimizer = {"optimizer", "learning_rate", "encoder_lr_factor", "momentum", "weight_decay"}
+    optimizer = {"optimizer", "learning_rate", "encoder_lr_factor", "layer_decay", "momentum", "weight_decay"}
     assert config.bound_settings.keys() == {"data", "model", "image_size", "loss", "train"}
     assert config.bound_settings["train"].keys() == {"seed", "global_batch_size"} | optimizer
     # Every setting that can change the weights or the scores is either bound or recorded.

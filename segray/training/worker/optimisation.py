@@ -12,6 +12,7 @@ from torch.optim import lr_scheduler
 
 from segray.config import TrainSettings
 from segray.models.build import SegmentationModel
+from segray.models.layer_decay import compute_layer_factors
 
 _ONE_CYCLE_WARM_UP = 0.2  # Fraction of all steps in which the one-cycle schedule rises to its peak, by default.
 # Parts of names such as pos_embed, rel_pos_h, height_rel, relative_position_bias_table, attention_biases and cls_token.
@@ -22,22 +23,27 @@ _WARM_UP_START = 1e-2  # Learning rate at the start of a linear warm-up, relativ
 def build_optimizer(model: SegmentationModel, settings: TrainSettings) -> torch.optim.Optimizer:
     """Build AdamW, or SGD with Nesterov momentum, over all parameters that are not frozen.
 
-    The encoder has its own learning rate. Weight decay is not applied to parameters with one dimension (biases and the
-    weights of normalisation layers), nor to positional embeddings, tables of attention biases, and class tokens: it
-    would pull outputs towards 0 without making the network simpler.
+    The encoder has its own learning rate, which ``layer_decay`` lowers layer by layer. Weight decay is not applied to
+    parameters with one dimension (biases and the weights of normalisation layers), nor to positional embeddings, tables
+    of attention biases, and class tokens: it would pull outputs towards 0 without making the network simpler.
+
+    Raises:
+        ConfigError: The encoder has no layers for ``layer_decay``.
     """
-    encoder = {id(parameter) for parameter in model.encoder.parameters()}
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    factors = {id(parameter): 1.0 for parameter in model.encoder.parameters()}
+    if settings.layer_decay is not None:
+        factors = compute_layer_factors(model, settings.layer_decay)
+    groups: dict[tuple[float | None, bool], list[nn.Parameter]] = {}
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((id(parameter) in encoder, _is_decayed(name, parameter)), []).append(parameter)
+            groups.setdefault((factors.get(id(parameter)), _is_decayed(name, parameter)), []).append(parameter)
     options = [
         {
             "params": parameters,
-            "lr": settings.learning_rate * (settings.encoder_lr_factor if is_encoder else 1.0),
+            "lr": settings.learning_rate * (1.0 if factor is None else settings.encoder_lr_factor * factor),
             "weight_decay": settings.weight_decay if is_decayed else 0.0,
         }
-        for (is_encoder, is_decayed), parameters in groups.items()
+        for (factor, is_decayed), parameters in groups.items()
     ]
     # Not fused: the fused step processes weights and moments in memory order, and after a restart the moments of
     # channels-last weights have another memory layout than before.

@@ -198,3 +198,16 @@ def test_positional_embeddings_and_bias_tables_do_not_decay(encoder_name: str, p
     assert tables
     assert {names[name] for name in tables} == {0.0}
     assert {decay[id(p)] for name, p in model.named_parameters() if name.endswith("fc1.weight")} == {0.1}
+
+
+def test_layers_of_the_encoder_have_decayed_rates() -> None:
+    model = build_model(ModelConfig(encoder_name="tu-test_resnet"), 2)
+    settings = TrainSettings(learning_rate=0.1, encoder_lr_factor=0.5, layer_decay=0.5, weight_decay=0.2)
+    optimizer = build_optimizer(model, settings)
+    rates = {id(p): group["lr"] for group in optimizer.param_groups for p in group["params"]}
+    assert rates.keys() == {id(parameter) for parameter in model.parameters()}
+    encoder = [rates[id(parameter)] for parameter in model.encoder.parameters()]
+    assert encoder == sorted(encoder)  # Its parameters are in the order of its layers.
+    assert encoder[-1] == pytest.approx(0.1 * 0.5 * 0.5)
+    inside = {id(parameter) for parameter in model.encoder.parameters()}
+    assert {rates[id(p)] for p in model.parameters() if id(p) not in inside} == {0.1}
