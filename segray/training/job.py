@@ -14,6 +14,7 @@ from segray.config import TrainConfig, TrainSettings
 from segray.data.classes import ClassMap
 from segray.data.manifest import Splits
 from segray.data.preprocessing import Preprocessing
+from segray.training.sampling import ImageWeights
 
 
 @dataclass(frozen=True)
@@ -27,8 +28,10 @@ class TrainJob:
         preprocessing: Normalisation that the encoder expects; looked up once, by the driver.
         class_weights: (C,) float64 class weights of the loss, or None for equal weights.
         run_uri: Folder of the checkpoints.
+        image_weights: How often each training image is drawn, or None for equally often.
         board: Handle of the ``ProgressBoard`` actor.
         pauses_after_epoch: Whether training pauses after each epoch until the driver allows it to continue.
+        only_measures: Whether the workers only measure how long steps and evaluation take.
     """
 
     config: TrainConfig
@@ -37,8 +40,10 @@ class TrainJob:
     preprocessing: Preprocessing
     class_weights: npt.NDArray[np.float64] | None
     run_uri: str
+    image_weights: ImageWeights | None = None
     board: Any = None
     pauses_after_epoch: bool = False
+    only_measures: bool = False
 
 
 def get_classes(config: TrainConfig) -> ClassMap:

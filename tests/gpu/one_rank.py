@@ -105,7 +105,7 @@ def _build_job(folder: Path, num_steps: int, model: ModelConfig, settings: dict[
     )
     samples = [Sample(f"image {number}", f"mask {number}") for number in range(BATCH_SIZE)]
     board = LocalActor(ProgressBoard(STALL_TIMEOUT_S))
-    return TrainJob(config, get_classes(config), Splits(samples, []), Preprocessing(), None, str(folder), board)
+    return TrainJob(config, get_classes(config), Splits(samples, []), Preprocessing(), None, str(folder), board=board)
 
 
 def run_as_rank(device: torch.device, act: Callable[[], None], *, group: bool = False) -> None:

@@ -22,6 +22,7 @@ from segray.metrics import IntArray
 from segray.runtime.failures import named_failure, translated_ray_errors
 from segray.storage import read_bytes
 from segray.training.labels.heuristics import NO_DIGEST, compute_pixel_digest, find_shared_images, is_mixed
+from segray.training.sampling import count_presence_bytes, pack_presence
 
 _CHUNK_SIZE = 32
 _MAX_CHUNKS_IN_FLIGHT = 64
@@ -75,6 +76,7 @@ class SplitReport:
         ignored_px: Pixels with an ignored value.
         values: Raw values of all masks, except masks that look resized with interpolation or saved as JPEG.
         digests: 16 bytes for each image, equal for equal pixels; zeros for an image that cannot be decoded.
+        presence: The classes in each image, as bits (``pack_presence``); zeros for an image with a fault.
     """
 
     num_samples: int
@@ -86,6 +88,7 @@ class SplitReport:
     ignored_px: int
     values: frozenset[int]
     digests: bytes
+    presence: bytes
 
     def __add__(self, other: "SplitReport") -> "SplitReport":
         return SplitReport(
@@ -98,13 +101,14 @@ class SplitReport:
             self.ignored_px + other.ignored_px,
             self.values | other.values,
             self.digests + other.digests,
+            self.presence + other.presence,
         )
 
     @classmethod
     def empty(cls, num_classes: int) -> "SplitReport":
         """Return a report on no samples."""
         zeros = np.zeros(num_classes, np.int64)
-        return cls(0, [], [], zeros, zeros, zeros, 0, frozenset(), b"")
+        return cls(0, [], [], zeros, zeros, zeros, 0, frozenset(), b"", b"")
 
 
 def check_samples(samples: Sequence[Sample], classes: ClassMap) -> SplitReport:
@@ -136,7 +140,7 @@ def _check_sample(sample: Sample, classes: ClassMap) -> SplitReport:
     except ImageFault as fault:
         remedy = fault.remedy or "replace the mask, or remove its image"
         report.faults.append(LabelFault(sample.mask_uri, fault.kind, fault.message, remedy))
-        return report
+        return replace(report, presence=bytes(count_presence_bytes(classes.num_classes)))
     return report + _check_mask(sample, raw, size, classes)
 
 
@@ -159,7 +163,8 @@ def _check_mask(
     if truth is not None and not report.faults:
         report += _count_pixels(sample.mask_uri, truth, classes)
     values = [] if mixed else np.flatnonzero(np.bincount(raw.ravel())).tolist()
-    return replace(report, values=frozenset(values))
+    presence = report.presence or bytes(count_presence_bytes(classes.num_classes))
+    return replace(report, values=frozenset(values), presence=presence)
 
 
 def _explain_size(sample: Sample, raw: npt.NDArray[np.integer], size: tuple[int, ...]) -> LabelFault:
@@ -187,6 +192,7 @@ def _count_pixels(mask_uri: str, truth: npt.NDArray[np.integer], classes: ClassM
         image_count=is_present,
         image_px=is_present * pixel_count.sum(),
         ignored_px=int(values[classes.ignore_index]),
+        presence=pack_presence(pixel_count > 0),
     )
 
 

@@ -4,7 +4,8 @@ The sample order depends only on (seed, pass), so it is identical for any number
 stream in which each block of ``num_samples`` positions (a pass) is a random permutation of the samples. Step ``s``
 takes the positions from ``s*B`` to ``(s+1)*B``, where B is the global batch size, and each rank loads its share of
 them. So every rank takes the same number of full batches, no sample is dropped or repeated within a pass, and a resumed
-run continues with the next sample.
+run continues with the next sample. With class-balanced sampling, a pass instead has each sample as often as its weight
+says.
 
 Images are decoded by threads, because the decoders release the interpreter lock, and because a torch DataLoader would
 fork the Ray worker, which is unsafe because the worker already has threads.
@@ -24,6 +25,7 @@ from segray.data.augmentation import Augmentation
 from segray.data.images import resize_image, resize_mask
 from segray.data.manifest import Sample
 from segray.data.preprocessing import pad_batch
+from segray.training.sampling import ImageWeights
 from segray.training.worker.sample_store import LabelledImage, SampleStore
 
 _READ_AHEAD_BATCHES = 3
@@ -71,11 +73,13 @@ class StreamSettings:
         num_parts: Batches that each rank's share of a step is divided into, for gradient accumulation; see
             ``compute_num_parts``.
         seed: Seed of the sample order and of the augmentation.
+        image_weights: How often each sample is drawn, or None for equally often.
     """
 
     global_batch_size: int
     num_parts: int = 1
     seed: int = 0
+    image_weights: ImageWeights | None = None
 
 
 @dataclass(frozen=True)
@@ -107,20 +111,25 @@ def compute_num_parts(global_batch_size: int, micro_batch_size: int, world_size:
     return -(-largest_share // micro_batch_size)
 
 
-def compute_step_order(step: int, num_samples: int, global_batch_size: int, seed: int) -> npt.NDArray[np.int64]:
+def compute_step_order(
+    step: int, num_samples: int, global_batch_size: int, seed: int, image_weights: ImageWeights | None = None
+) -> npt.NDArray[np.int64]:
     """Return the sample indices of a training step over all ranks, (global_batch_size,) int64."""
     positions = np.arange(step * global_batch_size, (step + 1) * global_batch_size)
     indices = np.empty_like(positions)
     for sample_pass in np.unique(positions // num_samples):
-        order = _draw_order(num_samples, seed, int(sample_pass))
+        order = _draw_order(num_samples, seed, int(sample_pass), image_weights)
         taken = positions // num_samples == sample_pass
         indices[taken] = order[positions[taken] % num_samples]
     return indices
 
 
 @lru_cache(maxsize=2)  # A step lies within one pass or spans two.
-def _draw_order(num_samples: int, seed: int, sample_pass: int) -> npt.NDArray[np.int64]:
-    return np.random.Generator(np.random.PCG64([seed, sample_pass])).permutation(num_samples)
+def _draw_order(
+    num_samples: int, seed: int, sample_pass: int, image_weights: ImageWeights | None
+) -> npt.NDArray[np.int64]:
+    generator = np.random.Generator(np.random.PCG64([seed, sample_pass]))
+    return image_weights.draw(generator) if image_weights else generator.permutation(num_samples)
 
 
 def _build_generator(seed: int, position: int) -> np.random.Generator:
@@ -161,7 +170,7 @@ def iterate_training(
         return augmentation.apply(*store.load(sample), _build_generator(stream.seed, position))
 
     def list_share(step: int) -> list[tuple[int, Sample]]:
-        order = compute_step_order(step, len(samples), batch_size, stream.seed)
+        order = compute_step_order(step, len(samples), batch_size, stream.seed, stream.image_weights)
         offsets = np.array_split(np.arange(batch_size), share.world_size)[share.world_rank]
         return [(step * batch_size + int(offset), samples[order[offset]]) for offset in offsets]
 

@@ -29,7 +29,9 @@ def count_skipped(num_skipped: int, loss: float) -> int:
 def explain_non_finite_loss(job: TrainJob, step: int, error: NonFiniteLossError) -> NonFiniteLossError:
     """Return the error with the step, its images, and the settings that may help and that a rerun may change."""
     settings = job.config.train
-    order = compute_step_order(step, len(job.splits.train), settings.global_batch_size, settings.seed)
+    order = compute_step_order(
+        step, len(job.splits.train), settings.global_batch_size, settings.seed, job.image_weights
+    )
     uris = ", ".join(job.splits.train[index].image_uri for index in order)
     fp32 = "" if settings.precision == "fp32" else f", or with train.precision: fp32 (now {settings.precision})"
     return NonFiniteLossError(

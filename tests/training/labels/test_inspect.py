@@ -29,6 +29,12 @@ def samples(labelled_folders: tuple[Path, Path]) -> list[Sample]:
     return [Sample(str(images / name), str(masks / name)) for name in names]
 
 
+def unpack_presence(report: SplitReport) -> npt.NDArray[np.bool_]:
+    """Return whether each image contains each of up to 8 classes, (N, C)."""
+    bits = np.unpackbits(np.frombuffer(report.presence, np.uint8)[:, None], axis=1, count=len(report.image_count))
+    return bits.astype(bool)
+
+
 def test_counts_equal_those_of_the_files(samples: list[Sample]) -> None:
     Image.new("L", Image.open(samples[0].image_uri).size, 255).save(samples[0].mask_uri)
     Image.new("L", Image.open(samples[1].image_uri).size, 2).save(samples[1].mask_uri)
@@ -38,6 +44,8 @@ def test_counts_equal_those_of_the_files(samples: list[Sample]) -> None:
     assert report.faults == []
     assert report.pixel_count.tolist() == [sum(int((mask == value).sum()) for mask in raw) for value in (0, 1, 2)]
     assert report.image_count.tolist() == [sum(bool((mask == value).any()) for mask in raw) for value in (0, 1, 2)]
+    present = np.array([[bool((mask == value).any()) for value in (0, 1, 2)] for mask in raw])
+    np.testing.assert_array_equal(unpack_presence(report), present)
     assert report.ignored_px == sum(int((mask == 255).sum()) for mask in raw)
     labelled_px = [int((mask != 255).sum()) for mask in raw]
     assert report.image_px.tolist() == [
@@ -68,6 +76,8 @@ def test_every_fault_is_listed_in_the_order_of_the_samples(samples: list[Sample]
         (samples[2].mask_uri, FaultKind.MASK_MISMATCH),
         (samples[4].mask_uri, FaultKind.MASK_MISMATCH),
     ]
+    is_known = unpack_presence(report).any(1)
+    assert is_known.tolist() == [False, True, False, True, False]  # Every image has its row.
     with pytest.raises(DataError, match=r"4 bad labels in val \(segray check lists all\): .*; and 1 more"):
         require_learnable(report, "val")
 

@@ -27,7 +27,7 @@ def test_many_skipped_steps_in_a_row_end_the_run() -> None:
 def test_the_error_names_the_images_and_only_advises_what_a_rerun_accepts() -> None:
     settings = TrainSettings(global_batch_size=2)
     splits = SimpleNamespace(train=[Sample("a.png", "a"), Sample("b.png", "b")])
-    job = SimpleNamespace(config=SimpleNamespace(train=settings), splits=splits)
+    job = SimpleNamespace(config=SimpleNamespace(train=settings), splits=splits, image_weights=None)
     message = str(explain_non_finite_loss(job, 4, NonFiniteLossError("loss is nan")))  # type: ignore[arg-type]
     assert message.startswith("loss is nan at step 5 (the weights were not updated); to go on from the newest")
     assert "rerun with a lower train.max_gradient_norm (now null), or with train.precision: fp32 (now bf16)" in message
