@@ -1,5 +1,7 @@
 """Run a complete training: check the labels, train on Ray, and write the bundle of the best epoch."""
 
+from dataclasses import replace
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -11,6 +13,7 @@ from segray.errors import TrainingError
 from segray.models.build import check_model, check_size
 from segray.models.bundle import has_bundle, load_manifest
 from segray.models.gradient_checkpointing import recompute_encoder
+from segray.models.layer_decay import compute_layer_factors
 from segray.models.sync_batchnorm import synchronise_norms
 from segray.runtime.autoscaling import reported_shortage
 from segray.runtime.connect import connect_ray
@@ -23,8 +26,11 @@ from segray.training.labels.inspect import SplitReport, require_learnable
 from segray.training.labels.report import print_warnings
 from segray.training.placement import place_on_cluster
 from segray.training.pretrained import find_preprocessing, save_pretrained
+from segray.training.sampling import compute_image_weights
+from segray.training.time_budget import apply_measured, apply_recorded
 
 _BINDING_NAME = "train.json"
+_NUM_MEASURED_EPOCHS = 10_000
 
 
 def run_training(config: TrainConfig, console: Console) -> str:
@@ -46,9 +52,12 @@ def run_training(config: TrainConfig, console: Console) -> str:
     output = normalize_uri(config.output)
     bundle_uri, run_uri = join_uri(output, "bundle"), join_uri(output, RUN_NAME)
     binding = Binding(join_uri(output, _BINDING_NAME), config.bound_settings, splits.compute_sha256())
-    if has_bundle(bundle_uri) or list_checkpoints(run_uri):  # Otherwise the output is still unused.
+    is_used = has_bundle(bundle_uri) or bool(list_checkpoints(run_uri))
+    if is_used:
         binding.require_same()
     console.print(describe_run(config, splits), highlight=False)
+    if is_used and config.train.time_budget_min:
+        config = apply_recorded(config, console)
     if has_bundle(bundle_uri) and is_complete(config.train, bundle_uri, run_uri):
         console.print("this run is complete; nothing to do", highlight=False)
         return bundle_uri
@@ -61,10 +70,15 @@ def run_training(config: TrainConfig, console: Console) -> str:
         from segray.training.fit import fit
         from segray.training.tracking import Tracking
 
+        binding.write()
+        save_pretrained(config)
+        if config.train.time_budget_min:
+            with console.status("measuring the time of some steps"):
+                measured = fit(build_measuring_job(job), output, Console(quiet=True), lambda _: True)
+            config = apply_measured(config, measured, console)
+            job = replace(job, config=config)
         with Tracking(config, job.classes, output, console) as tracking:
-            binding.write()
-            save_pretrained(config)
-            fit(job, output, console, tracking.log)
+            fit(job, output, console, tracking.log, tracking.log_steps)
             tracking.write_csv(find_newest_history(run_uri))  # Including epochs that the display missed.
         with console.status("writing the bundle"):
             write_bundle(job, bundle_uri, console)
@@ -126,9 +140,24 @@ def build_job(config: TrainConfig, splits: Splits, report: SplitReport, run_uri:
     Raises:
         ConfigError: The input that the encoder's weights expect is not supported, or cannot be looked up.
     """
+    weights = None
+    if config.train.sampling == "class_balanced":
+        weights = compute_image_weights(report.presence, report.image_count)
     return TrainJob(
-        config, get_classes(config), splits, find_preprocessing(config), _get_class_weights(config, report), run_uri
+        config,
+        get_classes(config),
+        splits,
+        find_preprocessing(config),
+        _get_class_weights(config, report),
+        run_uri,
+        weights,
     )
+
+
+def build_measuring_job(job: TrainJob) -> TrainJob:
+    """Return the job that measures how long steps take; its schedule is longer than any measurement."""
+    train = job.config.train.model_copy(update={"num_epochs": _NUM_MEASURED_EPOCHS})
+    return replace(job, config=job.config.model_copy(update={"train": train}), only_measures=True)
 
 
 def check_network(config: TrainConfig) -> None:
@@ -143,6 +172,8 @@ def check_network(config: TrainConfig) -> None:
         check_size(outline, num_classes, config.augmentation.crop_size, "augmentation.crop_size")
     if config.train.sync_batchnorm:
         synchronise_norms(outline, torch.device("cpu"))
+    if config.train.layer_decay is not None:
+        compute_layer_factors(outline, config.train.layer_decay)
     if config.train.gradient_checkpointing:
         recompute_encoder(outline)
 

@@ -1,7 +1,6 @@
 """Run the training workers with Ray Train, and convert their failures to segray errors."""
 
 import os
-from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
@@ -25,7 +24,7 @@ from segray.storage.arrow import open_filesystem
 from segray.training.checkpoint import RUN_NAME, remove_surplus
 from segray.training.job import TrainJob
 from segray.training.placement import get_worker_needs, place_on_cluster
-from segray.training.progress_board import show_training
+from segray.training.progress_board import TrackEpochs, TrackSteps, show_training
 from segray.training.worker.entry import train_loop_per_worker
 from segray.training.worker.feed import compute_num_steps
 
@@ -35,7 +34,13 @@ _TIMEOUT_FACTOR = 2
 _MAX_SHOWN_FAILURES = 3
 
 
-def fit(job: TrainJob, output: str, console: Console, track: Callable[[list[dict[str, Any]]], bool]) -> None:
+def ignore_steps(rows: list[dict[str, Any]]) -> None:
+    """Do not log steps."""
+
+
+def fit(
+    job: TrainJob, output: str, console: Console, track: TrackEpochs, track_steps: TrackSteps = ignore_steps
+) -> dict[str, float]:
     """Train from the newest intact checkpoint under ``output``, if any, to the last epoch. Ray must be connected.
 
     Args:
@@ -44,6 +49,10 @@ def fit(job: TrainJob, output: str, console: Console, track: Callable[[list[dict
         console: Where progress is shown.
         track: Called with the metrics of new epochs; returns whether training may continue, which only jobs with
             ``pauses_after_epoch`` take into account.
+        track_steps: Called with new rows of ``steps.csv``.
+
+    Returns:
+        What was measured if the job ``only_measures``, else an empty dict.
 
     Raises:
         ClusterError: The cluster can never run the workers.
@@ -60,7 +69,7 @@ def fit(job: TrainJob, output: str, console: Console, track: Callable[[list[dict
     os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(_TIMEOUT_FACTOR * settings.stall_timeout_s)
     num_steps = compute_num_steps(len(job.splits.train), settings.global_batch_size) * settings.num_epochs
     num_workers, _ = place_on_cluster(settings)
-    with show_training(console, num_steps, settings.stall_timeout_s, track) as board:
+    with show_training(console, num_steps, settings.stall_timeout_s, track, track_steps) as board:
         trainer = _build_trainer(replace(job, board=board), num_workers, filesystem, storage_path)
         try:
             with translated_ray_errors("training"):
@@ -71,6 +80,8 @@ def fit(job: TrainJob, output: str, console: Console, track: Callable[[list[dict
             raise _explain_failure(error, diagnosis, settings.max_failures) from error
     if result.return_value and result.return_value["error"]:
         raise result.return_value["error"]
+    measured: dict[str, float] = (result.return_value or {}).get("measured", {})
+    return measured
 
 
 class _Trainer(TorchTrainer):  # type: ignore[misc]

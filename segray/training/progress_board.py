@@ -20,6 +20,10 @@ _POLL_INTERVAL_S = 0.5
 _NOTE_AT_START = "starting workers"
 
 
+TrackEpochs = Callable[[list[dict[str, Any]]], bool]
+TrackSteps = Callable[[list[dict[str, Any]]], None]
+
+
 class ProgressBoard:
     """Actor that passes progress from the ranks to the driver, and permission to continue from the driver to the ranks.
 
@@ -33,6 +37,7 @@ class ProgressBoard:
         self._state: dict[str, Any] = {"step": 0, "note": ""}
         self._lines: list[str] = []
         self._epochs: dict[int, dict[str, Any]] = {}
+        self._steps: list[dict[str, Any]] = []
         self._allowed = (0, True)
         self._detector = StallDetector(stall_timeout_s)
 
@@ -49,11 +54,20 @@ class ProgressBoard:
         for metrics in history:
             self._epochs.setdefault(metrics["epoch"], metrics)
 
+    def post_step(self, row: dict[str, Any]) -> None:
+        """Add a row of ``steps.csv``."""
+        self._steps.append(row)
+
     def fetch(
         self, num_seen_lines: int, num_seen_epochs: int
     ) -> tuple[dict[str, Any], list[str], list[dict[str, Any]]]:
         """Return the state, and the lines and epochs that the caller has not seen yet."""
         return self._state, self._lines[num_seen_lines:], list(self._epochs.values())[num_seen_epochs:]
+
+    def take_steps(self) -> list[dict[str, Any]]:
+        """Return the rows of ``steps.csv`` since the last call; they are not kept, as there can be millions."""
+        rows, self._steps = self._steps, []
+        return rows
 
     def allow_epoch(self, epoch: int, may_continue: bool) -> None:
         """Record whether training may continue after ``epoch``, and that all epochs up to it were processed."""
@@ -100,21 +114,23 @@ class ProgressPoster:
         """Post a line that stays on the screen."""
         self._board.post_line.remote(line)
 
+    def post_step(self, row: dict[str, Any]) -> None:
+        """Post a row of ``steps.csv``."""
+        self._board.post_step.remote(row)
+
     def post_epochs(self, history: list[dict[str, Any]]) -> None:
         """Post the metrics of epochs, for the trackers."""
         self._board.post_epochs.remote(history)
 
 
 class _Display:
-    """Shows new posts of the board beside the progress bar, and passes new metrics to ``track``."""
+    """Shows new posts of the board beside the progress bar, and passes new metrics on."""
 
-    def __init__(
-        self, board: Any, bar: Progress, num_steps: int, track: Callable[[list[dict[str, Any]]], bool]
-    ) -> None:
+    def __init__(self, board: Any, bar: Progress, num_steps: int, track: TrackEpochs, track_steps: TrackSteps) -> None:
         self._board = board
         self._bar = bar
         self._task = bar.add_task("train", total=num_steps, note=_NOTE_AT_START)
-        self._track = track
+        self._track, self._track_steps = track, track_steps
         self._num_seen_lines = 0
         self._num_seen_epochs = 0
 
@@ -122,6 +138,7 @@ class _Display:
         """Fetch and show what is new, and pass the decision of ``track`` to the board."""
         try:
             fetched = ray.get(self._board.fetch.remote(self._num_seen_lines, self._num_seen_epochs))
+            rows = ray.get(self._board.take_steps.remote())
         except RayError:  # A failure of the display must not end the run.
             return
         state, lines, epochs = fetched
@@ -130,6 +147,8 @@ class _Display:
         for line in lines:
             self._bar.console.print(line, highlight=False)
         self._bar.update(self._task, completed=state["step"], note=state["note"] or _NOTE_AT_START)
+        if rows:
+            self._track_steps(rows)
         if epochs:
             self._board.allow_epoch.remote(epochs[-1]["epoch"], self._track(epochs))
 
@@ -141,7 +160,7 @@ class _Display:
 
 @contextmanager
 def show_training(
-    console: Console, num_steps: int, stall_timeout_s: float, track: Callable[[list[dict[str, Any]]], bool]
+    console: Console, num_steps: int, stall_timeout_s: float, track: TrackEpochs, track_steps: TrackSteps
 ) -> Iterator[Any]:
     """Show the progress of a training run while the block runs; yields the handle of its ``ProgressBoard``.
 
@@ -150,13 +169,14 @@ def show_training(
         num_steps: Training steps of the whole run.
         stall_timeout_s: A run has stalled if no rank has made progress for this long.
         track: Called from a thread with the metrics of new epochs; returns whether training may continue.
+        track_steps: Called from the same thread with new rows of ``steps.csv``.
     """
     # Pinned to the driver's node: an actor without CPUs may be placed on any node, including one that is removed later.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     board = ray.remote(num_cpus=0, scheduling_strategy=here)(ProgressBoard).remote(stall_timeout_s)
     stop = threading.Event()
     with build_bar(console, "steps") as bar:
-        display = _Display(board, bar, num_steps, track)
+        display = _Display(board, bar, num_steps, track, track_steps)
         thread = threading.Thread(target=display.refresh_until, args=(stop,), daemon=True)
         thread.start()
         try:

@@ -21,7 +21,11 @@ from segray.config import TrainConfig
 from segray.data.classes import ClassMap
 from segray.errors import ConfigError, SegrayError, flatten_message
 from segray.storage import exists, join_uri, read_bytes, remove_folder, write_bytes
+from segray.training.step_table import StepRow, read_steps
 
+_STEPS_NAME = "steps.csv"
+_FLUSH_INTERVAL_S = 30.0
+_STEP_PREFIX = "step/"  # Of the names of the metrics of single steps, which have the same names as those of epochs.
 _MLFLOW_BATCH = 1000  # Maximum number of metrics per request.
 _PER_EPOCH = ("epoch", "loss", "learning_rate", "images_per_s", "num_skipped_steps")
 _PER_CLASS = (
@@ -53,6 +57,9 @@ class Tracker(Protocol):
 
     def log(self, epoch: int, scalars: Mapping[str, float]) -> None:
         """Log the metrics of an epoch; a resumed run logs its earlier epochs again, with the same values."""
+
+    def log_steps(self, rows: Sequence[StepRow]) -> None:
+        """Log rows of ``steps.csv``; a resumed run logs earlier ones again."""
 
     def close(self, succeeded: bool) -> None:
         """Finish tracking; ``succeeded`` is whether the run ended without an error."""
@@ -101,6 +108,9 @@ class Tracking:
             self._trackers.append(_open("tensorboard", lambda: TensorBoardTracker(output)))
         if config.tracking.mlflow_uri:
             self._trackers.append(_open("mlflow", lambda: MlflowTracker(config, output)))
+        self._steps = read_steps(join_uri(output, _STEPS_NAME))
+        self._new_steps = list(self._steps.rows)  # Trackers may have lost them.
+        self._last_flush_s = time.monotonic()
 
     def log(self, epochs: Sequence[Mapping[str, Any]]) -> bool:
         """Log the metrics of epochs; always return True, as no metrics stop the training."""
@@ -110,10 +120,24 @@ class Tracking:
         for metrics in epochs:
             flat = flatten_metrics(metrics, self._classes)
             scalars = {name: value for name, value in flat.items() if value is not None and name != "epoch"}
-            for tracker in list(self._trackers):
-                if not self._try(type(tracker).__name__, lambda: tracker.log(metrics["epoch"], scalars)):  # noqa: B023
-                    self._trackers.remove(tracker)
+            self._call_trackers(lambda tracker: tracker.log(metrics["epoch"], scalars))  # noqa: B023
+        self._flush_steps()
         return True
+
+    def log_steps(self, rows: Sequence[StepRow]) -> None:
+        """Log steps; they are written every half a minute, at the end of an epoch, and at the end of the run."""
+        self._new_steps += rows
+        if time.monotonic() - self._last_flush_s >= _FLUSH_INTERVAL_S:
+            self._flush_steps()
+
+    def _flush_steps(self) -> None:
+        rows = list({row["step"]: row for row in self._new_steps}.values())  # A resumed run repeats some.
+        self._new_steps = []
+        self._last_flush_s = time.monotonic()
+        if rows:
+            self._steps.add(rows)
+            self._try(_STEPS_NAME, lambda: write_bytes(join_uri(self._output, _STEPS_NAME), self._steps.format()))
+            self._call_trackers(lambda tracker: tracker.log_steps(rows))
 
     def write_csv(self, history: Sequence[Mapping[str, Any]]) -> None:
         """Write ``metrics.csv`` with the metrics of all epochs."""
@@ -124,8 +148,15 @@ class Tracking:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._flush_steps()
         for tracker in self._trackers:
             self._try(type(tracker).__name__, lambda: tracker.close(succeeded=kind is None))  # noqa: B023
+
+    def _call_trackers(self, call: Callable[[Tracker], None]) -> None:
+        """Call a method of each tracker; one that fails is not called again."""
+        for tracker in list(self._trackers):
+            if not self._try(type(tracker).__name__, lambda: call(tracker)):  # noqa: B023
+                self._trackers.remove(tracker)
 
     def _try(self, name: str, act: Callable[[], object]) -> bool:
         try:
@@ -139,6 +170,12 @@ class Tracking:
 def _clean_name(name: str) -> str:
     """Replace the characters that MLflow does not allow in names; class names may contain any."""
     return re.sub(r"[^\w\-./ ]", "_", name)
+
+
+def _split_row(row: StepRow) -> tuple[int, dict[str, float]]:
+    """Return the number of a step, and its defined metrics by the names that they have in trackers."""
+    names = [name for name, value in row.items() if name not in ("step", "epoch") and value is not None]
+    return int(row["step"] or 0), {_STEP_PREFIX + name: float(row[name] or 0) for name in names}
 
 
 def _open(extra: str, build: Callable[[], Tracker]) -> Tracker:
@@ -167,6 +204,16 @@ class TensorBoardTracker:
         """See ``Tracker.log``."""
         for name, value in scalars.items():
             self._writer.add_scalar(name, value, epoch)
+        self._upload()
+
+    def log_steps(self, rows: Sequence[StepRow]) -> None:
+        """See ``Tracker.log_steps``."""
+        for step, scalars in map(_split_row, rows):
+            for name, value in scalars.items():
+                self._writer.add_scalar(name, value, step)
+        self._upload()
+
+    def _upload(self) -> None:
         self._writer.flush()
         for path in self._spool.iterdir():
             write_bytes(join_uri(self._folder_uri, path.name), path.read_bytes())
@@ -193,6 +240,8 @@ class MlflowTracker:
             self._run_id = self._create_run(config, output)
             write_bytes(uri, json.dumps({"run_id": self._run_id}).encode())
         self._num_logged = len(self._client.get_metric_history(self._run_id, "loss"))
+        logged = self._client.get_metric_history(self._run_id, f"{_STEP_PREFIX}learning_rate")
+        self._last_step = max((metric.step for metric in logged), default=0)
 
     def _create_run(self, config: TrainConfig, output: str) -> str:
         name = config.tracking.mlflow_experiment
@@ -207,13 +256,26 @@ class MlflowTracker:
 
     def log(self, epoch: int, scalars: Mapping[str, float]) -> None:
         """See ``Tracker.log``."""
+        if epoch > self._num_logged:
+            self._send([(epoch, scalars)])
+
+    def log_steps(self, rows: Sequence[StepRow]) -> None:
+        """See ``Tracker.log_steps``."""
+        found = [(step, scalars) for step, scalars in map(_split_row, rows) if step > self._last_step]
+        self._send(found)
+        self._last_step = max([self._last_step, *(step for step, _ in found)])
+
+    def _send(self, scalars_of_steps: Sequence[tuple[int, Mapping[str, float]]]) -> None:
         from mlflow.entities import Metric
 
-        if epoch > self._num_logged:
-            now_ms = int(time.time() * 1000)
-            metrics = [Metric(_clean_name(name), value, now_ms, epoch) for name, value in scalars.items()]
-            for start in range(0, len(metrics), _MLFLOW_BATCH):
-                self._client.log_batch(self._run_id, metrics[start : start + _MLFLOW_BATCH])
+        now_ms = int(time.time() * 1000)
+        metrics = [
+            Metric(_clean_name(name), value, now_ms, step)
+            for step, scalars in scalars_of_steps
+            for name, value in scalars.items()
+        ]
+        for start in range(0, len(metrics), _MLFLOW_BATCH):
+            self._client.log_batch(self._run_id, metrics[start : start + _MLFLOW_BATCH])
 
     def close(self, succeeded: bool) -> None:
         """See ``Tracker.close``."""

@@ -31,6 +31,12 @@ EVALUATED: dict[str, Any] = {
 NOT_EVALUATED = {"epoch": 1, "loss": 0.75, "learning_rate": 0.02, "images_per_s": 7.0, "num_skipped_steps": 0}
 
 
+STEPS = [
+    {"step": step, "epoch": 1, "loss": loss, "learning_rate": 0.02, "gradient_norm": None, "images_per_s": 8.5}
+    for step, loss in ((10, 0.9), (20, None), (30, 0.7))
+]
+
+
 def make_config(output: Path, **tracking: object) -> TrainConfig:
     return TrainConfig.model_validate(
         {
@@ -102,6 +108,38 @@ def test_tensorboard_has_every_metric_once_even_after_a_restart(tmp_path: Path, 
     } - {"epoch"}
 
 
+def test_each_step_is_logged_once_even_after_a_restart(tmp_path: Path, console: Console) -> None:
+    config = make_config(tmp_path, tensorboard=True)
+    with Tracking(config, CLASSES, str(tmp_path), console) as tracking:
+        tracking.log_steps(STEPS[:2])
+        tracking.log([NOT_EVALUATED])
+    with Tracking(config, CLASSES, str(tmp_path), console) as tracking:  # It resumes after step 10.
+        tracking.log_steps(STEPS[1:])
+    rows = read_csv((tmp_path / "steps.csv").read_text())
+    assert [row["step"] for row in rows] == ["10", "20", "30"]
+    assert [row["loss"] for row in rows] == ["0.9", "", "0.7"]
+    assert set(rows[0]) == set(STEPS[0])
+    found = read_tensorboard(tmp_path / "tensorboard")
+    assert [(step, round(value, 5)) for step, value in found["step/loss"]] == [(10, 0.9), (30, 0.7)]
+    assert {step for step, _ in found["step/learning_rate"]} == {10, 20, 30}
+    assert "step/gradient_norm" not in found
+
+
+def test_steps_are_not_written_one_by_one(tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
+    now_s = [100.0]
+    monkeypatch.setattr("segray.training.tracking.time.monotonic", lambda: now_s[0])
+    with Tracking(make_config(tmp_path), CLASSES, str(tmp_path), console) as tracking:
+        tracking.log_steps(STEPS[:1])
+        assert not (tmp_path / "steps.csv").exists()
+        now_s[0] += 60
+        tracking.log_steps(STEPS[1:2])
+        assert len(read_csv((tmp_path / "steps.csv").read_text())) == 2
+        tracking.log_steps(STEPS[2:])
+    assert len(read_csv((tmp_path / "steps.csv").read_text())) == 3
+    Tracking(make_config(tmp_path / "other"), CLASSES, str(tmp_path / "other"), console).log([NOT_EVALUATED])
+    assert not (tmp_path / "other" / "steps.csv").exists()
+
+
 @pytest.mark.integration  # It takes ten seconds.
 def test_mlflow_has_one_run_with_settings_and_every_metric_once(tmp_path: Path, console: Console) -> None:
     from mlflow import MlflowClient
@@ -111,6 +149,7 @@ def test_mlflow_has_one_run_with_settings_and_every_metric_once(tmp_path: Path, 
     for epochs in ([NOT_EVALUATED], [NOT_EVALUATED, EVALUATED]):
         with Tracking(config, CLASSES, str(tmp_path), console) as tracking:
             tracking.log(epochs)
+            tracking.log_steps(STEPS)
     client = MlflowClient(tracking_uri=uri)
     experiment = client.get_experiment_by_name("shapes")
     assert experiment is not None
@@ -120,6 +159,8 @@ def test_mlflow_has_one_run_with_settings_and_every_metric_once(tmp_path: Path, 
     losses = client.get_metric_history(run.info.run_id, "loss")
     assert [(metric.step, metric.value) for metric in losses] == [(1, 0.75), (2, 0.5)]
     assert run.data.metrics["val_dataset_iou_a"] == 0.25
+    logged = client.get_metric_history(run.info.run_id, "step/loss")
+    assert [(metric.step, metric.value) for metric in logged] == [(10, 0.9), (30, 0.7)]
     assert run.info.status == "FINISHED"
     with pytest.raises(TrainingError), Tracking(config, CLASSES, str(tmp_path), console):
         raise TrainingError("loss is nan")

@@ -3,7 +3,7 @@
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -34,6 +34,7 @@ from segray.training.worker.feed import (
 from segray.training.worker.non_finite import count_skipped, explain_non_finite_loss
 from segray.training.worker.optimisation import get_highest_rate
 from segray.training.worker.state import Trainer, set_up
+from segray.training.worker.step_log import StepLog
 from segray.training.worker.steps import NonFiniteLossError, train_step
 
 _LAST_EPOCH_ONLY = ("val_confusion", "val_worst_images", "val_best_images")
@@ -43,8 +44,12 @@ _UPLOAD_POLL_S = 5.0
 _PERMISSION_POLL_S = 0.2
 
 
-def run_loop(job: TrainJob) -> dict[str, Any]:
+def run_loop(job: TrainJob, measure: Callable[[Trainer], dict[str, float]] | None = None) -> dict[str, Any]:
     """Train from the newest checkpoint, or from the start, until training is complete or the driver stops the run.
+
+    Args:
+        job: The job description.
+        measure: Called instead of training; its result is ``"measured"`` in the returned value.
 
     Returns:
         ``{"error": None}``, or an error that a restart would not fix. It is returned instead of raised because Ray
@@ -60,6 +65,8 @@ def run_loop(job: TrainJob) -> dict[str, Any]:
     heartbeat.start()
     try:
         trainer = set_up(job, heartbeat)
+        if measure:
+            return {"error": None, "measured": measure(trainer)}
         while not is_finished(trainer.history, job.config.train) and _may_continue(trainer):
             _run_epoch(trainer)
     except NonFiniteLossError as error:  # Raised on every rank, so none is left waiting for another.
@@ -84,8 +91,10 @@ def _run_epoch(trainer: Trainer) -> None:
     settings, epoch = trainer.job.config.train, len(trainer.history) + 1
     started_s, num_steps_before = time.perf_counter(), trainer.num_steps_done
     trainer.learner.replica.train()
-    for loss in _train_steps(trainer, range(trainer.num_steps_done, epoch * trainer.steps_per_epoch)):
+    step_log = StepLog(trainer)
+    for loss in train_steps(trainer, range(trainer.num_steps_done, epoch * trainer.steps_per_epoch)):
         trainer.epoch_losses.append(loss)
+        step_log.record(loss)
         num_images = (trainer.num_steps_done - num_steps_before) * settings.global_batch_size
         images_per_s = num_images / (time.perf_counter() - started_s)
         if trainer.poster:
@@ -102,7 +111,7 @@ def _run_epoch(trainer: Trainer) -> None:
     if epoch % settings.eval_every_epochs == 0 or epoch == settings.num_epochs:
         if trainer.poster:
             trainer.poster.post(trainer.num_steps_done, f"epoch {epoch}, evaluating")
-        metrics |= _evaluate(trainer)
+        metrics |= evaluate_split(trainer)
     trainer.epoch_losses = []
     trainer.history = [_drop_large_metrics(earlier) for earlier in trainer.history] + [metrics]
     if trainer.poster:
@@ -116,7 +125,7 @@ def _drop_large_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in metrics.items() if name not in _LAST_EPOCH_ONLY}
 
 
-def _train_steps(trainer: Trainer, steps: range) -> Iterator[float]:
+def train_steps(trainer: Trainer, steps: range) -> Iterator[float]:
     """Run the given steps; yield the loss of each.
 
     Raises:
@@ -129,7 +138,7 @@ def _train_steps(trainer: Trainer, steps: range) -> Iterator[float]:
         trainer.store,
         trainer.augmentation,
         steps,
-        StreamSettings(settings.global_batch_size, trainer.num_parts, settings.seed),
+        StreamSettings(settings.global_batch_size, trainer.num_parts, settings.seed, job.image_weights),
         _get_share(trainer),
     )
     trainer.heartbeat.update(trainer.num_steps_done, "loading")
@@ -158,7 +167,7 @@ def _derive_seed(seed: int, step: int, world_rank: int) -> int:
     return int(np.random.SeedSequence([seed, step, world_rank]).generate_state(1, np.uint64)[0] >> 1)
 
 
-def _evaluate(trainer: Trainer) -> dict[str, Any]:
+def evaluate_split(trainer: Trainer) -> dict[str, Any]:
     """Return the scores on the whole validation split, of the averaged weights if there are any."""
     with trainer.average.applied() if trainer.average else nullcontext():
         if distributed.is_initialized():  # BatchNorm statistics differ between ranks; rank 0's are saved.

@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import distributed, nn
@@ -38,6 +38,7 @@ class Learner:
         device: Device of the model.
         precision: ``bf16``, ``fp16`` or ``fp32``.
         max_gradient_norm: Gradients with a larger norm are scaled down to it; None: no limit.
+        diagnostics: ``gradient_norm`` of the last step, if it was clipped, before clipping and on the device.
     """
 
     replica: nn.Module
@@ -48,6 +49,7 @@ class Learner:
     device: torch.device
     precision: str
     max_gradient_norm: float | None = None
+    diagnostics: dict[str, torch.Tensor] = field(default_factory=dict)
 
 
 def rebuild_gradient_buckets(replica: nn.Module, device: torch.device) -> None:
@@ -87,6 +89,7 @@ def train_step(learner: Learner, parts: Sequence[TrainBatch], announce: Callable
             weights are updated.
     """
     learner.optimizer.zero_grad(set_to_none=True)
+    learner.diagnostics.clear()
     buffers = list(learner.replica.buffers()) if learner.scaler.is_enabled() else []
     earlier = [buffer.clone() for buffer in buffers]
     loss = _accumulate_gradients(learner, parts, announce)
@@ -132,7 +135,10 @@ def _clip_gradients(learner: Learner) -> str | None:
     parameters = [p for p in _list_parameters(learner.optimizer) if p.grad is not None]
     learner.scaler.unscale_(learner.optimizer)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    norm_value = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
+    whole_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if learner.max_gradient_norm is not None:
+        learner.diagnostics["gradient_norm"] = whole_norm
+    norm_value = whole_norm.item()
     if not math.isfinite(norm_value):
         return f"the gradient norm is {norm_value}"
     if learner.max_gradient_norm is not None:

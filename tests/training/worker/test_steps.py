@@ -65,7 +65,7 @@ def test_gradient_accumulation_equals_the_larger_batch(num_parts: int, terms: di
 
 
 def test_only_gradients_above_the_maximum_norm_are_clipped() -> None:
-    norms = []
+    norms, recorded = [], []
     for max_norm in (None, 1e6, 0.01):
         network = build_network()
         before = copy.deepcopy(network)
@@ -73,8 +73,11 @@ def test_only_gradients_above_the_maximum_norm_are_clipped() -> None:
         step(learner, make_batch([0]))
         moves = [new - old for new, old in zip(network.parameters(), before.parameters(), strict=True)]
         norms.append(torch.cat([move.flatten() for move in moves]).norm().item())
+        recorded.append(learner.diagnostics.get("gradient_norm"))
     assert norms[1] == norms[0] > 0.02
     assert norms[2] == pytest.approx(0.01, rel=1e-3)
+    assert recorded[0] is None
+    assert [float(norm) for norm in recorded[1:] if norm is not None] == pytest.approx([norms[0]] * 2)  # Unclipped.
 
 
 def test_a_non_finite_loss_changes_no_weight(model: SegmentationModel, batch: TrainBatch) -> None:
