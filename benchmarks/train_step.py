@@ -43,7 +43,7 @@ def main() -> None:
     model = build_model(config.model, classes.num_classes).to(device).to(memory_format=torch.channels_last).train()
     learner = Learner(
         replica=model,
-        loss=SegmentationLoss(config.loss, classes.ignore_index, None),
+        loss=SegmentationLoss(config.loss, classes.ignore_index, None, device),
         optimizer=build_optimizer(model, settings),
         scaler=torch.amp.GradScaler(device.type, enabled=False),
         preprocessing=Preprocessing(),

@@ -164,7 +164,7 @@ def train(
         trainer.learner.replica.train()
         batch, losses = draw_batch(), []
         for _ in range(num_steps):
-            losses.append(train_step(trainer.learner, [batch], lambda stage: None))
+            losses.append(train_step(trainer.learner, [batch], lambda stage: None)[0].item())
             trainer.schedule.step()
         trained.append(_describe(trainer, losses, dtypes[-1]))
 

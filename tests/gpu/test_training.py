@@ -60,13 +60,14 @@ def test_a_compiled_network_trains_as_the_plain_one_does(device: torch.device, t
 
 @pytest.mark.parametrize("term", LOSS_TERMS)
 def test_each_loss_and_its_gradient_equal_those_of_the_cpu(term: str, device: torch.device) -> None:
-    loss = SegmentationLoss(LossSettings.model_validate({term: 1.0}), IGNORE, np.array([0.5, 1.0, 2.0]))
+    settings, class_weights = LossSettings.model_validate({term: 1.0}), np.array([0.5, 1.0, 2.0])
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 3, 24, 20, generator=generator)
     truth = torch.randint(0, 3, (2, 24, 20), generator=generator)
     truth[:, :3] = IGNORE
     values, gradients = [], []
     for where in (CPU, device):
+        loss = SegmentationLoss(settings, IGNORE, class_weights, where)
         leaf = logits.to(where, copy=True).requires_grad_()
         counts = loss.count(truth.to(where))
         value = loss.combine(loss.sum(leaf, truth.to(where)), counts)

@@ -11,10 +11,11 @@ from segray.training.progress_board import ProgressPoster
 
 
 def configure_torch(deterministic: bool, device: torch.device, num_local_ranks: int) -> None:
-    """Set the number of CPU threads, or the determinism of GPU kernels, for this process."""
+    """Set the number of CPU threads, or the arithmetic and determinism of GPU kernels, for this process."""
     if device.type == "cpu":  # The workers of a node share its cores.
         torch.set_num_threads(max(1, count_cores() // num_local_ranks))
         return
+    torch.set_float32_matmul_precision("high")  # TF32, as convolutions have by default.
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # Read at the first matrix multiplication.

@@ -3,8 +3,8 @@
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import nullcontext
+from collections.abc import Generator, Iterator
+from contextlib import closing, nullcontext
 from functools import partial
 from typing import Any
 
@@ -28,18 +28,25 @@ from segray.training.worker.feed import (
     EvalBatch,
     RankShare,
     StreamSettings,
+    TrainBatch,
     iterate_evaluation,
     iterate_training,
 )
-from segray.training.worker.non_finite import count_skipped, explain_non_finite_loss
+from segray.training.worker.non_finite import (
+    NonFiniteLossError,
+    check_result,
+    count_skipped,
+    explain_non_finite_loss,
+)
 from segray.training.worker.optimisation import get_highest_rate
 from segray.training.worker.state import Trainer, set_up
-from segray.training.worker.steps import NonFiniteLossError, train_step
+from segray.training.worker.steps import train_step
 
 _LAST_EPOCH_ONLY = ("val_confusion", "val_worst_images", "val_best_images")
 # At most two checkpoints wait in memory to be uploaded; a step that would create a third one waits.
 _upload_slots = threading.BoundedSemaphore(2)
 _UPLOAD_POLL_S = 5.0
+_READ_EVERY_STEPS = 20  # On a GPU, the host waits once in so many steps.
 _PERMISSION_POLL_S = 0.2
 
 
@@ -60,8 +67,9 @@ def run_loop(job: TrainJob) -> dict[str, Any]:
     heartbeat.start()
     try:
         trainer = set_up(job, heartbeat)
-        while not is_finished(trainer.history, job.config.train) and _may_continue(trainer):
-            _run_epoch(trainer)
+        with closing(_iterate_training(trainer)) as batches:
+            while not is_finished(trainer.history, job.config.train) and _may_continue(trainer):
+                _run_epoch(trainer, batches)
     except NonFiniteLossError as error:  # Raised on every rank, so none is left waiting for another.
         return {"error": error}
     finally:
@@ -79,16 +87,19 @@ def _may_continue(trainer: Trainer) -> bool:
     return bool(allowed)
 
 
-def _run_epoch(trainer: Trainer) -> None:
+def _run_epoch(trainer: Trainer, batches: Iterator[list[TrainBatch]]) -> None:
     """Train to the end of the current epoch, evaluate if due, and save a checkpoint."""
     settings, epoch = trainer.job.config.train, len(trainer.history) + 1
     started_s, num_steps_before = time.perf_counter(), trainer.num_steps_done
     trainer.learner.replica.train()
-    for loss in _train_steps(trainer, range(trainer.num_steps_done, epoch * trainer.steps_per_epoch)):
-        trainer.epoch_losses.append(loss)
+    for _ in train_steps(trainer, batches, epoch * trainer.steps_per_epoch):
+        if not _is_read_due(trainer):
+            continue
+        read_results(trainer)
         num_images = (trainer.num_steps_done - num_steps_before) * settings.global_batch_size
         images_per_s = num_images / (time.perf_counter() - started_s)
         if trainer.poster:
+            loss = trainer.epoch_losses[-1]
             trainer.poster.post(trainer.num_steps_done, f"epoch {epoch}, loss {loss:.3f}, {images_per_s:.1f} images/s")
         if _is_checkpoint_due(trainer):
             _save(trainer, {})
@@ -116,37 +127,62 @@ def _drop_large_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in metrics.items() if name not in _LAST_EPOCH_ONLY}
 
 
-def _train_steps(trainer: Trainer, steps: range) -> Iterator[float]:
-    """Run the given steps; yield the loss of each.
-
-    Raises:
-        NonFiniteLossError: Names the step and its images; raised on every rank, before the weights are updated. In
-            fp16, only after many skipped steps in a row.
-    """
-    job, settings = trainer.job, trainer.job.config.train
-    batches = iterate_training(
-        job.splits.train,
-        trainer.store,
-        trainer.augmentation,
-        steps,
-        StreamSettings(settings.global_batch_size, trainer.num_parts, settings.seed),
-        _get_share(trainer),
-    )
+def train_steps(trainer: Trainer, batches: Iterator[list[TrainBatch]], end: int) -> Iterator[None]:
+    """Queue the steps before ``end``, and yield after each; ``read_results`` waits for them and checks them."""
+    settings = trainer.job.config.train
     trainer.heartbeat.update(trainer.num_steps_done, "loading")
-    for step, parts in zip(steps, batches, strict=True):
+    for step in range(trainer.num_steps_done, end):
+        parts = next(batches)
         torch.manual_seed(_derive_seed(settings.seed, step, trainer.world_rank))
-        try:
-            loss = train_step(trainer.learner, parts, partial(trainer.heartbeat.update, step))
-            trainer.num_skipped = count_skipped(trainer.num_skipped, loss)
-        except NonFiniteLossError as error:
-            raise explain_non_finite_loss(job, step, error) from error
+        trainer.unread.append(train_step(trainer.learner, parts, partial(trainer.heartbeat.update, step)))
         trainer.learning_rate = get_highest_rate(trainer.learner.optimizer)
         trainer.schedule.step()
         if trainer.average:
             trainer.average.update()
         trainer.num_steps_done = step + 1
-        yield loss
+        yield
         trainer.heartbeat.update(trainer.num_steps_done, "loading")
+
+
+def _is_read_due(trainer: Trainer) -> bool:
+    """Return whether to read the results of the last steps now: the same on all ranks, and before each checkpoint.
+
+    Waiting for a GPU after each step would leave it idle until the next one is queued.
+    """
+    every = 1 if trainer.learner.device.type == "cpu" else _READ_EVERY_STEPS
+    done = trainer.num_steps_done
+    return done % every == 0 or done % trainer.steps_per_epoch == 0 or _is_checkpoint_due(trainer)
+
+
+def read_results(trainer: Trainer) -> None:
+    """Wait for the steps since the last call, and add their losses to those of the epoch.
+
+    Raises:
+        NonFiniteLossError: Names the step and its images; raised on every rank, after the same step. The weights of
+            later steps are in no checkpoint. In fp16, only after many skipped steps in a row.
+    """
+    results = torch.stack(trainer.unread).tolist()
+    trainer.unread.clear()
+    for step, (loss, gradient_norm) in enumerate(results, trainer.num_steps_done - len(results)):
+        try:
+            loss = check_result(loss, gradient_norm, may_skip=trainer.learner.scaler.is_enabled())
+            trainer.num_skipped = count_skipped(trainer.num_skipped, loss)
+        except NonFiniteLossError as error:
+            raise explain_non_finite_loss(trainer.job, step, error) from error
+        trainer.epoch_losses.append(loss)
+
+
+def _iterate_training(trainer: Trainer) -> Generator[list[TrainBatch]]:
+    """Yield the batches of all steps left; the feed goes on loading during an evaluation."""
+    job, settings = trainer.job, trainer.job.config.train
+    return iterate_training(
+        job.splits.train,
+        trainer.store,
+        trainer.augmentation,
+        range(trainer.num_steps_done, settings.num_epochs * trainer.steps_per_epoch),
+        StreamSettings(settings.global_batch_size, trainer.num_parts, settings.seed),
+        _get_share(trainer),
+    )
 
 
 def _get_share(trainer: Trainer) -> RankShare:

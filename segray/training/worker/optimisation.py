@@ -22,6 +22,8 @@ _WARM_UP_START = 1e-2  # Learning rate at the start of a linear warm-up, relativ
 def build_optimizer(model: SegmentationModel, settings: TrainSettings) -> torch.optim.Optimizer:
     """Build AdamW, or SGD with Nesterov momentum, over all parameters that are not frozen.
 
+    Both are fused: only fused optimizers can skip a step that is not finite without the host waiting for the device.
+
     The encoder has its own learning rate. Weight decay is not applied to parameters with one dimension (biases and the
     weights of normalisation layers), nor to positional embeddings, tables of attention biases, and class tokens: it
     would pull outputs towards 0 without making the network simpler.
@@ -39,13 +41,16 @@ def build_optimizer(model: SegmentationModel, settings: TrainSettings) -> torch.
         }
         for (is_encoder, is_decayed), parameters in groups.items()
     ]
-    # Not fused: the fused step processes weights and moments in memory order, and after a restart the moments of
-    # channels-last weights have another memory layout than before.
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(options, lr=settings.learning_rate)
-    return torch.optim.SGD(
-        options, lr=settings.learning_rate, momentum=settings.momentum, nesterov=settings.momentum > 0
+        return torch.optim.AdamW(options, lr=settings.learning_rate, fused=True)
+    momentum = settings.momentum
+    optimizer = torch.optim.SGD(
+        options, lr=settings.learning_rate, momentum=momentum, nesterov=momentum > 0, fused=True
     )
+    if momentum:  # torch would allocate it in the first step, and leave it uninitialised if that step is skipped.
+        for parameter in (parameter for parameters in groups.values() for parameter in parameters):
+            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+    return optimizer
 
 
 def _is_decayed(name: str, parameter: nn.Parameter) -> bool:

@@ -1,7 +1,7 @@
 """Build the objects that a rank trains with, and gather their state for a checkpoint."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray.train
@@ -58,6 +58,7 @@ class Trainer:
         history: Metrics of each finished epoch.
         num_skipped: Steps that were skipped in a row before the next one.
         phases: Settings that changed during the run.
+        unread: Results of the steps since the host last waited for the device, (2,) each; see ``train_step``.
     """
 
     job: TrainJob
@@ -77,6 +78,7 @@ class Trainer:
     history: list[dict[str, Any]]
     num_skipped: int
     phases: list[Phase]
+    unread: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -142,9 +144,10 @@ def set_up(job: TrainJob, heartbeat: Heartbeat) -> Trainer:
     # May download the encoder's weights.
     model = build_model(config.model, job.classes.num_classes, config.image_size)
     heartbeat.update(0, "setting up")
-    replica = build_replica(model, settings, device)
+    precision = resolve_precision(settings.precision, device, poster)
+    replica = build_replica(model, settings, device, precision)
     heartbeat.update(0, "setting up")
-    learner = _build_learner(job, model, replica, device, poster)
+    learner = _build_learner(job, model, replica, device, precision)
     average = WeightAverage(model, settings.ema_decay) if settings.ema_decay else None
     found = load_newest_state(job.run_uri, poster, device)
     heartbeat.update(found.num_steps_done if found else 0, "setting up")
@@ -214,14 +217,13 @@ def _build_schedule(
 
 
 def _build_learner(
-    job: TrainJob, model: SegmentationModel, replica: nn.Module, device: torch.device, poster: ProgressPoster | None
+    job: TrainJob, model: SegmentationModel, replica: nn.Module, device: torch.device, precision: str
 ) -> Learner:
     settings = job.config.train
     optimizer = build_optimizer(model, settings)
-    precision = resolve_precision(settings.precision, device, poster)
     return Learner(
         replica=replica,
-        loss=SegmentationLoss(job.config.loss, job.classes.ignore_index, job.class_weights),
+        loss=SegmentationLoss(job.config.loss, job.classes.ignore_index, job.class_weights, device),
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
         preprocessing=job.preprocessing,

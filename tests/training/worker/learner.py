@@ -24,7 +24,7 @@ def make_learner(
     return Learner(
         replica=replica,
         loss=SegmentationLoss(LossSettings.model_validate(loss or {}), IGNORE),
-        optimizer=optimizer or torch.optim.SGD(replica.parameters(), 0.05, momentum=0.9),
+        optimizer=optimizer or torch.optim.SGD(replica.parameters(), 0.05, momentum=0.9, fused=True),
         scaler=torch.amp.GradScaler("cpu", enabled=precision == "fp16"),
         preprocessing=Preprocessing(),
         device=CPU,

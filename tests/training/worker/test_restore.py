@@ -56,7 +56,7 @@ class Run:
     def train(self, steps: range) -> list[float]:
         losses = []
         for step in steps:
-            losses.append(train_step(self.learner, [make_batch([step], side=32)], lambda stage: None))
+            losses.append(train_step(self.learner, [make_batch([step], side=32)], lambda stage: None)[0].item())
             self.schedule.step()
             self.average.update()
         return losses
