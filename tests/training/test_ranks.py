@@ -42,7 +42,9 @@ def train(network: nn.Module, steps: range, rank: int = 0, world_size: int = 1, 
         replica = DistributedDataParallel(network)
         rebuild_gradient_buckets(replica, CPU)
         replica.train()  # type: ignore[no-untyped-call]
-    learner = make_learner(replica, torch.optim.SGD(network.parameters(), 0.05, fused=True), TERMS, max_gradient_norm=0.5)
+    learner = make_learner(
+        replica, torch.optim.SGD(network.parameters(), 0.05, fused=True), TERMS, max_gradient_norm=0.5
+    )
     losses = []
     for step in steps:
         share = split(make_batch([step], GLOBAL_BATCH), world_size)[rank]

@@ -133,13 +133,13 @@ def evaluate(
     model.eval()
     tally = _Tally(classes, device)
     for batch in batches:
-        image_nchw = preprocessing.apply(torch.from_numpy(batch.images).to(device, non_blocking=True))
+        image_nchw = preprocessing.apply(batch.images.to(device, non_blocking=True))
         with autocast(device, precision):
             logits_nchw = model(image_nchw)
         # Images beyond the last ground truth are padding.
         for logits_chw, truth, number in zip(logits_nchw, batch.truths, batch.numbers, strict=False):
             mask = compute_mask(logits_chw, (truth.shape[0], truth.shape[1]))
-            tally.add(number, torch.from_numpy(truth).to(device), mask)
+            tally.add(number, torch.from_numpy(truth).to(device, non_blocking=True), mask)
     return tally.finish()
 
 

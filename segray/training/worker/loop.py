@@ -23,6 +23,7 @@ from segray.storage import join_uri
 from segray.training.checkpoint import TrainingState, name_checkpoint, remove_surplus, save_state
 from segray.training.job import TrainJob, is_finished
 from segray.training.watchdog import Heartbeat
+from segray.training.worker.device import count_cores_per_rank
 from segray.training.worker.evaluation import add_over_ranks, compute_scores, evaluate
 from segray.training.worker.feed import (
     EvalBatch,
@@ -186,7 +187,12 @@ def _iterate_training(trainer: Trainer) -> Generator[list[TrainBatch]]:
 
 
 def _get_share(trainer: Trainer) -> RankShare:
-    return RankShare(trainer.world_rank, trainer.world_size, trainer.job.config.train.num_decode_threads)
+    settings = trainer.job.config.train
+    num_threads = settings.num_decode_threads or count_cores_per_rank(ray.train.get_context().get_local_world_size())
+    is_on_gpu = trainer.learner.device.type == "cuda"
+    return RankShare(
+        trainer.world_rank, trainer.world_size, num_threads, settings.num_prefetch_batches, pin_memory=is_on_gpu
+    )
 
 
 def _derive_seed(seed: int, step: int, world_rank: int) -> int:

@@ -32,9 +32,7 @@ def check_result(loss: float, gradient_norm: float, *, may_skip: bool) -> float:
         return loss
     if may_skip:
         return SKIPPED
-    raise NonFiniteLossError(
-        f"the gradient norm is {gradient_norm}" if math.isfinite(loss) else f"loss is {loss}"
-    )
+    raise NonFiniteLossError(f"the gradient norm is {gradient_norm}" if math.isfinite(loss) else f"loss is {loss}")
 
 
 def count_skipped(num_skipped: int, loss: float) -> int:

@@ -44,13 +44,37 @@ def build_optimizer(model: SegmentationModel, settings: TrainSettings) -> torch.
     if settings.optimizer == "adamw":
         return torch.optim.AdamW(options, lr=settings.learning_rate, fused=True)
     momentum = settings.momentum
-    optimizer = torch.optim.SGD(
-        options, lr=settings.learning_rate, momentum=momentum, nesterov=momentum > 0, fused=True
-    )
-    if momentum:  # torch would allocate it in the first step, and leave it uninitialised if that step is skipped.
-        for parameter in (parameter for parameters in groups.values() for parameter in parameters):
-            optimizer.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
-    return optimizer
+    return _FusedSGD(options, lr=settings.learning_rate, momentum=momentum, nesterov=momentum > 0, fused=True)
+
+
+class _FusedSGD(torch.optim.SGD):
+    """SGD that can skip its first step, and whose parameters may be sharded.
+
+    Torch's fused SGD allocates the momentum in the first step, and leaves it uninitialised if that step is skipped.
+    """
+
+    def __init__(self, params: list[dict[str, Any]], **options: Any) -> None:
+        super().__init__(params, **options)
+        for group in self.param_groups:
+            if group["momentum"]:
+                for parameter in group["params"]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        """Update the parameters, unless ``found_inf`` is 1."""
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters if group["momentum"]]
+            torch._fused_sgd_(
+                [_get_local(parameter) for parameter in parameters],
+                [_get_local(parameter.grad) for parameter in parameters],
+                [_get_local(buffer) for buffer in buffers],
+                **{name: group[name] for name in ("weight_decay", "momentum", "lr", "dampening", "nesterov")},
+                maximize=False,
+                is_first_step=False,
+                found_inf=getattr(self, "found_inf", None),
+            )
 
 
 def _is_decayed(name: str, parameter: nn.Parameter) -> bool:

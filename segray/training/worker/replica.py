@@ -15,9 +15,7 @@ from segray.models.sync_batchnorm import synchronise_norms
 from segray.training.worker.steps import rebuild_gradient_buckets
 
 
-def build_replica(
-    model: SegmentationModel, settings: TrainSettings, device: torch.device, precision: str
-) -> nn.Module:
+def build_replica(model: SegmentationModel, settings: TrainSettings, device: torch.device, precision: str) -> nn.Module:
     """Prepare a model in place for training; return the module to call: the model itself, or its DDP wrapper.
 
     Args:

@@ -7,7 +7,7 @@ from typing import Any
 import ray.train
 import ray.train.torch
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -163,7 +163,7 @@ def set_up(job: TrainJob, heartbeat: Heartbeat) -> Trainer:
         schedule=_build_schedule(job, learner.optimizer, found, phases),
         average=average,
         learning_rate=get_highest_rate(learner.optimizer),
-        store=SampleStore(job.classes, settings.cache_bytes, settings.cache_disk_bytes),
+        store=_build_store(job, context.get_node_rank()),
         augmentation=Augmentation(config.augmentation, config.image_size, job.classes.ignore_index),
         heartbeat=heartbeat,
         poster=poster,
@@ -173,6 +173,18 @@ def set_up(job: TrainJob, heartbeat: Heartbeat) -> Trainer:
         num_skipped=found.num_skipped if found else 0,
         phases=phases,
     )
+
+
+def _build_store(job: TrainJob, node_rank: int) -> SampleStore:
+    """Build a sample store that shares its samples with the other ranks of the node."""
+    settings = job.config.train
+    store = SampleStore(job.classes, settings.cache_bytes, settings.cache_disk_bytes)
+    if distributed.is_initialized():
+        ranks: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(ranks, (node_rank, store.paths))
+        del ranks[distributed.get_rank()]
+        store.share([path for other_node_rank, paths in ranks if other_node_rank == node_rank for path in paths])
+    return store
 
 
 def describe_shortage(settings: TrainSettings, world_size: int) -> str:

@@ -95,15 +95,17 @@ def train_step(learner: Learner, parts: Sequence[TrainBatch], announce: Callable
     return result
 
 
-def _accumulate_gradients(learner: Learner, parts: Sequence[TrainBatch], announce: Callable[[str], None]) -> torch.Tensor:
+def _accumulate_gradients(
+    learner: Learner, parts: Sequence[TrainBatch], announce: Callable[[str], None]
+) -> torch.Tensor:
     """Run the forward and backward passes of a step, and return the loss of the global batch."""
-    truths = [torch.from_numpy(part.truth).to(learner.device, non_blocking=True).long() for part in parts]
+    truths = [part.truth.to(learner.device, non_blocking=True).long() for part in parts]
     counts = _sum_over_ranks(torch.stack([learner.loss.count(truth) for truth in truths]).sum(0))
     # DDP and FSDP average gradients over ranks; the factor world_size turns the average into the sum.
     world_size = distributed.get_world_size() if distributed.is_initialized() else 1
     sums = torch.zeros_like(counts)
     for number, (part, truth) in enumerate(zip(parts, truths, strict=True)):
-        image_nchw = learner.preprocessing.apply(torch.from_numpy(part.images).to(learner.device, non_blocking=True))
+        image_nchw = learner.preprocessing.apply(part.images.to(learner.device, non_blocking=True))
         with _synchronised(learner.replica, is_last=number == len(parts) - 1):
             announce("forward")
             with autocast(learner.device, learner.precision):

@@ -3,7 +3,6 @@
 import copy
 import math
 
-import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -37,8 +36,8 @@ def step(learner: Learner, *parts: TrainBatch) -> float:
 
 def compute_reference_loss(plain: nn.Module, batch: TrainBatch) -> torch.Tensor:
     mean, std = torch.tensor([0.485, 0.456, 0.406]) * 255, torch.tensor([0.229, 0.224, 0.225]) * 255
-    image = ((torch.from_numpy(batch.images) - mean) / std).permute(0, 3, 1, 2)
-    return functional.cross_entropy(plain(image), torch.from_numpy(batch.truth).long(), ignore_index=IGNORE)
+    image = ((batch.images - mean) / std).permute(0, 3, 1, 2)
+    return functional.cross_entropy(plain(image), batch.truth.long(), ignore_index=IGNORE)
 
 
 def test_a_step_equals_one_of_plain_torch(batch: TrainBatch) -> None:
@@ -72,7 +71,9 @@ def test_only_gradients_above_the_maximum_norm_are_clipped() -> None:
     for max_norm in (None, 1e6, 0.01):
         network = build_network()
         before = copy.deepcopy(network)
-        learner = make_learner(network, torch.optim.SGD(network.parameters(), 1.0, fused=True), max_gradient_norm=max_norm)
+        learner = make_learner(
+            network, torch.optim.SGD(network.parameters(), 1.0, fused=True), max_gradient_norm=max_norm
+        )
         step(learner, make_batch([0]))
         moves = [new - old for new, old in zip(network.parameters(), before.parameters(), strict=True)]
         norms.append(torch.cat([move.flatten() for move in moves]).norm().item())
@@ -94,7 +95,7 @@ def test_a_fully_ignored_batch_has_loss_zero_and_changes_no_weight(terms: dict[s
     network = build_network()
     before = copy.deepcopy(network)
     batch = make_batch([0])
-    ignored = TrainBatch(batch.images, np.full_like(batch.truth, IGNORE), batch.image_uris)
+    ignored = TrainBatch(batch.images, torch.full_like(batch.truth, IGNORE), batch.image_uris)
     assert step(make_learner(network, loss={**terms}), ignored) == 0
     for new, old in zip(network.parameters(), before.parameters(), strict=True):
         assert torch.equal(new, old)
@@ -176,11 +177,11 @@ def test_a_skipped_first_step_leaves_no_trace_in_the_optimizer(name: str) -> Non
         model = build_model(ModelConfig(arch="classic_unet", widths=(4, 8)), NUM_CLASSES)
         optimizer = build_optimizer(model, TrainSettings.model_validate({"optimizer": name}))
         learner = make_learner(model, optimizer)
+        model.eval()  # So that BatchNorm statistics, which a skipped step changes in fp32, play no part.
         if skips:
             hook = model.register_forward_hook(lambda module, inputs, output: output * float("nan"))
             assert math.isnan(step(learner, make_batch([0])))
             hook.remove()
-        model.eval()  # So that BatchNorm statistics, which a skipped step changes in fp32, play no part.
         step(learner, make_batch([1]))
         step(learner, make_batch([2]))
         weights.append([parameter.detach() for parameter in model.parameters()])
