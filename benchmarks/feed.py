@@ -34,7 +34,8 @@ from segray.data.manifest import Sample
 from segray.data.synthetic import draw_shape
 from segray.runtime.connect import count_cores
 from segray.training.worker.feed import RankShare, StreamSettings, TrainBatch, iterate_training
-from segray.training.worker.sample_store import LabelledImage, SampleStore, load_labelled_image
+from segray.training.worker.sample_file import LabelledImage
+from segray.training.worker.sample_store import SampleStore, load_labelled_image
 
 _NUM_IMAGES, _SIZE, _BATCH_SIZE, _STEP_S = 64, (360, 480), 8, 0.02
 _CLASSES = ClassMap(("shape", "background"), (1, 2), ignore_values=(3,))

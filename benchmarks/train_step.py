@@ -121,7 +121,8 @@ def build_plain_epoch(config: TrainConfig, samples: list[Sample], precision: str
     optimizer = torch.optim.AdamW(model.parameters(), config.train.learning_rate)
 
     def run_epoch() -> None:
-        for rows in torch.randperm(len(images)).split(config.train.global_batch_size):
+        order = torch.randperm(len(images))
+        for rows in torch.split(order, config.train.global_batch_size):
             with autocast(_DEVICE, precision):
                 logits = model(images[rows].contiguous(memory_format=torch.channels_last))
             loss = functional.cross_entropy(logits.float(), truths[rows], ignore_index=classes.ignore_index)

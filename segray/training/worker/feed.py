@@ -27,7 +27,7 @@ from segray.data.augmentation import Augmentation
 from segray.data.manifest import Sample
 from segray.training.worker.sample_store import ORIGINAL_SIZE, EncodedSample, SampleSize, SampleStore
 
-_NO_TRUTH = np.empty((0, 0), np.uint8)
+_NO_TRUTH: npt.NDArray[np.integer] = np.empty((0, 0), np.uint8)
 KeyT = TypeVar("KeyT")
 BatchT = TypeVar("BatchT")
 

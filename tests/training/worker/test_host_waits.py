@@ -25,7 +25,7 @@ NUM_STEPS = 3
 NEEDS_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
-class NoReading(TorchDispatchMode):
+class NoReading(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Raises an error where an operator reads a value, such as ``item``, also to find the shape of its result."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -55,7 +55,7 @@ class NoCopying(TorchFunctionMode):
 
 @contextmanager
 def no_waiting() -> Iterator[None]:
-    with NoReading(), NoCopying():
+    with NoReading(), NoCopying():  # type: ignore[no-untyped-call]
         yield
 
 
