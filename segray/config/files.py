@@ -16,6 +16,7 @@ from segray.config.tuning import TuneSettings
 # Settings of train that change the speed or the fault tolerance of a run, but not its weights.
 _NOT_WEIGHT_SETTINGS = {
     "num_decode_threads",
+    "num_prefetch_batches",
     "cache_bytes",
     "cache_disk_bytes",
     "max_failures",

@@ -97,7 +97,7 @@ class TrainSettings(Section):
     precision: Literal["bf16", "fp16", "fp32"] = Field(
         "bf16",
         description="Number format of the network's arithmetic. ``bf16`` and ``fp16`` are mixed precision. ``bf16`` "
-        "falls back to ``fp32`` if a worker's processor does not support it.",
+        "falls back to ``fp32`` if a worker's processor does not support it. On GPUs ``fp32`` is computed in TF32.",
     )
     channels_last: bool = Field(
         True, description="Store weights and activations with channels last, which is faster. Not used with ``fsdp``."
@@ -156,9 +156,23 @@ class TrainSettings(Section):
         1, ge=1, description="Epochs between evaluations on the validation split; the last epoch is always evaluated."
     )
     eval_batch_size: int = Field(8, ge=1, description="Images per evaluation batch and worker.")
-    num_decode_threads: int = Field(2, ge=1, description="Threads per worker that read, decode and augment images.")
+    num_decode_threads: int | None = Field(
+        None,
+        ge=1,
+        description="Threads per worker that decode and augment images. ``null``: the cores of the node, divided by "
+        "its workers.",
+    )
+    num_prefetch_batches: int = Field(
+        8,
+        ge=1,
+        description="Batches per worker that are read and decoded ahead of the step that takes them. A store with slow "
+        "responses needs more; each takes the memory of a batch.",
+    )
     cache_bytes: int = Field(
-        2**30, ge=0, description="Memory per worker, in bytes, that keeps decoded images for later epochs."
+        2**30,
+        ge=0,
+        description="Memory per worker, in bytes, that keeps decoded images for later epochs; all workers of a node "
+        "read what any of them keeps.",
     )
     cache_disk_bytes: int = Field(
         0,

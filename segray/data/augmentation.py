@@ -41,6 +41,15 @@ class Augmentation:
     image_size: tuple[int, int]
     ignore_index: int
 
+    @property
+    def takes_whole_images(self) -> bool:
+        """Whether each sample is a whole image, so that no bit changes if images are resized to ``image_size`` before.
+
+        Otherwise windows are cut out of images of the original size, which has more detail.
+        """
+        settings = self.settings
+        return settings.scale == settings.aspect == (1, 1) and settings.crop_size in (None, self.image_size)
+
     def apply(self, image: _Image, truth: _Truth, generator: np.random.Generator) -> tuple[_Image, _Truth]:
         """Return a randomly augmented sample of an image.
 

@@ -36,14 +36,19 @@ class SegmentationLoss:
         settings: The loss terms with their weights, and the settings of each.
         ignore_index: Class index of the pixels that do not count.
         class_weights: (C,) weights of the classes in ``ce``, ``focal`` and ``ohem``; None weights all classes equally.
+        device: Device of the logits; weights are copied there once, because a copy in each step would wait for a GPU.
     """
 
     def __init__(
-        self, settings: LossSettings, ignore_index: int, class_weights: npt.NDArray[np.float64] | None = None
+        self,
+        settings: LossSettings,
+        ignore_index: int,
+        class_weights: npt.NDArray[np.float64] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self._settings = settings
         self._ignore_index = ignore_index
-        self._class_weights = None if class_weights is None else torch.from_numpy(class_weights).float()
+        self._class_weights = None if class_weights is None else torch.from_numpy(class_weights).float().to(device)
         tversky = self._sum_tversky
         sums: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
             "ce": self._sum_cross_entropy,
@@ -55,7 +60,7 @@ class SegmentationLoss:
             "tversky": partial(tversky, alpha=settings.tversky_alpha, beta=settings.tversky_beta),
         }
         self._sums = {name: sums[name] for name in settings.terms}
-        self.term_weights = torch.tensor(list(settings.terms.values()), dtype=torch.float64)
+        self.term_weights = torch.tensor(list(settings.terms.values()), dtype=torch.float64, device=device)
 
     def count(self, truth_nhw: torch.Tensor) -> torch.Tensor:
         """Return the count that divides the sum of each of the T loss terms, (T,) float64.
@@ -80,7 +85,7 @@ class SegmentationLoss:
 
     def combine(self, sums: torch.Tensor, counts: torch.Tensor) -> torch.Tensor:
         """Return the scalar loss, the weighted sum of ``sums / counts``; a term whose count is 0 adds 0."""
-        weights = self.term_weights.to(sums.device) / counts.clamp(min=torch.finfo(torch.float32).tiny)
+        weights = self.term_weights / counts.clamp(min=torch.finfo(torch.float32).tiny)
         return (sums * weights.where(counts > 0, 0).to(sums.dtype)).sum()
 
     def _weigh(self, values_nhw: torch.Tensor, truth_nhw: torch.Tensor) -> torch.Tensor:
@@ -88,18 +93,17 @@ class SegmentationLoss:
         if self._class_weights is None:
             return values_nhw
         some_class = truth_nhw.where(truth_nhw != self._ignore_index, 0)
-        return values_nhw * self._class_weights.to(truth_nhw.device)[some_class]
+        return values_nhw * self._class_weights[some_class]
 
     def _compute_entropies(self, logits_nchw: torch.Tensor, truth_nhw: torch.Tensor) -> torch.Tensor:
         """Return the cross-entropy of each pixel, (N, H, W), 0 where it is ignored."""
         return functional.cross_entropy(logits_nchw, truth_nhw, ignore_index=self._ignore_index, reduction="none")
 
     def _sum_cross_entropy(self, logits_nchw: torch.Tensor, truth_nhw: torch.Tensor) -> torch.Tensor:
-        weight = None if self._class_weights is None else self._class_weights.to(logits_nchw.device)
         return functional.cross_entropy(
             logits_nchw,
             truth_nhw,
-            weight=weight,
+            weight=self._class_weights,
             ignore_index=self._ignore_index,
             label_smoothing=self._settings.label_smoothing,
             reduction="sum",
@@ -152,15 +156,24 @@ class SegmentationLoss:
         return (((1 - index) * present).sum(1) / present.sum(1).clamp(min=1)).sum()
 
     def _sum_lovasz(self, logits_nchw: torch.Tensor, truth_nhw: torch.Tensor) -> torch.Tensor:
-        """Sum over images the Lovász-Softmax loss of the classes in each image's truth."""
-        from segmentation_models_pytorch.losses import LovaszLoss  # It takes seconds to import.
+        """Sum over images the mean Lovász-Softmax loss of the classes in each image's truth.
 
-        compute = LovaszLoss("multiclass", ignore_index=self._ignore_index)
-        total = logits_nchw.sum() * 0
-        for logits_chw, truth_hw in zip(logits_nchw, truth_nhw, strict=True):
-            if (truth_hw != self._ignore_index).any():  # LovaszLoss returns NaN if all pixels of an image are ignored.
-                total = total + compute(logits_chw[None], truth_hw[None])
-        return total
+        That of segmentation-models-pytorch makes the host wait for a GPU once for each class of each image.
+        """
+        classes = torch.arange(logits_nchw.shape[1], device=truth_nhw.device)[:, None]
+        losses = []
+        for logits_chw, truth_hw in zip(logits_nchw, truth_nhw, strict=True):  # One at a time, for less memory.
+            truth = truth_hw.flatten()
+            is_class = (truth == classes) & (truth != self._ignore_index)  # (C, pixels)
+            errors = (is_class.float() - logits_chw.softmax(0).flatten(1)).abs() * (truth != self._ignore_index)
+            errors, order = errors.sort(1, descending=True)
+            num_px, num_seen = is_class.sum(1, keepdim=True), is_class.gather(1, order).cumsum(1)
+            num_others = torch.arange(1, len(truth) + 1, device=truth.device) - num_seen
+            jaccard_loss = 1 - (num_px - num_seen) / (num_px + num_others)
+            present = num_px[:, 0] > 0
+            by_class = (errors * jaccard_loss.diff(prepend=jaccard_loss.new_zeros(len(classes), 1))).sum(1)
+            losses.append((by_class * present).sum() / present.sum().clamp(min=1))
+        return torch.stack(losses).sum()
 
 
 def compute_median_frequency_weights(

@@ -12,6 +12,11 @@ def autocast(device: torch.device, precision: str) -> AbstractContextManager[Non
     return torch.autocast(device.type, _DTYPES.get(precision), enabled=precision in _DTYPES)
 
 
+def get_dtype(precision: str) -> torch.dtype | None:
+    """Return the data type of the arithmetic in ``bf16`` or ``fp16``; None for ``fp32``."""
+    return _DTYPES.get(precision)
+
+
 def has_bf16(device: torch.device) -> bool:
     """Return whether a device supports bfloat16 natively; emulation is several times slower."""
     if device.type == "cuda":

@@ -169,7 +169,7 @@ def test_settings_that_affect_only_speed_or_faults_may_differ_between_reruns(tmp
     listing = ["extensions", "recursive", "split", "relist"]  # These are covered by the sha256 of the plan.
     outcome = ["max_error_fraction", "stop_error_fraction", "num_report_images", "retry_errors", "allow_mixed"]
     assert sorted([*recorded, *cut, *pace, *listing, *outcome]) == sorted([*SegmentSettings.model_fields, "device"])
-    speed = {"num_decode_threads", "cache_bytes", "cache_disk_bytes", "log_every_steps"}
+    speed = {"num_decode_threads", "num_prefetch_batches", "cache_bytes", "cache_disk_bytes", "log_every_steps"}
     faults = {"max_failures", "min_train_workers", "stall_timeout_s", "checkpoint_every_steps", "num_best_checkpoints"}
     length = {"time_budget_min"}  # The driver replaces it by num_epochs.
     assert TrainSettings.model_fields.keys() - slow.weight_settings["train"].keys() == speed | faults | length

@@ -6,7 +6,8 @@ import os
 import socket
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import repeat
 from multiprocessing.connection import Connection
 from multiprocessing.context import ForkServerContext, SpawnContext
 from pathlib import Path
@@ -29,6 +30,7 @@ from segray.training.job import TrainJob, get_classes
 from segray.training.progress_board import ProgressBoard
 from segray.training.watchdog import Heartbeat
 from segray.training.worker.feed import TrainBatch
+from segray.training.worker.loop import read_results, train_steps
 from segray.training.worker.state import Trainer, set_up
 from segray.training.worker.steps import train_step
 
@@ -88,7 +90,9 @@ def draw_batch() -> TrainBatch:
     shapes = [draw_shape(seed, IMAGE_SIDE) for seed in range(BATCH_SIZE)]
     images = np.stack([np.asarray(image) for image, _ in shapes])
     truth = np.stack([np.asarray(trimap) - 1 for _, trimap in shapes])  # Trimap values 1, 2, 3 are classes 0, 1, 2.
-    return TrainBatch(images, truth.astype(np.uint8), [str(seed) for seed in range(BATCH_SIZE)])
+    return TrainBatch(
+        torch.from_numpy(images), torch.from_numpy(truth.astype(np.uint8)), [str(seed) for seed in range(BATCH_SIZE)]
+    )
 
 
 def _build_job(folder: Path, num_steps: int, model: ModelConfig, settings: dict[str, Any]) -> TrainJob:
@@ -124,7 +128,7 @@ def run_as_rank(device: torch.device, act: Callable[[], None], *, group: bool = 
     scaling = ray.train.ScalingConfig(num_workers=0)  # Zero workers select the local mode.
     trainer = ray.train.torch.TorchTrainer(lambda _: act(), train_loop_config={}, scaling_config=scaling)
     # One thread: the network is tiny, and threads that share cores with other processes wait for each other.
-    one_core = mock.patch("segray.training.worker.state.count_cores", return_value=1)
+    one_core = mock.patch("segray.training.worker.device.count_cores", return_value=1)
     with environment, one_core, mock.patch("ray.train.torch.get_device", return_value=device):
         trainer.fit()
 
@@ -164,12 +168,40 @@ def train(
         trainer.learner.replica.train()
         batch, losses = draw_batch(), []
         for _ in range(num_steps):
-            losses.append(train_step(trainer.learner, [batch], lambda stage: None))
+            losses.append(train_step(trainer.learner, [batch], lambda stage: None)[0].item())
             trainer.schedule.step()
         trained.append(_describe(trainer, losses, dtypes[-1]))
 
     run_as_rank(device, act, group=group)
     return trained[0]
+
+
+def train_without_waiting(device: torch.device, folder: Path, num_steps: int = 4, **settings: Any) -> list[float]:
+    """Train on one pinned batch; return the losses.
+
+    Whatever makes the host wait for a GPU raises an error, except in the first step, which loads libraries.
+    """
+    job = _build_job(folder, num_steps, MODEL, settings)
+    losses: list[float] = []
+
+    def act() -> None:
+        trainer = set_up(job, Heartbeat(job.board, 0, STALL_TIMEOUT_S))
+        trainer.learner.replica.train()
+        drawn = draw_batch()
+        batch = replace(drawn, images=drawn.images.pin_memory(), truth=drawn.truth.pin_memory())
+        steps = train_steps(trainer, repeat([batch]), num_steps)
+        next(steps)
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            for _ in steps:
+                pass
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+        read_results(trainer)
+        losses.extend(trainer.epoch_losses)
+
+    run_as_rank(device, act)
+    return losses
 
 
 def _describe(trainer: Trainer, losses: list[float], logits_dtype: torch.dtype) -> Trained:

@@ -1,7 +1,6 @@
 """Tests that need a process of their own: reproducible arithmetic, a process group of one rank, a stalled rank."""
 
 import time
-from dataclasses import replace
 from functools import partial
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -92,7 +91,7 @@ def _stall(sender: Connection, device: torch.device) -> None:
     ray.get = lambda reference, timeout=None: reference  # The board is in this process.
     heartbeat = Heartbeat(LocalActor(ProgressBoard(2.0), sender.send), 0, 2.0)
     network = nn.Conv2d(3, 3, 1).to(device)
-    learner = replace(make_learner(network), device=device)
+    learner = make_learner(network, device=device)
     batch = draw_batch()
     train_step(learner, [batch], lambda stage: None)  # Loading CUDA libraries may exceed the timeout.
     heartbeat.start()

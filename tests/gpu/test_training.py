@@ -1,6 +1,7 @@
 """One training rank on the device, compared with the CPU: each precision, torch.compile, losses and evaluation."""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from segray.models.precision import has_bf16
 from segray.training.worker.evaluation import evaluate
 from segray.training.worker.feed import EvalBatch
 from tests.conftest import PET_CLASSES
-from tests.gpu.one_rank import MODEL, Trained, draw_batch, measure_distance, train
+from tests.gpu.conftest import needs_cuda
+from tests.gpu.one_rank import MODEL, Trained, draw_batch, measure_distance, train, train_without_waiting
 from tests.training.worker.learner import IGNORE
 
 pytestmark = pytest.mark.gpu
@@ -58,15 +60,27 @@ def test_a_compiled_network_trains_as_the_plain_one_does(device: torch.device, t
     assert measure_distance(compiled.weights, plain.weights) < 0.2 * measure_distance(plain.weights, first.weights)
 
 
+@needs_cuda
+@pytest.mark.parametrize("precision", TOLERANCES)
+@pytest.mark.parametrize("settings", [{}, {"optimizer": "sgd", "max_gradient_norm": 1.0}], ids=str)
+def test_no_step_waits_for_the_gpu(
+    settings: dict[str, Any], precision: str, device: torch.device, tmp_path: Path
+) -> None:
+    losses = train_without_waiting(device, tmp_path, precision=precision, ema_decay=0.9, **settings)
+    assert len(losses) == 4
+    assert np.isfinite(losses).all()
+
+
 @pytest.mark.parametrize("term", LOSS_TERMS)
 def test_each_loss_and_its_gradient_equal_those_of_the_cpu(term: str, device: torch.device) -> None:
-    loss = SegmentationLoss(LossSettings.model_validate({term: 1.0}), IGNORE, np.array([0.5, 1.0, 2.0]))
+    settings, class_weights = LossSettings.model_validate({term: 1.0}), np.array([0.5, 1.0, 2.0])
     generator = torch.Generator().manual_seed(0)
     logits = torch.randn(2, 3, 24, 20, generator=generator)
     truth = torch.randint(0, 3, (2, 24, 20), generator=generator)
     truth[:, :3] = IGNORE
     values, gradients = [], []
     for where in (CPU, device):
+        loss = SegmentationLoss(settings, IGNORE, class_weights, where)
         leaf = logits.to(where, copy=True).requires_grad_()
         counts = loss.count(truth.to(where))
         value = loss.combine(loss.sum(leaf, truth.to(where)), counts)
@@ -80,7 +94,7 @@ def test_each_loss_and_its_gradient_equal_those_of_the_cpu(term: str, device: to
 
 def test_evaluation_counts_equal_those_of_the_cpu(device: torch.device, on_cpu: Trained) -> None:
     batch = draw_batch()
-    split = EvalBatch(batch.images, list(batch.truth), batch.truth, list(range(len(batch.images))))
+    split = EvalBatch(batch.images, list(batch.truth.numpy()), batch.truth, list(range(len(batch.images))))
     confusions = []
     for where in (CPU, device):
         model = build_model(MODEL, PET_CLASSES.num_classes)
@@ -90,9 +104,9 @@ def test_evaluation_counts_equal_those_of_the_cpu(device: torch.device, on_cpu: 
             [split],
             classes=PET_CLASSES,
             preprocessing=Preprocessing(),
-            loss=SegmentationLoss(LossSettings(), PET_CLASSES.ignore_index),
+            loss=SegmentationLoss(LossSettings(), PET_CLASSES.ignore_index, None, where),
             precision="fp32",
         )
         confusions.append(counts.confusion.cpu())
-    assert confusions[1].sum() == batch.truth.size
-    assert (confusions[1] - confusions[0]).abs().sum() < 0.01 * batch.truth.size
+    assert confusions[1].sum() == batch.truth.numel()
+    assert (confusions[1] - confusions[0]).abs().sum() < 0.01 * batch.truth.numel()

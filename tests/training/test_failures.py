@@ -30,7 +30,7 @@ def test_in_the_label_check(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_while_a_sample_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sample_store, "read_image", fail)
+    monkeypatch.setattr(sample_store, "fetch_image", fail)
     with pytest.raises(ClusterError, match=r"^reading a.png and its mask failed: ValueError: odd; rerun with"):
         sample_store.load_labelled_image(SAMPLE, PET_CLASSES)
 

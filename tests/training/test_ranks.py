@@ -11,16 +11,18 @@ from PIL import Image
 from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from segray.config import LossSettings, ModelConfig
+from segray.config import LossSettings, ModelConfig, TrainSettings
 from segray.data.manifest import Sample
 from segray.data.preprocessing import Preprocessing
-from segray.models.build import build_model
+from segray.models.build import SegmentationModel, build_model
 from segray.models.losses import SegmentationLoss
 from segray.models.sync_batchnorm import synchronise_norms
 from segray.training.worker.evaluation import add_over_ranks, compute_loss, compute_scores, evaluate
 from segray.training.worker.feed import RankShare, iterate_evaluation
+from segray.training.worker.optimisation import _get_local, build_optimizer
+from segray.training.worker.replica import shard
 from segray.training.worker.sample_store import SampleStore
-from segray.training.worker.steps import NonFiniteLossError, rebuild_gradient_buckets, train_step
+from segray.training.worker.steps import rebuild_gradient_buckets, train_step
 from tests.conftest import PET_CLASSES, TINY_MODEL
 from tests.training.worker.learner import CPU, build_network, make_batch, make_learner, split
 
@@ -30,7 +32,7 @@ TERMS: dict[str, object] = {"ce": 1.0, "dice": 0.5, "ohem": 0.5}
 LOSS = SegmentationLoss(LossSettings.model_validate(TERMS), PET_CLASSES.ignore_index)
 
 
-def build_normalised_network() -> nn.Module:
+def build_normalised_network() -> SegmentationModel:
     torch.manual_seed(0)
     network = build_model(ModelConfig(arch="classic_unet", widths=(4, 8)), 3).train()
     synchronise_norms(network, CPU)
@@ -44,27 +46,52 @@ def train(network: nn.Module, steps: range, rank: int = 0, world_size: int = 1, 
         replica = DistributedDataParallel(network)
         rebuild_gradient_buckets(replica, CPU)
         replica.train()  # type: ignore[no-untyped-call]
-    learner = make_learner(replica, torch.optim.SGD(network.parameters(), 0.05), TERMS, max_gradient_norm=0.5)
+    learner = make_learner(
+        replica, torch.optim.SGD(network.parameters(), 0.05, fused=True), TERMS, max_gradient_norm=0.5
+    )
     losses = []
     for step in steps:
         share = split(make_batch([step], GLOBAL_BATCH), world_size)[rank]
-        losses.append(train_step(learner, split(share, num_parts), lambda stage: None))
+        losses.append(train_step(learner, split(share, num_parts), lambda stage: None)[0].item())
     return losses
 
 
-def fail_on_one_rank(rank: int, world_size: int) -> tuple[str, bool]:
-    """Return the error of a step whose loss is NaN on the last rank only, and whether the weights are unchanged."""
+def train_sharded(rank: int, world_size: int, precision: str) -> tuple[list[float], dict[str, torch.dtype]]:
+    """Return the losses, and the data type of the weights in a forward pass by the class of their module."""
+    network = build_normalised_network()
+    shard(network, CPU, precision)
+    dtypes: dict[str, torch.dtype] = {}
+
+    def record(module: nn.Module, *_: object) -> None:
+        dtypes[type(module).__name__.removeprefix("FSDP")] = module.get_parameter("weight").dtype
+
+    for module in network.modules():
+        if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
+            module.register_forward_hook(record)
+    settings = TrainSettings(optimizer="sgd", momentum=0, learning_rate=0.05, weight_decay=0)
+    learner = make_learner(network, build_optimizer(network, settings), TERMS, 0.5, precision)
+    losses = []
+    for step in range(NUM_STEPS):
+        share = split(make_batch([step], GLOBAL_BATCH), world_size)[rank]
+        losses.append(train_step(learner, [share], lambda stage: None)[0].item())
+    before = [_get_local(parameter).clone() for parameter in network.parameters()]
+    if rank == world_size - 1:
+        network.register_forward_hook(lambda module, inputs, output: output * float("nan"))
+    train_step(learner, [make_batch([0, rank])], lambda stage: None)
+    assert all(torch.equal(_get_local(new), old) for new, old in zip(network.parameters(), before, strict=True))
+    return losses, dtypes
+
+
+def fail_on_one_rank(rank: int, world_size: int) -> tuple[bool, bool]:
+    """Return whether a step with a NaN on the last rank only has a loss of NaN, and leaves the weights unchanged."""
     network = build_network()
     replica = DistributedDataParallel(network)
     if rank == world_size - 1:
         replica.module[4].bias.data[0] = float("nan")
     before = copy.deepcopy(network.state_dict())
-    try:
-        train_step(make_learner(replica), [make_batch([0, rank])], lambda stage: None)
-    except NonFiniteLossError as error:
-        same = all(torch.equal(before[k].nan_to_num(7), v.nan_to_num(7)) for k, v in network.state_dict().items())
-        return str(error), same
-    return "", False
+    loss, _ = train_step(make_learner(replica), [make_batch([0, rank])], lambda stage: None)
+    same = all(torch.equal(before[k].nan_to_num(7), v.nan_to_num(7)) for k, v in network.state_dict().items())
+    return bool(loss.isnan()), same
 
 
 def score(folder: Path, rank: int = 0, world_size: int = 1) -> dict[str, Any]:
@@ -111,6 +138,7 @@ def run_rank(rank: int, world_size: int, folder: Path) -> None:
         "normalised": normalised,
     }.items():
         result[name] = network.state_dict()
+    result["sharded"] = {precision: train_sharded(rank, world_size, precision) for precision in ("fp32", "bf16")}
     result["scores"] = score(folder, rank, world_size)
     result["failure"] = fail_on_one_rank(rank, world_size)
     torch.save(result, folder / f"{world_size}-{rank}.pt")
@@ -173,6 +201,17 @@ def test_ranks_with_sync_batchnorm_learn_the_same_as_a_single_process(
             torch.testing.assert_close(rank["normalised"][name], expected, rtol=1e-2, atol=2e-3)
 
 
+def test_ranks_with_sharded_weights_learn_the_same_as_without(ranks: list[dict[str, Any]]) -> None:
+    """In bf16, they send each other weights in that format, except those of BatchNorm, whose statistics are fp32."""
+    for rank in ranks:
+        losses, dtypes = rank["sharded"]["fp32"]
+        np.testing.assert_allclose(losses, rank["normalised_losses"], atol=1e-4)
+        assert set(dtypes.values()) == {torch.float32}
+        losses, dtypes = rank["sharded"]["bf16"]
+        np.testing.assert_allclose(losses, rank["normalised_losses"], atol=0.05)
+        assert dtypes == {"Conv2d": torch.bfloat16, "GlobalBatchNorm2d": torch.float32}
+
+
 def test_weights_are_identical_after_thirty_steps_with_the_same_seed_and_world_size(
     ranks: list[dict[str, Any]],
 ) -> None:
@@ -201,5 +240,5 @@ def test_scores_are_identical_for_any_number_of_ranks_and_no_image_is_dropped(
         assert rank["scores"] == expected
 
 
-def test_a_non_finite_loss_on_one_rank_stops_all_ranks_and_no_weight_changes(ranks: list[dict[str, Any]]) -> None:
-    assert [rank["failure"] for rank in ranks] == [("loss is nan", True)] * len(ranks)
+def test_a_non_finite_loss_on_one_rank_is_seen_by_all_ranks_and_no_weight_changes(ranks: list[dict[str, Any]]) -> None:
+    assert [rank["failure"] for rank in ranks] == [(True, True)] * len(ranks)

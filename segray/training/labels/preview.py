@@ -7,6 +7,7 @@ from segray.data.augmentation import Augmentation
 from segray.data.classes import ClassMap
 from segray.data.manifest import Sample
 from segray.plots import LabelledPicture, draw_samples
+from segray.runtime.connect import count_cores
 from segray.storage import get_file_name
 from segray.training.worker.feed import RankShare, StreamSettings, iterate_training
 from segray.training.worker.sample_store import SampleStore
@@ -28,10 +29,11 @@ def draw_training(config: TrainConfig, samples: Sequence[Sample], classes: Class
         Augmentation(config.augmentation, config.image_size, classes.ignore_index),
         range(1),
         StreamSettings(num_drawn, seed=config.train.seed),
-        RankShare(num_threads=config.train.num_decode_threads),
+        RankShare(num_threads=config.train.num_decode_threads or count_cores()),
     )
     ((batch,),) = steps
     titles = map(get_file_name, batch.image_uris)
     return draw_samples(
-        [LabelledPicture(*sample) for sample in zip(titles, batch.images, batch.truth, strict=True)], classes
+        [LabelledPicture(*sample) for sample in zip(titles, batch.images.numpy(), batch.truth.numpy(), strict=True)],
+        classes,
     )

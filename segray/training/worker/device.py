@@ -10,11 +10,17 @@ from segray.runtime.connect import count_cores
 from segray.training.progress_board import ProgressPoster
 
 
+def count_cores_per_rank(num_local_ranks: int) -> int:
+    """Return a rank's share of the cores of its node."""
+    return max(1, count_cores() // num_local_ranks)
+
+
 def configure_torch(deterministic: bool, device: torch.device, num_local_ranks: int) -> None:
-    """Set the number of CPU threads, or the determinism of GPU kernels, for this process."""
+    """Set the number of CPU threads, or the arithmetic and determinism of GPU kernels, for this process."""
     if device.type == "cpu":  # The workers of a node share its cores.
-        torch.set_num_threads(max(1, count_cores() // num_local_ranks))
+        torch.set_num_threads(count_cores_per_rank(num_local_ranks))
         return
+    torch.set_float32_matmul_precision("high")  # TF32, as convolutions have by default.
     torch.backends.cudnn.benchmark = not deterministic
     if deterministic:
         os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"  # Read at the first matrix multiplication.

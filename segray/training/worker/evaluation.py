@@ -151,15 +151,15 @@ def evaluate(
     device = next(model.parameters()).device
     tally = _Tally(classes, loss, device)
     for batch in batches:
-        image_nchw = preprocessing.apply(torch.from_numpy(batch.images).to(device, non_blocking=True))
+        image_nchw = preprocessing.apply(batch.images.to(device, non_blocking=True))
         with autocast(device, precision):
             logits_nchw = model(image_nchw)
-        targets = torch.from_numpy(batch.targets).to(device, non_blocking=True)
+        targets = batch.targets.to(device, non_blocking=True)
         # Images beyond the last ground truth are padding.
         for logits_chw, target, truth, number in zip(logits_nchw, targets, batch.truths, batch.numbers, strict=False):
             tally.add_loss(logits_chw, target)
             mask = compute_mask(logits_chw, (truth.shape[0], truth.shape[1]))
-            tally.add(number, torch.from_numpy(truth).to(device), mask)
+            tally.add(number, torch.from_numpy(truth).to(device, non_blocking=True), mask)
     return tally.finish()
 
 

@@ -7,12 +7,14 @@ them. So every rank takes the same number of full batches, no sample is dropped 
 run continues with the next sample. With class-balanced sampling, a pass instead has each sample as often as its weight
 says.
 
-Images are decoded by threads, because the decoders release the interpreter lock, and because a torch DataLoader would
-fork the Ray worker, which is unsafe because the worker already has threads.
+Files are read by the threads of the sample store, and decoded and augmented by others, which write each sample into its
+place in the batch. They are threads because decoders and Pillow's changes of images release the interpreter lock.
+Processes would copy every sample once more; ``benchmarks/feed.py`` compares them. A torch DataLoader would also fork
+the Ray worker, which is unsafe because the worker already has threads.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
@@ -20,16 +22,17 @@ from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
+import torch
 
 from segray.data.augmentation import Augmentation
-from segray.data.images import resize_image, resize_mask
+from segray.data.images import resize_mask
 from segray.data.manifest import Sample
-from segray.data.preprocessing import pad_batch
 from segray.training.sampling import ImageWeights
-from segray.training.worker.sample_store import LabelledImage, SampleStore
+from segray.training.worker.sample_store import ORIGINAL_SIZE, EncodedSample, SampleSize, SampleStore
 
-_READ_AHEAD_BATCHES = 3
-ItemT = TypeVar("ItemT")
+_NO_TRUTH: npt.NDArray[np.integer] = np.empty((0, 0), np.uint8)
+KeyT = TypeVar("KeyT")
+BatchT = TypeVar("BatchT")
 
 
 @dataclass(frozen=True)
@@ -42,8 +45,8 @@ class TrainBatch:
         image_uris: N URIs, in the order of the images.
     """
 
-    images: npt.NDArray[np.uint8]
-    truth: npt.NDArray[np.integer]
+    images: torch.Tensor
+    truth: torch.Tensor
     image_uris: list[str]
 
 
@@ -58,9 +61,9 @@ class EvalBatch:
         numbers: Index of each image in its split.
     """
 
-    images: npt.NDArray[np.uint8]
+    images: torch.Tensor
     truths: list[npt.NDArray[np.integer]]
-    targets: npt.NDArray[np.integer]
+    targets: torch.Tensor
     numbers: list[int]
 
 
@@ -89,12 +92,16 @@ class RankShare:
     Attributes:
         world_rank: Rank of this process, from 0.
         world_size: Number of ranks.
-        num_threads: Threads that read, decode and augment samples.
+        num_threads: Threads that decode and augment samples.
+        num_batches_ahead: Batches that are loaded ahead of the one that is taken.
+        pin_memory: Whether batches are in page-locked memory, from which a GPU copies while the host goes on.
     """
 
     world_rank: int = 0
     world_size: int = 1
     num_threads: int = 1
+    num_batches_ahead: int = 8
+    pin_memory: bool = False
 
 
 def compute_num_steps(num_samples: int, global_batch_size: int) -> int:
@@ -144,7 +151,7 @@ def iterate_training(
     steps: range,
     stream: StreamSettings,
     share: RankShare,
-) -> Iterator[list[TrainBatch]]:
+) -> Generator[list[TrainBatch]]:
     """Yield a rank's share of each step, as a list of ``stream.num_parts`` batches.
 
     Each sample is augmented by its own random generator, which depends only on the seed and the position in the stream.
@@ -164,34 +171,44 @@ def iterate_training(
         StorageError: Permissions, network or disk error.
     """
     batch_size = stream.global_batch_size
+    height, width = augmentation.settings.crop_size or augmentation.image_size
+    whole = SampleSize(augmentation.image_size, augmentation.image_size)
+    size = whole if augmentation.takes_whole_images else ORIGINAL_SIZE
+    truth_dtype = _get_truth_dtype(store)
 
-    def load(item: tuple[int, Sample]) -> LabelledImage:
-        position, sample = item
-        return augmentation.apply(*store.load(sample), _build_generator(stream.seed, position))
-
-    def list_share(step: int) -> list[tuple[int, Sample]]:
+    def start(pool: ThreadPoolExecutor, step: int) -> tuple[list[TrainBatch], list[Future[None]]]:
         order = compute_step_order(step, len(samples), batch_size, stream.seed, stream.image_weights)
         offsets = np.array_split(np.arange(batch_size), share.world_size)[share.world_rank]
-        return [(step * batch_size + int(offset), samples[order[offset]]) for offset in offsets]
+        mine = [samples[order[offset]] for offset in offsets]
+        images = torch.empty((len(mine), height, width, 3), dtype=torch.uint8, pin_memory=share.pin_memory)
+        truth = torch.empty((len(mine), height, width), dtype=truth_dtype, pin_memory=share.pin_memory)
+        image_rows, truth_rows = images.numpy(), truth.numpy()
 
-    for items, pairs in _load_ahead(load, map(list_share, steps), share.num_threads):
-        uris = [sample.image_uri for _, sample in items]
-        parts = np.array_split(np.arange(len(items)), stream.num_parts)
-        yield [_build_batch(part, pairs, uris, augmentation.ignore_index) for part in parts]
+        def load(row: int, encoded: EncodedSample | None) -> None:
+            generator = _build_generator(stream.seed, step * batch_size + int(offsets[row]))
+            found = store.load(mine[row], size, encoded)
+            image_rows[row], truth_rows[row] = augmentation.apply(*found, generator)
+
+        futures = [pool.submit(load, row, store.request(sample, size)) for row, sample in enumerate(mine)]
+        whole_share = TrainBatch(images, truth, [sample.image_uri for sample in mine])
+        return _divide(whole_share, stream.num_parts, augmentation.ignore_index), futures
+
+    yield from _load_ahead(steps, start, share)
 
 
-def _build_batch(
-    part: npt.NDArray[np.int64], pairs: Sequence[LabelledImage], uris: Sequence[str], ignore_index: int
-) -> TrainBatch:
-    """Return the batch of the samples with the indices ``part``; if there are none, the last sample, ignored."""
-    if not len(part):
-        image, truth = pairs[-1]
-        return TrainBatch(image[None], np.full_like(truth, ignore_index)[None], [uris[-1]])
-    return TrainBatch(
-        np.stack([pairs[number][0] for number in part]),
-        np.stack([pairs[number][1] for number in part]),
-        [uris[number] for number in part],
-    )
+def _get_truth_dtype(store: SampleStore) -> torch.dtype:
+    dtype: torch.dtype = getattr(torch, np.dtype(store.classes.index_dtype).name)
+    return dtype
+
+
+def _divide(batch: TrainBatch, num_parts: int, ignore_index: int) -> list[TrainBatch]:
+    """Divide a batch into parts; one without images has the last image, ignored."""
+    parts = []
+    for rows in np.array_split(np.arange(len(batch.images)), num_parts):
+        taken = slice(rows[0], rows[-1] + 1) if len(rows) else slice(-1, None)
+        truth = batch.truth[taken] if len(rows) else torch.full_like(batch.truth[taken], ignore_index)
+        parts.append(TrainBatch(batch.images[taken], truth, batch.image_uris[taken]))
+    return parts
 
 
 def iterate_evaluation(
@@ -214,32 +231,45 @@ def iterate_evaluation(
         DataError: An image or mask cannot be used.
         StorageError: Permissions, network or disk error.
     """
+    size, truth_dtype = SampleSize(image=image_size), _get_truth_dtype(store)
 
-    def load(number: int) -> LabelledImage:
-        image, truth = store.load(samples[number])
-        return resize_image(image, image_size), truth
+    def start(pool: ThreadPoolExecutor, numbers: Sequence[int]) -> tuple[EvalBatch, list[Future[None]]]:
+        images = torch.zeros((batch_size, *image_size, 3), dtype=torch.uint8, pin_memory=share.pin_memory)
+        targets = torch.empty((len(numbers), *image_size), dtype=truth_dtype, pin_memory=share.pin_memory)
+        image_rows, target_rows, truths = images.numpy(), targets.numpy(), [_NO_TRUTH] * len(numbers)
+
+        def load(row: int, encoded: EncodedSample | None) -> None:
+            image_rows[row], truths[row] = store.load(samples[numbers[row]], size, encoded)
+            target_rows[row] = resize_mask(truths[row], image_size)
+
+        futures = [pool.submit(load, row, store.request(samples[n], size)) for row, n in enumerate(numbers)]
+        return EvalBatch(images, truths, targets, list(numbers)), futures
 
     mine = range(share.world_rank, len(samples), share.world_size)
     # Every rank yields as many batches as the longest share: FSDP ranks must make the same number of forward passes.
     num_longest = -(-len(samples) // share.world_size)
-    batches = (mine[start : start + batch_size] for start in range(0, num_longest, batch_size))
-    for numbers, pairs in _load_ahead(load, batches, share.num_threads):
-        images = np.array([image for image, _ in pairs], np.uint8).reshape(-1, *image_size, 3)
-        truths = [truth for _, truth in pairs]
-        targets = np.array([resize_mask(truth, image_size) for truth in truths]).reshape(-1, *image_size)
-        yield EvalBatch(pad_batch(images, batch_size), truths, targets, list(numbers))
+    batches = (mine[first : first + batch_size] for first in range(0, num_longest, batch_size))
+    yield from _load_ahead(batches, start, share)
 
 
 def _load_ahead(
-    load: Callable[[ItemT], LabelledImage], batches: Iterable[Sequence[ItemT]], num_threads: int
-) -> Iterator[tuple[Sequence[ItemT], list[LabelledImage]]]:
-    """Yield each batch with its loaded samples, in order, while threads load the next batches."""
-    with ThreadPoolExecutor(num_threads) as pool:
-        waiting: deque[tuple[Sequence[ItemT], list[Future[LabelledImage]]]] = deque()
+    keys: Iterable[KeyT],
+    start: Callable[[ThreadPoolExecutor, KeyT], tuple[BatchT, list[Future[None]]]],
+    share: RankShare,
+) -> Iterator[BatchT]:
+    """Yield the batch of each key, in order, while threads load the next ones.
+
+    Args:
+        keys: What the batches are made of.
+        start: Starts to load a batch; returns it with the tasks that fill it.
+        share: Number of threads, and of batches to load ahead.
+    """
+    with ThreadPoolExecutor(share.num_threads, "decode-sample") as pool:
+        waiting: deque[tuple[BatchT, list[Future[None]]]] = deque()
         try:
-            for batch in batches:
-                waiting.append((batch, [pool.submit(load, item) for item in batch]))
-                if len(waiting) > _READ_AHEAD_BATCHES:
+            for key in keys:
+                waiting.append(start(pool, key))
+                if len(waiting) > share.num_batches_ahead:
                     yield _wait(*waiting.popleft())
             while waiting:
                 yield _wait(*waiting.popleft())
@@ -247,5 +277,7 @@ def _load_ahead(
             pool.shutdown(cancel_futures=True)
 
 
-def _wait(batch: Sequence[ItemT], futures: list[Future[LabelledImage]]) -> tuple[Sequence[ItemT], list[LabelledImage]]:
-    return batch, [future.result() for future in futures]
+def _wait(batch: BatchT, tasks: Sequence[Future[None]]) -> BatchT:
+    for task in tasks:
+        task.result()
+    return batch

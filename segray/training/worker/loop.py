@@ -3,8 +3,8 @@
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from collections.abc import Callable, Generator, Iterator
+from contextlib import closing, nullcontext
 from functools import partial
 from typing import Any
 
@@ -23,24 +23,32 @@ from segray.storage import join_uri
 from segray.training.checkpoint import TrainingState, name_checkpoint, remove_surplus, save_state
 from segray.training.job import TrainJob, is_finished
 from segray.training.watchdog import Heartbeat
+from segray.training.worker.device import count_cores_per_rank
 from segray.training.worker.evaluation import add_over_ranks, compute_loss, compute_scores, evaluate
 from segray.training.worker.feed import (
     EvalBatch,
     RankShare,
     StreamSettings,
+    TrainBatch,
     iterate_evaluation,
     iterate_training,
 )
-from segray.training.worker.non_finite import count_skipped, explain_non_finite_loss
+from segray.training.worker.non_finite import (
+    NonFiniteLossError,
+    check_result,
+    count_skipped,
+    explain_non_finite_loss,
+)
 from segray.training.worker.optimisation import get_highest_rate
 from segray.training.worker.state import Trainer, set_up
 from segray.training.worker.step_log import StepLog
-from segray.training.worker.steps import NonFiniteLossError, train_step
+from segray.training.worker.steps import train_step
 
 _LAST_EPOCH_ONLY = ("val_confusion", "val_worst_images", "val_best_images")
 # At most two checkpoints wait in memory to be uploaded; a step that would create a third one waits.
 _upload_slots = threading.BoundedSemaphore(2)
 _UPLOAD_POLL_S = 5.0
+_READ_EVERY_STEPS = 20  # On a GPU, the host waits once in so many steps.
 _PERMISSION_POLL_S = 0.2
 
 
@@ -67,8 +75,10 @@ def run_loop(job: TrainJob, measure: Callable[[Trainer], dict[str, float]] | Non
         trainer = set_up(job, heartbeat)
         if measure:
             return {"error": None, "measured": measure(trainer)}
-        while not is_finished(trainer.history, job.config.train) and _may_continue(trainer):
-            _run_epoch(trainer)
+        num_steps = job.config.train.num_epochs * trainer.steps_per_epoch
+        with closing(iterate_batches(trainer, num_steps)) as batches:
+            while not is_finished(trainer.history, job.config.train) and _may_continue(trainer):
+                _run_epoch(trainer, batches)
     except NonFiniteLossError as error:  # Raised on every rank, so none is left waiting for another.
         return {"error": error}
     finally:
@@ -86,18 +96,21 @@ def _may_continue(trainer: Trainer) -> bool:
     return bool(allowed)
 
 
-def _run_epoch(trainer: Trainer) -> None:
+def _run_epoch(trainer: Trainer, batches: Iterator[list[TrainBatch]]) -> None:
     """Train to the end of the current epoch, evaluate if due, and save a checkpoint."""
     settings, epoch = trainer.job.config.train, len(trainer.history) + 1
     started_s, num_steps_before = time.perf_counter(), trainer.num_steps_done
     trainer.learner.replica.train()
     step_log = StepLog(trainer)
-    for loss in train_steps(trainer, range(trainer.num_steps_done, epoch * trainer.steps_per_epoch)):
-        trainer.epoch_losses.append(loss)
-        step_log.record(loss)
+    for _ in train_steps(trainer, batches, epoch * trainer.steps_per_epoch):
+        step_log.record(trainer.unread[-1])
+        if not _is_read_due(trainer):
+            continue
+        read_results(trainer)
         num_images = (trainer.num_steps_done - num_steps_before) * settings.global_batch_size
         images_per_s = num_images / (time.perf_counter() - started_s)
         if trainer.poster:
+            loss = trainer.epoch_losses[-1]
             trainer.poster.post(trainer.num_steps_done, f"epoch {epoch}, loss {loss:.3f}, {images_per_s:.1f} images/s")
         if _is_checkpoint_due(trainer):
             _save(trainer, {})
@@ -125,41 +138,71 @@ def _drop_large_metrics(metrics: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in metrics.items() if name not in _LAST_EPOCH_ONLY}
 
 
-def train_steps(trainer: Trainer, steps: range) -> Iterator[float]:
-    """Run the given steps; yield the loss of each.
-
-    Raises:
-        NonFiniteLossError: Names the step and its images; raised on every rank, before the weights are updated. In
-            fp16, only after many skipped steps in a row.
-    """
-    job, settings = trainer.job, trainer.job.config.train
-    batches = iterate_training(
-        job.splits.train,
-        trainer.store,
-        trainer.augmentation,
-        steps,
-        StreamSettings(settings.global_batch_size, trainer.num_parts, settings.seed, job.image_weights),
-        _get_share(trainer),
-    )
+def train_steps(trainer: Trainer, batches: Iterator[list[TrainBatch]], end: int) -> Iterator[None]:
+    """Queue the steps before ``end``, and yield after each; ``read_results`` waits for them and checks them."""
+    settings = trainer.job.config.train
     trainer.heartbeat.update(trainer.num_steps_done, "loading")
-    for step, parts in zip(steps, batches, strict=True):
+    for step in range(trainer.num_steps_done, end):
+        parts = next(batches)
         torch.manual_seed(_derive_seed(settings.seed, step, trainer.world_rank))
-        try:
-            loss = train_step(trainer.learner, parts, partial(trainer.heartbeat.update, step))
-            trainer.num_skipped = count_skipped(trainer.num_skipped, loss)
-        except NonFiniteLossError as error:
-            raise explain_non_finite_loss(job, step, error) from error
+        trainer.unread.append(train_step(trainer.learner, parts, partial(trainer.heartbeat.update, step)))
         trainer.learning_rate = get_highest_rate(trainer.learner.optimizer)
         trainer.schedule.step()
         if trainer.average:
             trainer.average.update()
         trainer.num_steps_done = step + 1
-        yield loss
+        yield
         trainer.heartbeat.update(trainer.num_steps_done, "loading")
 
 
+def _is_read_due(trainer: Trainer) -> bool:
+    """Return whether to read the results of the last steps now: the same on all ranks, and before each checkpoint.
+
+    Waiting for a GPU after each step would leave it idle until the next one is queued.
+    """
+    every = 1 if trainer.learner.device.type == "cpu" else _READ_EVERY_STEPS
+    done = trainer.num_steps_done
+    return done % every == 0 or done % trainer.steps_per_epoch == 0 or _is_checkpoint_due(trainer)
+
+
+def read_results(trainer: Trainer) -> None:
+    """Wait for the steps since the last call, and add their losses to those of the epoch.
+
+    Raises:
+        NonFiniteLossError: Names the step and its images; raised on every rank, after the same step. The weights of
+            later steps are in no checkpoint. In fp16, only after many skipped steps in a row.
+    """
+    results = torch.stack(trainer.unread).tolist()
+    trainer.unread.clear()
+    for step, (loss, gradient_norm) in enumerate(results, trainer.num_steps_done - len(results)):
+        try:
+            loss = check_result(loss, gradient_norm, may_skip=trainer.learner.scaler.is_enabled())
+            trainer.num_skipped = count_skipped(trainer.num_skipped, loss)
+        except NonFiniteLossError as error:
+            raise explain_non_finite_loss(trainer.job, step, error) from error
+        trainer.epoch_losses.append(loss)
+
+
+def iterate_batches(trainer: Trainer, end: int) -> Generator[list[TrainBatch]]:
+    """Yield the batches of the steps left before ``end``; the feed goes on loading during an evaluation."""
+    job, settings = trainer.job, trainer.job.config.train
+    return iterate_training(
+        job.splits.train,
+        trainer.store,
+        trainer.augmentation,
+        range(trainer.num_steps_done, end),
+        StreamSettings(settings.global_batch_size, trainer.num_parts, settings.seed, job.image_weights),
+        _get_share(trainer),
+    )
+
+
 def _get_share(trainer: Trainer) -> RankShare:
-    return RankShare(trainer.world_rank, trainer.world_size, trainer.job.config.train.num_decode_threads)
+    settings = trainer.job.config.train
+    num_threads = settings.num_decode_threads or count_cores_per_rank(ray.train.get_context().get_local_world_size())
+    is_on_gpu = trainer.learner.device.type == "cuda"
+    return RankShare(
+        trainer.world_rank, trainer.world_size, num_threads, settings.num_prefetch_batches, pin_memory=is_on_gpu
+    )
 
 
 def _derive_seed(seed: int, step: int, world_rank: int) -> int:

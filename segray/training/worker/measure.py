@@ -2,13 +2,14 @@
 
 import itertools
 import time
+from contextlib import closing
 from dataclasses import replace
 
 import torch
 from torch import distributed
 
 from segray.data.manifest import Splits
-from segray.training.worker.loop import evaluate_split, train_steps
+from segray.training.worker.loop import evaluate_split, iterate_batches, read_results, train_steps
 from segray.training.worker.state import Trainer
 
 _NUM_WARM_UP = 3  # Steps in which kernels are compiled and chosen, and the first images are read.
@@ -24,16 +25,18 @@ def measure_speed(trainer: Trainer) -> dict[str, float]:
     """
     budget_min = trainer.job.config.train.time_budget_min
     assert budget_min is not None
-    start = trainer.num_steps_done
+    end = trainer.num_steps_done + _NUM_WARM_UP + _MAX_STEPS
     started_s = first_s = time.perf_counter()
     trainer.learner.replica.train()
-    for number, _ in enumerate(train_steps(trainer, range(start, start + _NUM_WARM_UP + _MAX_STEPS)), start=1):
-        if number == _NUM_WARM_UP:
-            started_s = time.perf_counter()
-        is_over = time.perf_counter() - first_s > _SHARE * 60 * budget_min
-        if number > _NUM_WARM_UP and _agree(trainer, is_over):
-            break
-    s_per_step = (time.perf_counter() - started_s) / (number - _NUM_WARM_UP)
+    with closing(iterate_batches(trainer, end)) as batches:
+        for number, _ in enumerate(train_steps(trainer, batches, end), start=1):
+            read_results(trainer)  # Steps are only queued on a GPU; this waits for them.
+            if number == _NUM_WARM_UP:
+                started_s = time.perf_counter()
+            is_over = time.perf_counter() - first_s > _SHARE * 60 * budget_min
+            if number > _NUM_WARM_UP and _agree(trainer, is_over):
+                break
+        s_per_step = (time.perf_counter() - started_s) / (number - _NUM_WARM_UP)
     settings, val = trainer.job.config.train, trainer.job.splits.val
     some = list(itertools.islice(val, trainer.world_size * settings.eval_batch_size * _NUM_EVAL_BATCHES))
     started_s = time.perf_counter()

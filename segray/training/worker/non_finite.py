@@ -2,16 +2,41 @@
 
 import math
 
+from segray.errors import TrainingError
 from segray.training.job import TrainJob
 from segray.training.worker.feed import compute_step_order
-from segray.training.worker.steps import NonFiniteLossError
 
 # The scaler starts at 2^16 and halves its factor at each skipped step, so after 17 in a row it is no longer the cause.
 MAX_SKIPPED_STEPS = 20
 
 
+SKIPPED = math.nan  # Stands for the loss of a step that was skipped in fp16.
+
+
+class NonFiniteLossError(TrainingError):
+    """Raised on all ranks if the loss or gradient of a step was not finite on any; it did not change the weights."""
+
+
+def check_result(loss: float, gradient_norm: float, *, may_skip: bool) -> float:
+    """Return the loss of a step, or ``SKIPPED``.
+
+    Args:
+        loss: The loss that ``train_step`` computed.
+        gradient_norm: The norm of the gradient that it computed.
+        may_skip: Whether a step may be skipped: in fp16.
+
+    Raises:
+        NonFiniteLossError: The loss or the norm is not finite, and no step may be skipped.
+    """
+    if math.isfinite(loss) and math.isfinite(gradient_norm):
+        return loss
+    if may_skip:
+        return SKIPPED
+    raise NonFiniteLossError(f"the gradient norm is {gradient_norm}" if math.isfinite(loss) else f"loss is {loss}")
+
+
 def count_skipped(num_skipped: int, loss: float) -> int:
-    """Return how many steps in a row were skipped, after one with this result of ``train_step``.
+    """Return how many steps in a row were skipped, after one with this loss.
 
     Args:
         num_skipped: How many were skipped in a row before it.

@@ -23,6 +23,8 @@ _WARM_UP_START = 1e-2  # Learning rate at the start of a linear warm-up, relativ
 def build_optimizer(model: SegmentationModel, settings: TrainSettings) -> torch.optim.Optimizer:
     """Build AdamW, or SGD with Nesterov momentum, over all parameters that are not frozen.
 
+    Both are fused: only fused optimizers can skip a step that is not finite without the host waiting for the device.
+
     The encoder has its own learning rate, which ``layer_decay`` lowers layer by layer. Weight decay is not applied to
     parameters with one dimension (biases and the weights of normalisation layers), nor to positional embeddings, tables
     of attention biases, and class tokens: it would pull outputs towards 0 without making the network simpler.
@@ -45,13 +47,40 @@ def build_optimizer(model: SegmentationModel, settings: TrainSettings) -> torch.
         }
         for (factor, is_decayed), parameters in groups.items()
     ]
-    # Not fused: the fused step processes weights and moments in memory order, and after a restart the moments of
-    # channels-last weights have another memory layout than before.
     if settings.optimizer == "adamw":
-        return torch.optim.AdamW(options, lr=settings.learning_rate)
-    return torch.optim.SGD(
-        options, lr=settings.learning_rate, momentum=settings.momentum, nesterov=settings.momentum > 0
-    )
+        return torch.optim.AdamW(options, lr=settings.learning_rate, fused=True)
+    momentum = settings.momentum
+    return _FusedSGD(options, lr=settings.learning_rate, momentum=momentum, nesterov=momentum > 0, fused=True)
+
+
+class _FusedSGD(torch.optim.SGD):
+    """SGD that can skip its first step, and whose parameters may be sharded.
+
+    Torch's fused SGD allocates the momentum in the first step, and leaves it uninitialised if that step is skipped.
+    """
+
+    def __init__(self, params: list[dict[str, Any]], **options: Any) -> None:
+        super().__init__(params, **options)
+        for group in self.param_groups:
+            if group["momentum"]:
+                for parameter in group["params"]:
+                    self.state[parameter]["momentum_buffer"] = torch.zeros_like(parameter)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update the parameters, unless ``found_inf`` is 1."""
+        for group in self.param_groups:
+            parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
+            buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters if group["momentum"]]
+            torch._fused_sgd_(
+                [_get_local(parameter) for parameter in parameters],
+                [_get_local(parameter.grad) for parameter in parameters],
+                [_get_local(buffer) for buffer in buffers],
+                **{name: group[name] for name in ("weight_decay", "momentum", "lr", "dampening", "nesterov")},
+                maximize=False,
+                is_first_step=False,
+                found_inf=getattr(self, "found_inf", None),
+            )
 
 
 def _is_decayed(name: str, parameter: nn.Parameter) -> bool:

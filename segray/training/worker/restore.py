@@ -68,12 +68,10 @@ def restore_state(
 def _restore_optimizer(state: TrainingState, model: SegmentationModel, optimizer: torch.optim.Optimizer) -> None:
     if not state.optimizer["state"]:  # SGD without momentum; set_optimizer_state_dict does not expect this.
         return
-    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
-    # The saved groups also hold what the schedule added, which torch does not accept before there is a schedule.
-    names = optimizer.param_groups[0].keys()
-    groups = [{name: group[name] for name in group if name in names} for group in state.optimizer["param_groups"]]
+    pairs = zip(optimizer.param_groups, state.optimizer["param_groups"], strict=True)
+    groups = [{**group, "params": saved["params"]} for group, saved in pairs]
     set_optimizer_state_dict(model, optimizer, {**state.optimizer, "param_groups": groups}, options=FULL_STATE)
-    for group, values in zip(optimizer.param_groups, settings, strict=True):
-        parameters = group["params"]
-        group.clear()
-        group.update(values, params=parameters)
+    for parameter, values in optimizer.state.items():
+        for name, value in values.items():
+            if value.shape == parameter.shape:  # Fused optimizers need the memory layout of the parameter.
+                values[name] = torch.empty_like(parameter).copy_(value)

@@ -1,13 +1,13 @@
 """Build the objects that a rank trains with, and gather their state for a checkpoint."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import ray.train
 import ray.train.torch
 import torch
-from torch import nn
+from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
 from torch.optim.lr_scheduler import LRScheduler
 
@@ -59,6 +59,7 @@ class Trainer:
         history: Metrics of each finished epoch.
         num_skipped: Steps that were skipped in a row before the next one.
         phases: Settings that changed during the run.
+        unread: Results of the steps since the host last waited for the device, (2,) each; see ``train_step``.
     """
 
     job: TrainJob
@@ -78,6 +79,7 @@ class Trainer:
     history: list[dict[str, Any]]
     num_skipped: int
     phases: list[Phase]
+    unread: list[torch.Tensor] = field(default_factory=list)
 
     @property
     def steps_per_epoch(self) -> int:
@@ -147,9 +149,10 @@ def set_up(job: TrainJob, heartbeat: Heartbeat) -> Trainer:
     if not found:  # A checkpoint has all weights.
         load_pretrained(config, model)
     heartbeat.update(0, "setting up")
-    replica = build_replica(model, settings, device)
+    precision = resolve_precision(settings.precision, device, poster)
+    replica = build_replica(model, settings, device, precision)
     heartbeat.update(0, "setting up")
-    learner = _build_learner(job, model, replica, device, poster)
+    learner = _build_learner(job, model, replica, device, precision)
     average = WeightAverage(model, settings.ema_decay) if settings.ema_decay else None
     heartbeat.update(found.num_steps_done if found else 0, "setting up")
     if found:
@@ -164,7 +167,7 @@ def set_up(job: TrainJob, heartbeat: Heartbeat) -> Trainer:
         schedule=_build_schedule(job, learner.optimizer, found, phases),
         average=average,
         learning_rate=get_highest_rate(learner.optimizer),
-        store=SampleStore(job.classes, settings.cache_bytes, settings.cache_disk_bytes),
+        store=_build_store(job, context.get_node_rank()),
         augmentation=Augmentation(config.augmentation, config.image_size, job.classes.ignore_index),
         heartbeat=heartbeat,
         poster=poster,
@@ -174,6 +177,18 @@ def set_up(job: TrainJob, heartbeat: Heartbeat) -> Trainer:
         num_skipped=found.num_skipped if found else 0,
         phases=phases,
     )
+
+
+def _build_store(job: TrainJob, node_rank: int) -> SampleStore:
+    """Build a sample store that shares its samples with the other ranks of the node."""
+    settings = job.config.train
+    store = SampleStore(job.classes, settings.cache_bytes, settings.cache_disk_bytes)
+    if distributed.is_initialized():
+        ranks: list[Any] = [None] * distributed.get_world_size()
+        distributed.all_gather_object(ranks, (node_rank, store.paths))
+        del ranks[distributed.get_rank()]
+        store.share([path for other_node_rank, paths in ranks if other_node_rank == node_rank for path in paths])
+    return store
 
 
 def describe_shortage(settings: TrainSettings, world_size: int) -> str:
@@ -218,14 +233,13 @@ def _build_schedule(
 
 
 def _build_learner(
-    job: TrainJob, model: SegmentationModel, replica: nn.Module, device: torch.device, poster: ProgressPoster | None
+    job: TrainJob, model: SegmentationModel, replica: nn.Module, device: torch.device, precision: str
 ) -> Learner:
     settings = job.config.train
     optimizer = build_optimizer(model, settings)
-    precision = resolve_precision(settings.precision, device, poster)
     return Learner(
         replica=replica,
-        loss=SegmentationLoss(job.config.loss, job.classes.ignore_index, job.class_weights),
+        loss=SegmentationLoss(job.config.loss, job.classes.ignore_index, job.class_weights, device),
         optimizer=optimizer,
         scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
         preprocessing=job.preprocessing,

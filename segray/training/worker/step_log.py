@@ -23,27 +23,22 @@ class StepLog:
         self._every = trainer.job.config.train.log_every_steps
         self._last = (trainer.num_steps_done, time.perf_counter())
 
-    def record(self, loss: float | torch.Tensor) -> None:
-        """Post the step that has just been done, if it is due; ``loss`` is NaN for a skipped step."""
+    def record(self, result: torch.Tensor) -> None:
+        """Post the step that has just been done, if it is due; ``result`` is what ``train_step`` returned."""
         trainer, step = self._trainer, self._trainer.num_steps_done
         if self._every is None or trainer.poster is None or step % self._every:
             return
-        value = _to_nullable(loss)  # This waits for the step.
+        loss, norm = result.tolist()  # This waits for the step.
+        is_finite = math.isfinite(loss) and math.isfinite(norm)
         now_s = time.perf_counter()
         num_images = (step - self._last[0]) * trainer.job.config.train.global_batch_size
-        norm = trainer.learner.diagnostics.get("gradient_norm")
         row = {
             "step": step,
             "epoch": len(trainer.history) + 1,
-            "loss": value,
+            "loss": loss if is_finite else None,  # A skipped step has no loss.
             "learning_rate": trainer.learning_rate,
-            "gradient_norm": None if norm is None else _to_nullable(norm),
+            "gradient_norm": norm if math.isfinite(norm) else None,
             "images_per_s": num_images / (now_s - self._last[1]),
         }
         self._last = (step, now_s)
         trainer.poster.post_step(row)
-
-
-def _to_nullable(value: float | torch.Tensor) -> float | None:
-    number = float(value)
-    return number if math.isfinite(number) else None

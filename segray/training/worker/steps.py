@@ -1,9 +1,8 @@
 """Run one training step on any device and any number of ranks; needs neither Ray nor storage."""
 
-import math
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import distributed, nn
@@ -12,17 +11,10 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from segray.data.preprocessing import Preprocessing
-from segray.errors import TrainingError
 from segray.models.build import PROBE_SIZE
 from segray.models.losses import SegmentationLoss
 from segray.models.precision import autocast
 from segray.training.worker.feed import TrainBatch
-
-SKIPPED = math.nan  # What ``train_step`` returns instead of the loss of a step that changed nothing.
-
-
-class NonFiniteLossError(TrainingError):
-    """Raised on all ranks if the loss or gradient of a step is not finite on any rank; the weights are not updated."""
 
 
 @dataclass(frozen=True)
@@ -32,13 +24,13 @@ class Learner:
     Attributes:
         replica: The model, wrapped in DDP or sharded by FSDP if there are several ranks.
         loss: The loss to minimise.
-        optimizer: The optimizer of the model's parameters.
+        optimizer: The optimizer of the model's parameters. It must be fused: other optimizers of torch cannot skip a
+            step unless the host waits for the device.
         scaler: Scales fp16 gradients; disabled in other precisions.
         preprocessing: Converts (N, H, W, 3) uint8 pixels to the model's input.
         device: Device of the model.
         precision: ``bf16``, ``fp16`` or ``fp32``.
         max_gradient_norm: Gradients with a larger norm are scaled down to it; None: no limit.
-        diagnostics: ``gradient_norm`` of the last step, if it was clipped, before clipping and on the device.
     """
 
     replica: nn.Module
@@ -49,7 +41,9 @@ class Learner:
     device: torch.device
     precision: str
     max_gradient_norm: float | None = None
-    diagnostics: dict[str, torch.Tensor] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        assert self.optimizer.defaults["fused"]
 
 
 def rebuild_gradient_buckets(replica: nn.Module, device: torch.device) -> None:
@@ -67,14 +61,15 @@ def rebuild_gradient_buckets(replica: nn.Module, device: torch.device) -> None:
     replica.zero_grad(set_to_none=True)
 
 
-def train_step(learner: Learner, parts: Sequence[TrainBatch], announce: Callable[[str], None]) -> float:
-    """Update the weights by one step and return the loss of the global batch.
+def train_step(learner: Learner, parts: Sequence[TrainBatch], announce: Callable[[str], None]) -> torch.Tensor:
+    """Update the weights by one step, without waiting for the device.
 
     Loss sums are divided by counts over all ranks and parts, so each pixel or image has the same weight regardless of
     the rank or part it is in.
 
-    In fp16, numbers above 65,504 overflow. A step whose loss or gradient is not finite on any rank is then skipped on
-    all of them: weights, optimizer and BatchNorm statistics stay as they were, and the scaler halves its factor.
+    A step whose loss or gradient is not finite on any rank changes no weight and no state of the optimizer on any of
+    them; the device decides this, so that the host can queue the next step in the meantime. In fp16, where numbers
+    above 65,504 overflow, BatchNorm statistics stay as they were, too, and the scaler halves its factor.
 
     Args:
         learner: The model, loss and optimizer.
@@ -82,42 +77,35 @@ def train_step(learner: Learner, parts: Sequence[TrainBatch], announce: Callable
         announce: Called with the name of each stage as it begins, for stall detection.
 
     Returns:
-        The loss, or ``SKIPPED`` (NaN).
-
-    Raises:
-        NonFiniteLossError: In fp32 and bf16, the loss or gradient is not finite; raised on every rank, before the
-            weights are updated.
+        (2,) float32 on the learner's device, the same on every rank: the loss of the global batch, and the norm of the
+        gradient before clipping. If either is not finite, the step was skipped.
     """
     learner.optimizer.zero_grad(set_to_none=True)
-    learner.diagnostics.clear()
     buffers = list(learner.replica.buffers()) if learner.scaler.is_enabled() else []
     earlier = [buffer.clone() for buffer in buffers]
     loss = _accumulate_gradients(learner, parts, announce)
     announce("update")
-    problem = None if math.isfinite(loss) else f"loss is {loss}"
-    problem = problem or _clip_gradients(learner)
-    if problem is None:
-        learner.scaler.step(learner.optimizer)
-        learner.scaler.update()
-        return loss
-    if not learner.scaler.is_enabled():
-        raise NonFiniteLossError(problem)
+    learner.scaler.unscale_(learner.optimizer)
+    norm = _clip_gradients(learner)
+    result = torch.stack([loss, norm.to(loss.dtype)])
+    is_skipped = ~result.isfinite().all()
+    _update_weights(learner, is_skipped)
     for buffer, value in zip(buffers, earlier, strict=True):
-        buffer.copy_(value)
-    # Not by scaler.step: a loss can be infinite although no gradient is, and FSDP ranks look only at their own shards.
-    learner.scaler.update(learner.scaler.get_scale() * learner.scaler.get_backoff_factor())
-    return SKIPPED
+        buffer.copy_(torch.where(is_skipped, value, buffer))
+    return result
 
 
-def _accumulate_gradients(learner: Learner, parts: Sequence[TrainBatch], announce: Callable[[str], None]) -> float:
+def _accumulate_gradients(
+    learner: Learner, parts: Sequence[TrainBatch], announce: Callable[[str], None]
+) -> torch.Tensor:
     """Run the forward and backward passes of a step, and return the loss of the global batch."""
-    truths = [torch.from_numpy(part.truth).to(learner.device, non_blocking=True).long() for part in parts]
+    truths = [part.truth.to(learner.device, non_blocking=True).long() for part in parts]
     counts = _sum_over_ranks(torch.stack([learner.loss.count(truth) for truth in truths]).sum(0))
     # DDP and FSDP average gradients over ranks; the factor world_size turns the average into the sum.
     world_size = distributed.get_world_size() if distributed.is_initialized() else 1
     sums = torch.zeros_like(counts)
     for number, (part, truth) in enumerate(zip(parts, truths, strict=True)):
-        image_nchw = learner.preprocessing.apply(torch.from_numpy(part.images).to(learner.device, non_blocking=True))
+        image_nchw = learner.preprocessing.apply(part.images.to(learner.device, non_blocking=True))
         with _synchronised(learner.replica, is_last=number == len(parts) - 1):
             announce("forward")
             with autocast(learner.device, learner.precision):
@@ -127,23 +115,34 @@ def _accumulate_gradients(learner: Learner, parts: Sequence[TrainBatch], announc
             scaled = learner.scaler.scale(learner.loss.combine(part_sums, counts) * world_size)
             scaled.backward()  # type: ignore[no-untyped-call]
         sums += part_sums.detach()
-    return learner.loss.combine(_sum_over_ranks(sums), counts).item()
+    return learner.loss.combine(_sum_over_ranks(sums), counts)
 
 
-def _clip_gradients(learner: Learner) -> str | None:
-    """Clip the gradient norm; return what is wrong if it is not finite, which can happen even if the loss is finite."""
+def _clip_gradients(learner: Learner) -> torch.Tensor:
+    """Clip the gradient norm, and return what it was before.
+
+    The norm is computed even without clipping, to find gradients that are not finite although the loss is. It reads
+    each gradient once; torch's own check, that of the gradient scaler, also writes each.
+    """
     parameters = [p for p in _list_parameters(learner.optimizer) if p.grad is not None]
-    learner.scaler.unscale_(learner.optimizer)
     norm = nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-    whole_norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
-    if learner.max_gradient_norm is not None:
-        learner.diagnostics["gradient_norm"] = whole_norm
-    norm_value = whole_norm.item()
-    if not math.isfinite(norm_value):
-        return f"the gradient norm is {norm_value}"
     if learner.max_gradient_norm is not None:
         nn.utils.clip_grads_with_norm_(parameters, learner.max_gradient_norm, norm)
-    return None
+    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def _update_weights(learner: Learner, is_skipped: torch.Tensor) -> None:
+    """Update the weights and the scaler; where ``is_skipped`` (scalar bool) is true, only the scaler."""
+    optimizer, scaler = learner.optimizer, learner.scaler
+    found_inf = is_skipped.float()
+    optimizer.found_inf = found_inf  # type: ignore[attr-defined]  # Read by the step of fused optimizers.
+    optimizer.step()
+    if not scaler.is_enabled():
+        return
+    # The scaler has checked the gradients, but not the loss, and with FSDP only those of this rank.
+    for flag in scaler._found_inf_per_device(optimizer).values():
+        flag.copy_(found_inf)
+    scaler.update()
 
 
 def _sum_over_ranks(values: torch.Tensor) -> torch.Tensor:

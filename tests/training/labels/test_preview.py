@@ -34,7 +34,7 @@ def test_drawn_samples_are_the_first_ones_of_a_run_with_two_workers(
     fed = [
         LabelledPicture(get_file_name(uri), image, truth)
         for batch in batches
-        for uri, image, truth in zip(batch.image_uris, batch.images, batch.truth, strict=True)
+        for uri, image, truth in zip(batch.image_uris, batch.images.numpy(), batch.truth.numpy(), strict=True)
     ]
     drawn = draw_training(config, samples, PET_CLASSES, 8)  # These span two steps.
     assert drawn == draw_samples(fed[:8], PET_CLASSES)

@@ -20,14 +20,15 @@ def make_learner(
     loss: dict[str, object] | None = None,
     max_gradient_norm: float | None = None,
     precision: str = "fp32",
+    device: torch.device = CPU,
 ) -> Learner:
     return Learner(
         replica=replica,
-        loss=SegmentationLoss(LossSettings.model_validate(loss or {}), IGNORE),
-        optimizer=optimizer or torch.optim.SGD(replica.parameters(), 0.05, momentum=0.9),
-        scaler=torch.amp.GradScaler("cpu", enabled=precision == "fp16"),
+        loss=SegmentationLoss(LossSettings.model_validate(loss or {}), IGNORE, None, device),
+        optimizer=optimizer or torch.optim.SGD(replica.parameters(), 0.05, momentum=0.9, fused=True),
+        scaler=torch.amp.GradScaler(device.type, enabled=precision == "fp16"),
         preprocessing=Preprocessing(),
-        device=CPU,
+        device=device,
         precision=precision,
         max_gradient_norm=max_gradient_norm,
     )
@@ -39,7 +40,8 @@ def make_batch(seed: list[int], size: int = 4, side: int = 16, ignored: float = 
     truth = rng.integers(0, NUM_CLASSES, (size, side, side)).astype(np.uint8)
     for number in range(size):
         truth[number][rng.random((side, side)) < ignored * number] = IGNORE
-    return TrainBatch(rng.integers(0, 256, (size, side, side, 3), np.uint8), truth, [str(n) for n in range(size)])
+    images = torch.from_numpy(rng.integers(0, 256, (size, side, side, 3), np.uint8))
+    return TrainBatch(images, torch.from_numpy(truth), [str(n) for n in range(size)])
 
 
 def select(batch: TrainBatch, share: "np.ndarray[tuple[int], np.dtype[np.int64]]") -> TrainBatch:

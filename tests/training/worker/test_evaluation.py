@@ -62,7 +62,7 @@ def pairs(
         _, truth = load_labelled_image(sample, PET_CLASSES)
         batch = next(iterate_evaluation([sample], SampleStore(PET_CLASSES, 0), SMALL, 1, RankShare()))
         with torch.no_grad():
-            logits = model.eval()(Preprocessing().apply(torch.from_numpy(batch.images)))
+            logits = model.eval()(Preprocessing().apply(batch.images))
         large = functional.interpolate(logits, size=truth.shape, mode="bilinear", align_corners=False)
         found.append((truth, large[0].argmax(0).numpy()))
     return found

@@ -2,7 +2,10 @@
 
 import errno
 import os
+import subprocess
+import sys
 import tempfile
+import threading
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
@@ -17,6 +20,7 @@ from segray.data.augmentation import Augmentation
 from segray.data.images import resize_mask
 from segray.data.manifest import Sample, load_splits
 from segray.errors import DataError, StorageError
+from segray.training.worker import sample_store
 from segray.training.worker.feed import (
     RankShare,
     StreamSettings,
@@ -27,19 +31,29 @@ from segray.training.worker.feed import (
     iterate_evaluation,
     iterate_training,
 )
-from segray.training.worker.sample_store import SampleStore, _DiskStore, load_labelled_image
+from segray.training.worker.sample_file import create_in_memory, open_shared
+from segray.training.worker.sample_store import SampleSize, SampleStore, load_labelled_image
 from tests.conftest import NUM_TRAIN, PET_CLASSES, SHAPE_SIZE
 
 SIZE = (SHAPE_SIZE, SHAPE_SIZE)
+HEADER_BYTES = 36  # Of a kept sample.
 STREAM = StreamSettings(global_batch_size=4, seed=7)
 SHARE = RankShare(num_threads=2)
 
 
-def build_augmentation(preset: str, size: tuple[int, int]) -> Augmentation:
+def build_augmentation(preset: Any, size: tuple[int, int]) -> Augmentation:
     return Augmentation(AugmentationSettings.model_validate(preset), size, PET_CLASSES.ignore_index)
 
 
 STRONG = build_augmentation("strong", SIZE)
+
+
+KEYS = [bytes([number]) * 16 for number in range(3)]
+
+
+def assert_same(found: Any, expected: Any) -> None:
+    for part, expected_part in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(part, expected_part, strict=True)
 
 
 @pytest.fixture
@@ -73,7 +87,7 @@ def read(
             (uri, image.tobytes(), truth.tobytes())
             for parts in share
             for part in parts
-            for uri, image, truth in zip(part.image_uris, part.images, part.truth, strict=True)
+            for uri, image, truth in zip(part.image_uris, part.images.numpy(), part.truth.numpy(), strict=True)
         ]
         for share in zip(*ranks, strict=True)  # Every rank takes the same number of steps.
     ]
@@ -100,7 +114,7 @@ def test_a_sample_is_augmented_differently_in_each_pass(samples: list[Sample]) -
     assert all(len(images) == 2 for images in looks.values())
 
 
-@pytest.mark.parametrize("cache_bytes", [0, 3 * 4 * SHAPE_SIZE**2, 2**30])
+@pytest.mark.parametrize("cache_bytes", [0, 3 * (4 * SHAPE_SIZE**2 + HEADER_BYTES), 2**30])
 def test_samples_do_not_depend_on_the_size_of_the_cache(samples: list[Sample], cache_bytes: int) -> None:
     assert read(samples, range(9), 1, cache_bytes=cache_bytes) == read(samples, range(9), 1)
 
@@ -111,7 +125,7 @@ def test_the_cache_keeps_only_what_fits(samples: list[Sample], tmp_path: Path, i
     for path, sample in zip(paths, samples, strict=False):
         Image.open(sample.image_uri).save(path)
     copies = [Sample(str(path), sample.mask_uri) for path, sample in zip(paths, samples, strict=False)]
-    num_bytes = 4 * SHAPE_SIZE**2  # Bytes of an image and its ground truth.
+    num_bytes = 4 * SHAPE_SIZE**2 + HEADER_BYTES  # Bytes of an image and its ground truth.
     store = SampleStore(PET_CLASSES, in_memory * num_bytes, max_disk_bytes=(2 - in_memory) * num_bytes)
     expected = [store.load(copy) for copy in copies]
     for path in paths:
@@ -147,16 +161,109 @@ def test_a_full_disk_ends_caching_but_not_loading(
                 np.testing.assert_array_equal(part, expected_part)
 
 
-def test_a_sample_loaded_by_two_threads_uses_disk_space_once(samples: list[Sample]) -> None:
-    disk = _DiskStore(2 * 4 * SHAPE_SIZE**2)
+def test_a_sample_loaded_by_two_threads_uses_space_once(samples: list[Sample]) -> None:
+    file = create_in_memory(2 * (4 * SHAPE_SIZE**2 + HEADER_BYTES))
     found = [load_labelled_image(sample, PET_CLASSES) for sample in samples[:2]]
-    for sample, whole in ((samples[0], found[0]), (samples[0], found[0]), (samples[1], found[1])):
-        disk.write(sample, whole)
-    for sample, whole in zip(samples, found, strict=False):
-        kept = disk.read(sample)
-        assert kept is not None
-        for part, expected in zip(kept, whole, strict=True):
-            np.testing.assert_array_equal(part, expected)
+    for number in (0, 0, 1):
+        assert file.write(KEYS[number], found[number])
+    assert not file.write(KEYS[2], found[0])
+    for key, whole in zip(KEYS, found, strict=False):
+        assert_same(file.read(key), whole)
+
+
+def test_another_process_reads_what_has_been_written_since_it_last_looked(samples: list[Sample]) -> None:
+    file = create_in_memory(2**20)
+    found = [load_labelled_image(sample, PET_CLASSES) for sample in samples[:2]]
+    wide = (found[1][0], found[1][1].astype(np.uint16))
+    script = """
+import sys
+from segray.training.worker.sample_file import open_shared
+file = open_shared(sys.argv[1])
+for line in sys.stdin:
+    file.refresh()
+    parts = file.read(bytes.fromhex(line)) or ()
+    print(*[f"{part.shape}{part.dtype}{part.tobytes().hex()}" for part in parts], flush=True)
+"""
+    with subprocess.Popen(
+        [sys.executable, "-c", script, file.path], text=True, stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    ) as reader:
+        assert reader.stdin
+        assert reader.stdout
+        for key, whole in zip(KEYS, (found[0], wide), strict=False):
+            for is_written in (False, True):
+                if is_written:
+                    file.write(key, whole)
+                print(key.hex(), file=reader.stdin, flush=True)
+                expected = [f"{part.shape}{part.dtype}{part.tobytes().hex()}" for part in whole if is_written]
+                assert reader.stdout.readline() == " ".join(expected) + "\n"
+        reader.stdin.close()
+
+
+def test_a_file_that_cannot_be_opened_is_not_shared(tmp_path: Path) -> None:
+    assert open_shared(str(tmp_path / "gone")) is None
+
+
+@pytest.mark.parametrize("world_size", [1, 8])
+@pytest.mark.parametrize("preset", ["none", "strong"])
+def test_from_the_second_epoch_on_the_ranks_of_a_node_open_no_file(
+    samples: list[Sample], world_size: int, preset: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also in the evaluation, although it needs images of another size."""
+    stores = [SampleStore(PET_CLASSES, 2**20, 2**20) for _ in range(world_size)]
+    for rank, store in enumerate(stores):
+        store.share([path for other, peer in enumerate(stores) if other != rank for path in peer.paths])
+    num_fetched = Counter[str]()
+
+    def count(uri: str) -> bytes:
+        num_fetched[uri] += 1
+        return Path(uri).read_bytes()
+
+    for name in ("fetch_image", "fetch_mask"):
+        monkeypatch.setattr(sample_store, name, count)
+    stream = StreamSettings(global_batch_size=9, seed=7)  # An epoch is two steps.
+    for epoch in range(3):
+        for rank, store in enumerate(stores):
+            share, augmentation = RankShare(rank, world_size, 2), build_augmentation(preset, (32, 48))
+            steps = range(2 * epoch, 2 * epoch + 2)
+            assert len(list(iterate_training(samples, store, augmentation, steps, stream, share))) == 2
+            list(iterate_evaluation(samples[:5], store, (32, 48), 2, share))
+        in_both_splits = {sample.image_uri for sample in samples[:5]}
+        assert num_fetched == {
+            uri: 2 if sample.image_uri in in_both_splits else 1 for sample in samples for uri in sample
+        }
+
+
+def test_a_sample_is_kept_at_the_size_that_it_is_trained_at_if_no_bit_changes(samples: list[Sample]) -> None:
+    small, stream = (32, 48), StreamSettings(global_batch_size=18, seed=7)
+    flips = {"preset": "strong", "scale": [1, 1], "aspect": [1, 1]}
+    assert build_augmentation(flips, small).takes_whole_images
+    assert not build_augmentation({**flips, "crop_size": [32, 32]}, small).takes_whole_images
+    assert not build_augmentation({**flips, "scale": [1, 1.1]}, small).takes_whole_images
+    assert not build_augmentation({**flips, "aspect": [0.9, 1]}, small).takes_whole_images
+    num_bytes = 18 * (4 * 32 * 48 + HEADER_BYTES)
+    store = SampleStore(PET_CLASSES, num_bytes)
+    augmentation = build_augmentation(flips, small)
+    ((batch,),) = iterate_training(samples, store, augmentation, range(1), stream, SHARE)
+    assert all(store.request(sample, SampleSize(small, small)) is None for sample in samples)
+    for row, index in enumerate(compute_step_order(0, 18, 18, 7)):
+        original = load_labelled_image(samples[index], PET_CLASSES)
+        generator = np.random.default_rng(np.random.SeedSequence([7, row], spawn_key=(1,)))
+        expected = augmentation.apply(*original, generator)
+        assert_same((batch.images[row].numpy(), batch.truth[row].numpy()), expected)
+
+
+def test_both_files_of_a_sample_are_read_at_the_same_time(
+    samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both = threading.Barrier(2, timeout=10)
+
+    def fetch(uri: str) -> bytes:
+        both.wait()  # Raises an error if the other file is read only later.
+        return Path(uri).read_bytes()
+
+    for name in ("fetch_image", "fetch_mask"):
+        monkeypatch.setattr(sample_store, name, fetch)
+    assert len(train(samples, range(1), stream=StreamSettings(global_batch_size=1), share=RankShare())) == 1
 
 
 def test_the_error_for_an_unwritable_folder_names_the_setting_and_tmpdir(
@@ -220,7 +327,6 @@ def test_training_samples_are_resized_but_evaluation_truth_is_not(samples: list[
         with Image.open(uri) as source, Image.open(mask_uris[uri]) as mask:
             np.testing.assert_array_equal(image, source.resize(small[::-1], Image.Resampling.BILINEAR))
             np.testing.assert_array_equal(truth + 1, resize_mask(np.asarray(mask), small))
-    assert batch.images.flags.writeable  # torch.from_numpy warns about read-only arrays.
     evaluated = next(
         iterate_evaluation(
             samples,

@@ -7,8 +7,26 @@ import pytest
 
 from segray.config import TrainSettings
 from segray.data.manifest import Sample
-from segray.training.worker.non_finite import MAX_SKIPPED_STEPS, count_skipped, explain_non_finite_loss
-from segray.training.worker.steps import NonFiniteLossError
+from segray.training.worker.non_finite import (
+    MAX_SKIPPED_STEPS,
+    NonFiniteLossError,
+    check_result,
+    count_skipped,
+    explain_non_finite_loss,
+)
+
+
+@pytest.mark.parametrize(
+    ("loss", "gradient_norm", "message"),
+    [(math.nan, 1.0, "loss is nan"), (0.5, math.inf, "the gradient norm is inf"), (math.inf, math.nan, "loss is inf")],
+)
+def test_a_result_that_is_not_finite_is_skipped_or_ends_the_run(
+    loss: float, gradient_norm: float, message: str
+) -> None:
+    assert math.isnan(check_result(loss, gradient_norm, may_skip=True))
+    with pytest.raises(NonFiniteLossError, match=f"^{message}$"):
+        check_result(loss, gradient_norm, may_skip=False)
+    assert check_result(0.5, 2.0, may_skip=False) == check_result(0.5, 2.0, may_skip=True) == 0.5
 
 
 def test_a_step_that_is_not_skipped_starts_the_count_again() -> None:

@@ -34,10 +34,11 @@ def build(freeze_encoder: bool) -> SegmentationModel:
 
 def train(freeze_encoder: bool = False, **settings: Any) -> tuple[list[float], SegmentationModel]:
     model = build(freeze_encoder)
-    replica = build_replica(model, TrainSettings(**settings), CPU).train()
+    replica = build_replica(model, TrainSettings(**settings), CPU, "fp32").train()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    learner = make_learner(replica, torch.optim.SGD(parameters, 0.05))
-    return [train_step(learner, [make_batch([step], side=64)], lambda stage: None) for step in range(NUM_STEPS)], model
+    learner = make_learner(replica, torch.optim.SGD(parameters, 0.05, fused=True))
+    batches = [[make_batch([step], side=64)] for step in range(NUM_STEPS)]
+    return [train_step(learner, batch, lambda stage: None)[0].item() for batch in batches], model
 
 
 def measure_distance(state: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> float:

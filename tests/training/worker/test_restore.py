@@ -41,6 +41,7 @@ class Run:
     ) -> None:
         torch.manual_seed(0)
         self.model: SegmentationModel = build_model(ModelConfig(arch="classic_unet", widths=(4, 8)), 3).train()
+        self.model.to(memory_format=torch.channels_last)  # As in training by default.
         optimizer = build_optimizer(self.model, settings)
         self.learner: Learner = make_learner(self.model, optimizer, precision=settings.precision)
         self.average = WeightAverage(self.model, 0.9)
@@ -56,7 +57,7 @@ class Run:
     def train(self, steps: range) -> list[float]:
         losses = []
         for step in steps:
-            losses.append(train_step(self.learner, [make_batch([step], side=32)], lambda stage: None))
+            losses.append(train_step(self.learner, [make_batch([step], side=32)], lambda stage: None)[0].item())
             self.schedule.step()
             self.average.update()
         return losses

@@ -16,29 +16,28 @@ def make_trainer(every: int | None, posted: list[dict[str, Any]] | None) -> Any:
     return SimpleNamespace(
         job=SimpleNamespace(config=SimpleNamespace(train=settings)),
         poster=None if posted is None else SimpleNamespace(post_step=posted.append),
-        learner=SimpleNamespace(diagnostics={}),
         history=[{}, {}],
         learning_rate=0.25,
         num_steps_done=6,
     )
 
 
-class Loss:
-    """A loss on a device, for which the host has to wait."""
+class Result:
+    """Loss and gradient norm on a device, for which the host has to wait."""
 
-    def __init__(self, value: float) -> None:
-        self.value = value
+    def __init__(self, loss: float) -> None:
+        self.loss = loss
 
-    def __float__(self) -> float:
-        assert self.value >= 0, "the loss of a step that is not logged was read"
-        return self.value
+    def tolist(self) -> list[float]:
+        assert self.loss >= 0, "the loss of a step that is not logged was read"
+        return [self.loss, 1.5]
 
 
 def run(trainer: Any, losses: list[float]) -> None:
     log = StepLog(trainer)
     for loss in losses:
         trainer.num_steps_done += 1
-        log.record(Loss(loss))  # type: ignore[arg-type]
+        log.record(Result(loss))  # type: ignore[arg-type]
 
 
 def test_only_every_nth_step_is_read_and_posted(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -46,7 +45,6 @@ def test_only_every_nth_step_is_read_and_posted(monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(time, "perf_counter", lambda: next(clock))
     posted: list[dict[str, Any]] = []
     trainer = make_trainer(5, posted)
-    trainer.learner.diagnostics["gradient_norm"] = torch.tensor(1.5)
     run(trainer, [-1, -1, -1, 0.5, -1, -1, -1, -1, 0.75])
     row = {"step": 10, "epoch": 3, "loss": 0.5, "learning_rate": 0.25, "gradient_norm": 1.5, "images_per_s": 8.0}
     assert posted == [row, row | {"step": 15, "loss": 0.75, "images_per_s": 10.0}]
@@ -57,7 +55,7 @@ def test_a_skipped_step_has_no_loss() -> None:
     trainer = make_trainer(1, posted)
     log = StepLog(trainer)
     trainer.num_steps_done += 1
-    log.record(math.nan)
+    log.record(torch.tensor([0.5, math.inf]))
     assert [(row["loss"], row["gradient_norm"]) for row in posted] == [(None, None)]
 
 
