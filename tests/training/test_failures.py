@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from ray.train import Checkpoint, WorkerGroupError
 
-from segray.data.manifest import Sample
+from segray.data.sample_list import Sample
 from segray.errors import ClusterError
 from segray.training import fit
 from segray.training.labels import inspect

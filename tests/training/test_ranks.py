@@ -12,8 +12,8 @@ from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from segray.config import ModelConfig
-from segray.data.manifest import Sample
 from segray.data.preprocessing import Preprocessing
+from segray.data.sample_list import Sample
 from segray.models.build import build_model
 from segray.models.sync_batchnorm import synchronise_norms
 from segray.training.worker.evaluation import add_over_ranks, compute_scores, evaluate

@@ -22,8 +22,8 @@ import numpy.typing as npt
 
 from segray.data.augmentation import Augmentation
 from segray.data.images import resize_image
-from segray.data.manifest import Sample
 from segray.data.preprocessing import pad_batch
+from segray.data.sample_list import Sample
 from segray.training.worker.sample_store import LabelledImage, SampleStore
 
 _READ_AHEAD_BATCHES = 3
@@ -117,8 +117,11 @@ def compute_step_order(step: int, num_samples: int, global_batch_size: int, seed
 
 
 @lru_cache(maxsize=2)  # A step lies within one pass or spans two.
-def _draw_order(num_samples: int, seed: int, sample_pass: int) -> npt.NDArray[np.int64]:
-    return np.random.Generator(np.random.PCG64([seed, sample_pass])).permutation(num_samples)
+def _draw_order(num_samples: int, seed: int, sample_pass: int) -> npt.NDArray[np.integer]:
+    """Return a permutation, the same as ``Generator.permutation(num_samples)`` in half the memory."""
+    order = np.arange(num_samples, dtype=np.int32 if num_samples < 2**31 else np.int64)
+    np.random.Generator(np.random.PCG64([seed, sample_pass])).shuffle(order)
+    return order
 
 
 def _build_generator(seed: int, position: int) -> np.random.Generator:

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from segray.data.classes import ClassMap
-from segray.data.manifest import Sample
+from segray.data.sample_list import Sample
 from segray.data.samples import read_image, read_truth
 from segray.errors import DataError, ImageFault, StorageError, flatten_message
 from segray.runtime.failures import named_failure

@@ -10,8 +10,9 @@ import torch
 from torch.nn import functional
 
 from segray.config import DataConfig, ModelConfig
-from segray.data.manifest import Sample, load_splits
+from segray.data.manifest import load_splits
 from segray.data.preprocessing import Preprocessing
+from segray.data.sample_list import Sample
 from segray.models.build import SegmentationModel, build_model
 from segray.training.worker.evaluation import NUM_EXTREMES, EvaluationCounts, compute_scores, evaluate
 from segray.training.worker.feed import RankShare, iterate_evaluation

@@ -15,7 +15,8 @@ from PIL import Image
 from segray.config import AugmentationSettings, DataConfig
 from segray.data.augmentation import Augmentation
 from segray.data.images import resize_mask
-from segray.data.manifest import Sample, load_splits
+from segray.data.manifest import load_splits
+from segray.data.sample_list import Sample
 from segray.errors import DataError, StorageError
 from segray.training.worker.feed import (
     RankShare,
