@@ -23,6 +23,7 @@ _NOT_WEIGHT_SETTINGS = {
     "stall_timeout_s",
     "checkpoint_every_steps",
     "num_best_checkpoints",
+    "recheck_labels",
 }
 # Settings of train that bind an output folder: those of the optimizer, whose state is in the checkpoints, and those
 # that decide which samples a step takes. The other settings of train may change when a run is resumed.
