@@ -127,7 +127,7 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._decay = decay
         tensors = [*model.parameters(), *model.buffers()]
-        self._current = [_get_local(tensor) for tensor in tensors if tensor.is_floating_point()]
+        self._current = [get_local(tensor) for tensor in tensors if tensor.is_floating_point()]
         self.reset(0)
 
     def reset(self, num_steps: int) -> None:
@@ -155,7 +155,7 @@ class WeightAverage:
                 torch._foreach_copy_(self._current, own)
 
 
-def _get_local(tensor: torch.Tensor) -> torch.Tensor:
+def get_local(tensor: torch.Tensor) -> torch.Tensor:
     """Return the part of a tensor that this rank holds: the whole tensor, unless the model is sharded."""
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):
