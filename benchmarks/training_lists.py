@@ -25,7 +25,6 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import psutil
 import pyarrow as pa
 from listing_server import make_key
 from pyarrow import csv
@@ -98,6 +97,12 @@ def _read_peak_mb() -> float:
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM")) / 1024
 
 
+def _read_own_mb() -> float:
+    """Return the memory of this process that is not mapped from a file."""
+    lines = Path("/proc/self/smaps_rollup").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("Anonymous")) / 1024
+
+
 def run_driver(name: str, num_images: int, path: Path, folder: Path) -> None:
     """Measure what the driver does with the list; write the list to ``folder`` for ``run_worker``.
 
@@ -146,8 +151,7 @@ def check(splits: Splits) -> None:
 
 def run_worker(folder: Path) -> None:
     """Measure what a training worker needs of its own, besides the list that it shares with the others of its node."""
-    process, meter = psutil.Process(), Meter()
-    before = process.memory_full_info().uss
+    meter, before = Meter(), _read_own_mb()
     with (folder / "list").open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as shared:
         view, buffers, start = memoryview(shared), [], 0
         for size in json.loads((folder / "list.json").read_text()):
@@ -166,8 +170,8 @@ def run_worker(folder: Path) -> None:
         print(f"  worker: a step's samples, 16 of 1,024{'':>34} {ms:7.2f} ms of CPU")
         last = -(-len(train) // _GLOBAL_BATCH_SIZE) - 1
         meter.measure("worker: last step, in two epochs", lambda: compute_step_order(last, len(train), 1024, 0))
-        own = process.memory_full_info().uss - before
-        print(f"  {'worker: memory of its own':<44} {'':>30}      {own / 2**20:7,.0f} MB", flush=True)
+        own = _read_own_mb() - before
+        print(f"  {'worker: memory of its own':<44} {'':>30}      {own:7,.0f} MB", flush=True)
         os._exit(0)  # The list still refers to the mapped file.
 
 

@@ -1,11 +1,12 @@
 """Pair images with masks: from two folders, a Parquet or CSV manifest, or the Oxford-IIIT Pet layout."""
 
 import posixpath
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from itertools import islice
 from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -164,6 +165,30 @@ def _get_unique_keys(uris: pa.LargeStringArray, root: str) -> pa.LargeStringArra
 
 
 def _load_manifest(uri: str, split: str) -> SampleList:
+    samples, order = _read_manifest(uri, split)  # The whole URIs are freed before the samples are copied in order.
+    if order is not None:
+        samples = samples.take(order)
+    if _has_neighbours(samples, pc.equal):
+        raise DataError(f"{uri}: split {split!r} lists an image twice; keep one row for each image")
+    return samples
+
+
+def _has_neighbours(samples: SampleList, compare: Callable[[pa.Array, pa.Array], pa.BooleanArray]) -> bool:
+    """Return whether the URIs of any image and the next one compare as true."""
+    last = pa.array([], pa.large_string())
+    for images, _ in samples.read_columns():
+        column = pa.concat_arrays([last, images])
+        if pc.any(compare(column[:-1], column[1:])).as_py():
+            return True
+        last = images[-1:]
+    return False
+
+
+def _read_manifest(uri: str, split: str) -> tuple[SampleList, npt.NDArray[np.integer] | None]:
+    """Return the samples of a split in the order of their rows, and the indices that sort them by image URI.
+
+    The indices are None if they are sorted already.
+    """
     table = open_table_file(uri)
     names = ("image_uri", "mask_uri", "split")
     if missing := set(names) - set(table.column_names):
@@ -189,20 +214,10 @@ def _load_manifest(uri: str, split: str) -> SampleList:
     if not len(images):
         listed = ", ".join(sorted(found)[:_MAX_LISTED_SPLITS]) or "nothing"
         raise DataError(f"{uri}: no rows with split {split!r}; the column split holds: {listed}")
-    samples, sorted_images = _sort(images, masks)
-    if pc.any(pc.equal(sorted_images[1:], sorted_images[:-1])).as_py():
-        raise DataError(f"{uri}: split {split!r} lists an image twice; keep one row for each image")
-    return samples
-
-
-def _sort(images: pa.ChunkedArray, masks: pa.ChunkedArray) -> tuple[SampleList, pa.LargeStringArray]:
-    """Return samples sorted by image URI, and these URIs; bytes of UTF-8 have the order of the characters."""
     samples = SampleList(images, masks)
-    whole = images.combine_chunks()
-    if pc.all(pc.less_equal(whole[:-1], whole[1:])).as_py():
-        return samples, whole
-    order = pc.sort_indices(whole)
-    return samples.take(order.to_numpy()), whole.take(order)
+    if not _has_neighbours(samples, pc.greater):
+        return samples, None
+    return samples, pc.sort_indices(images).to_numpy()  # Bytes of UTF-8 have the order of the characters.
 
 
 def _load_oxford_split(root: str, name: str) -> SampleList:

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 from segray.data.json_rows import format_rows
 
 _BATCH_ROWS = 2**16
-_ENCODED_ROWS = 2**20  # URIs that are encoded at once.
+_ENCODED_ROWS = 2**18  # URIs that are encoded at once.
 _STRING = pa.large_string()
 
 
