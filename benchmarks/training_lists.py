@@ -33,7 +33,7 @@ from pyarrow import parquet as pq
 from segray.config import DataConfig
 from segray.data import manifest
 from segray.data.classes import ClassMap
-from segray.data.sample_list import Splits
+from segray.data.sample_list import SampleList, Splits
 from segray.storage import StoredFile
 from segray.training.labels.inspect import ReportBuilder, SplitReport, complete_reports, compute_chunk_size
 from segray.training.worker.feed import compute_step_order
@@ -116,14 +116,14 @@ def run_driver(name: str, num_images: int, path: Path, folder: Path) -> None:
     print(f"  {'imports':<44} {'':>30} peak {_read_peak_mb():7,.0f} MB")
     data: dict[str, object] = {"class_names": ["a", "b"]}
     if name == "folders":
-        manifest.list_files = list_generated(num_images)  # type: ignore[assignment]
+        vars(manifest)["list_files"] = list_generated(num_images)
         both = {"images": "s3://bucket/images", "masks": "s3://bucket/masks"}
         config = DataConfig.model_validate({**data, "train": both, "val": {"fraction": 0.1}})
     else:
         source = {"manifest": str(path)}
         config = DataConfig.model_validate({**data, "train": source, "val": source})
     splits = meter.measure("load the list", lambda: manifest.load_splits(config))
-    num_bytes = sum(manifest.SampleList.of(split).num_bytes for split in splits)
+    num_bytes = sum(SampleList.of(split).num_bytes for split in splits)
     print(f"  {'memory of the list':<44} {'':>30}      {num_bytes / 2**20:7,.0f} MB")
     print(f"  sha256 {meter.measure('hash', splits.compute_sha256)[:16]}")
     meter.measure("label check: add up the reports", lambda: check(splits))

@@ -119,7 +119,7 @@ def compute_step_order(step: int, num_samples: int, global_batch_size: int, seed
 @lru_cache(maxsize=2)  # A step lies within one pass or spans two.
 def _draw_order(num_samples: int, seed: int, sample_pass: int) -> npt.NDArray[np.integer]:
     """Return a permutation, the same as ``Generator.permutation(num_samples)`` in half the memory."""
-    order = np.arange(num_samples, dtype=np.int32 if num_samples < 2**31 else np.int64)
+    order: npt.NDArray[np.integer] = np.arange(num_samples, dtype=np.int32 if num_samples < 2**31 else np.int64)
     np.random.Generator(np.random.PCG64([seed, sample_pass])).shuffle(order)
     return order
 

@@ -24,11 +24,14 @@ CLASSES = ClassMap(("a", "b"), (0, 200), (255,))
 
 def make_report(seed: int, num_samples: int = 3) -> SplitReport:
     rng = np.random.default_rng(seed)
+    pixel_count, image_count, image_px = rng.integers(0, 10**12, (3, 2))
     return SplitReport(
         num_samples,
         [LabelFault(f"{seed}-{n}", FaultKind.MASK_MISMATCH, "bad", "") for n in range(seed % 2)],
         [LabelFault(f"{seed}-{n}", WarningKind.ALL_IGNORED, "void", "label it") for n in range(seed % 3)],
-        *rng.integers(0, 10**12, (3, 2)),
+        pixel_count,
+        image_count,
+        image_px,
         int(rng.integers(100)),
         frozenset([seed]),
         rng.bytes(num_samples * len(NO_DIGEST)),
