@@ -171,7 +171,8 @@ def test_settings_that_affect_only_speed_or_faults_may_differ_between_reruns(tmp
     assert sorted([*recorded, *cut, *pace, *listing, *outcome]) == sorted([*SegmentSettings.model_fields, "device"])
     speed = {"num_decode_threads", "cache_bytes", "cache_disk_bytes"}
     faults = {"max_failures", "min_train_workers", "stall_timeout_s", "checkpoint_every_steps", "num_best_checkpoints"}
-    assert TrainSettings.model_fields.keys() - slow.weight_settings["train"].keys() == speed | faults
+    checks = {"recheck_labels"}
+    assert TrainSettings.model_fields.keys() - slow.weight_settings["train"].keys() == speed | faults | checks
 
 
 def test_only_what_a_checkpoint_depends_on_binds_a_training_run(tmp_path: Path) -> None:

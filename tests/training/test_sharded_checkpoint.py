@@ -83,14 +83,18 @@ class Run:
     def collect(self) -> Tensors:
         """Return all tensors as whole ones, which torch itself puts together."""
         with self.average.applied():
-            average = {f"average.{name}": assemble(value) for name, value in get_model_state_dict(self.model).items()}
-        model = {f"model.{name}": assemble(value) for name, value in get_model_state_dict(self.model).items()}
+            average = self.collect_weights("average")
+        model = self.collect_weights("model")
         optimizer = {
             f"optimizer.{parameter}.{name}": assemble(value)
-            for parameter, values in get_optimizer_state_dict(self.model, self.optimizer)["state"].items()
-            for name, value in cast(dict[str, torch.Tensor], values).items()
+            for parameter, values in cast(Any, get_optimizer_state_dict(self.model, self.optimizer))["state"].items()
+            for name, value in values.items()
         }
         return {**average, **model, **optimizer}
+
+    def collect_weights(self, owner: str) -> Tensors:
+        weights = cast(Tensors, get_model_state_dict(self.model))
+        return {f"{owner}.{name}": assemble(value) for name, value in weights.items()}
 
 
 def assemble(tensor: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,7 @@
 """Find the newest checkpoint, and load its state into the objects that a rank trains with."""
 
 from collections.abc import Mapping
+from typing import Any, cast
 
 import torch
 from torch import distributed, nn
@@ -114,7 +115,7 @@ def _load_weights(model: SegmentationModel, weights: Tensors, rows: Mapping[str,
     if not rows:
         set_model_state_dict(model, dict(weights), options=FULL_STATE)
         return
-    for name, tensor in get_model_state_dict(model).items():
+    for name, tensor in cast(Tensors, get_model_state_dict(model)).items():
         _copy_rows(tensor, weights.get(name))
 
 
@@ -133,7 +134,8 @@ def _restore_sharded_optimizer(
     if not state.optimizer["state"]:  # SGD without momentum.
         return
     # torch creates the optimizer's tensors here if there are none yet.
-    for parameter, values in get_optimizer_state_dict(model, optimizer)["state"].items():
+    target = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer))
+    for parameter, values in target["state"].items():
         for name, tensor in values.items():
             _copy_rows(tensor, state.optimizer["state"].get(parameter, {}).get(name))
 

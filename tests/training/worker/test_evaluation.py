@@ -32,7 +32,7 @@ def model() -> SegmentationModel:
 @pytest.fixture(scope="module")
 def samples(shapes_root: Path) -> list[Sample]:
     layout = {"layout": {"oxford_iiit_pet": {"root": str(shapes_root)}}}
-    return load_splits(DataConfig.model_validate(layout)).val
+    return list(load_splits(DataConfig.model_validate(layout)).val)
 
 
 def count(model: SegmentationModel, samples: list[Sample], world_size: int, rank: int, batch_size: int = 3) -> Any:

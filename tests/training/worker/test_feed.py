@@ -46,7 +46,7 @@ STRONG = build_augmentation("strong", SIZE)
 @pytest.fixture
 def samples(shapes_root: Path) -> list[Sample]:
     layout = {"layout": {"oxford_iiit_pet": {"root": str(shapes_root)}}}
-    return load_splits(DataConfig.model_validate(layout)).train
+    return list(load_splits(DataConfig.model_validate(layout)).train)
 
 
 def train(
