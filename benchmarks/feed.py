@@ -30,7 +30,7 @@ from segray.config import AugmentationSettings
 from segray.data.augmentation import Augmentation
 from segray.data.classes import ClassMap
 from segray.data.images import resize_image
-from segray.data.manifest import Sample
+from segray.data.sample_list import Sample
 from segray.data.synthetic import draw_shape
 from segray.runtime.connect import count_cores
 from segray.training.worker.feed import RankShare, StreamSettings, TrainBatch, iterate_training

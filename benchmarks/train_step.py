@@ -26,8 +26,9 @@ from torch.nn import functional
 from segray.config import TrainConfig, load_config
 from segray.data.augmentation import Augmentation
 from segray.data.images import resize_image, resize_mask
-from segray.data.manifest import Sample, load_splits
+from segray.data.manifest import load_splits
 from segray.data.preprocessing import Preprocessing
+from segray.data.sample_list import Sample
 from segray.models.build import SegmentationModel, build_model
 from segray.models.losses import SegmentationLoss
 from segray.models.precision import autocast, has_bf16

@@ -26,6 +26,7 @@ _NOT_WEIGHT_SETTINGS = {
     "num_best_checkpoints",
     "log_every_steps",
     "time_budget_min",
+    "recheck_labels",
 }
 # Settings of train that bind an output folder: those of the optimizer, whose state is in the checkpoints, and those
 # that decide which samples a step takes. The other settings of train may change when a run is resumed.

@@ -152,6 +152,11 @@ class TrainSettings(Section):
         1, ge=1, description="Checkpoints with the highest scores to keep, besides the newest two."
     )
 
+    recheck_labels: bool = Field(
+        False,
+        description="Check labels again that an earlier check, recorded in the output folder, found to have no faults. "
+        "``false``: only if images, masks, splits or class values are others than in that check.",
+    )
     eval_every_epochs: int = Field(
         1, ge=1, description="Epochs between evaluations on the validation split; the last epoch is always evaluated."
     )

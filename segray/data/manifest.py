@@ -1,36 +1,26 @@
 """Pair images with masks: from two folders, a Parquet or CSV manifest, or the Oxford-IIIT Pet layout."""
 
-import hashlib
-import json
 import posixpath
-from collections.abc import Iterable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterable
+from itertools import islice
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from segray.config import IMAGE_EXTENSIONS, MASK_EXTENSIONS, DataConfig, OxfordPetLayout, SplitConfig
+from segray.data.sample_list import Sample, SampleList, Splits
 from segray.data.table_files import open_table_file
+from segray.data.uri_columns import normalize_uris
 from segray.errors import DataError, flatten_message
 from segray.storage import StoredFile, join_uri, list_files, normalize_uri, read_bytes
 
-
-class Sample(NamedTuple):
-    """A labelled image: the URIs of an image and of its mask."""
-
-    image_uri: str
-    mask_uri: str
-
-
-class Splits(NamedTuple):
-    """The labelled images of a run; each split is sorted by image URI."""
-
-    train: list[Sample]
-    val: list[Sample]
-
-    def compute_sha256(self) -> str:
-        """Return the sha256 of all image and mask URIs and their split."""
-        return hashlib.sha256(json.dumps(self).encode()).hexdigest()
+_BATCH_ROWS = 2**16
+_MAX_LISTED_SPLITS = 20
+# As posixpath.splitext: dots at the start of a name do not begin an extension.
+_EXTENSION = r"((?:^|/)\.*[^./][^/]*)\.[^./]*$"
 
 
 class Unpaired(NamedTuple):
@@ -93,7 +83,7 @@ def load_splits(data: DataConfig, unpaired: list[Unpaired] | None = None) -> Spl
     return Splits(train, val)
 
 
-def _load_split(split: SplitConfig, name: str, unpaired: list[Unpaired]) -> list[Sample]:
+def _load_split(split: SplitConfig, name: str, unpaired: list[Unpaired]) -> SampleList:
     if split.manifest is not None:
         return _load_manifest(normalize_uri(split.manifest), name)
     assert split.images is not None
@@ -125,49 +115,112 @@ def _index_by_key(files: Iterable[StoredFile], root: str) -> dict[str, StoredFil
     return by_key
 
 
-def _pair_folders(images_root: str, masks_root: str, unpaired: list[Unpaired]) -> list[Sample]:
-    images = _index_by_key(list_files(images_root, IMAGE_EXTENSIONS), images_root)
-    masks = index_masks(masks_root)
-    common = images.keys() & masks.keys()
-    if not common:
+def _pair_folders(images_root: str, masks_root: str, unpaired: list[Unpaired]) -> SampleList:
+    images, masks = _list_uris(images_root, IMAGE_EXTENSIONS), _list_uris(masks_root, MASK_EXTENSIONS)
+    image_keys, mask_keys = _get_unique_keys(images, images_root), _get_unique_keys(masks, masks_root)
+    positions = pc.index_in(image_keys, value_set=mask_keys)
+    has_mask = positions.is_valid()
+    if not pc.any(has_mask).as_py():
         num_jpegs = sum(1 for _ in list_files(masks_root, ("jpg", "jpeg")))
         raise DataError(
             f"no image has a mask: {len(images)} images under {images_root} and {len(masks)} masks under {masks_root} "
             "have no path without extension in common; "
             + (
                 f"found {num_jpegs} JPEG files, whose compression changes class values: create the masks again as PNG"
-                if num_jpegs and not masks
+                if num_jpegs and not len(masks)
                 else "name each mask like its image, or use a manifest"
             )
         )
-    unpaired += [Unpaired(images[key].uri, "mask") for key in sorted(images.keys() - common)]
-    unpaired += [Unpaired(masks[key].uri, "image") for key in sorted(masks.keys() - common)]
-    return sorted(Sample(images[key].uri, masks[key].uri) for key in common)
+    positions = positions.drop_null()
+    has_image = np.zeros(len(masks), bool)
+    has_image[positions.to_numpy()] = True
+    unpaired += [Unpaired(uri, "mask") for uri in images.filter(pc.invert(has_mask)).to_pylist()]
+    unpaired += [Unpaired(uri, "image") for uri in masks.filter(pa.array(~has_image)).to_pylist()]
+    return SampleList(pa.chunked_array([images.filter(has_mask)]), pa.chunked_array([masks.take(positions)]))
 
 
-def _load_manifest(uri: str, split: str) -> list[Sample]:
+def _list_uris(root: str, extensions: Iterable[str]) -> pa.LargeStringArray:
+    """Return the URIs of the files under a folder, sorted."""
+    uris = (file.uri for file in list_files(root, extensions))
+    chunks = []
+    while batch := list(islice(uris, _BATCH_ROWS)):
+        chunks.append(pa.array(batch, pa.large_string()))
+    return pa.chunked_array(chunks, pa.large_string()).combine_chunks()
+
+
+def _get_unique_keys(uris: pa.LargeStringArray, root: str) -> pa.LargeStringArray:
+    """Return what ``get_pairing_key`` returns for each URI.
+
+    Raises:
+        DataError: The paths of two files differ only by their extension.
+    """
+    paths = pc.utf8_ltrim(pc.utf8_slice_codeunits(uris, len(root)), "/")
+    keys = pc.replace_substring_regex(paths, _EXTENSION, r"\1")
+    if pc.count_distinct(keys).as_py() < len(keys):
+        numbers = keys.dictionary_encode().indices.to_numpy()
+        twice = np.flatnonzero(np.bincount(numbers) > 1)[0]
+        first, second = (uris[index].as_py() for index in np.flatnonzero(numbers == twice)[:2])
+        raise DataError(f"{first} and {second} have the same name; keep one, or use a manifest")
+    return keys
+
+
+def _load_manifest(uri: str, split: str) -> SampleList:
+    samples, order = _read_manifest(uri, split)  # The whole URIs are freed before the samples are copied in order.
+    if order is not None:
+        samples = samples.take(order)
+    if _has_neighbours(samples, pc.equal):
+        raise DataError(f"{uri}: split {split!r} lists an image twice; keep one row for each image")
+    return samples
+
+
+def _has_neighbours(samples: SampleList, compare: Callable[[pa.Array, pa.Array], pa.BooleanArray]) -> bool:
+    """Return whether the URIs of any image and the next one compare as true."""
+    last = pa.array([], pa.large_string())
+    for images, _ in samples.read_columns():
+        column = pa.concat_arrays([last, images])
+        if pc.any(compare(column[:-1], column[1:])).as_py():
+            return True
+        last = images[-1:]
+    return False
+
+
+def _read_manifest(uri: str, split: str) -> tuple[SampleList, npt.NDArray[np.integer] | None]:
+    """Return the samples of a split in the order of their rows, and the indices that sort them by image URI.
+
+    The indices are None if they are sorted already.
+    """
     table = open_table_file(uri)
     names = ("image_uri", "mask_uri", "split")
     if missing := set(names) - set(table.column_names):
         raise DataError(f"{uri}: expected columns image_uri, mask_uri and split; missing: {', '.join(sorted(missing))}")
-    rows: list[dict[str, Any]] = []
+    chunks: tuple[list[pa.Array], list[pa.Array]] = ([], [])
+    found: set[str] = set()
+    num_rows = 0
     for batch in table.read(names):
         try:
-            rows += pa.table({name: batch[name].cast(pa.large_string()) for name in names}).to_pylist()
+            *uris, splits = (batch[name].cast(pa.large_string()) for name in names)
         except pa.ArrowException as error:
             raise DataError(f"{uri}: cannot be read as a table of samples: {flatten_message(error)}") from error
-    if any(not row["image_uri"] or not row["mask_uri"] for row in rows):
-        raise DataError(f"{uri}: a row has no image_uri or mask_uri; fill it in or remove the row")
-    samples = [Sample(normalize_uri(r["image_uri"]), normalize_uri(r["mask_uri"])) for r in rows if r["split"] == split]
-    if not samples:
-        found = ", ".join(sorted({str(row["split"]) for row in rows})) or "nothing"
-        raise DataError(f"{uri}: no rows with split {split!r}; the column split holds: {found}")
-    if len({sample.image_uri for sample in samples}) < len(samples):
-        raise DataError(f"{uri}: split {split!r} lists an image twice; keep one row for each image")
-    return sorted(samples)
+        if any(pc.any(pc.equal(column, "").fill_null(True)).as_py() for column in uris):
+            raise DataError(f"{uri}: a row has no image_uri or mask_uri; fill it in or remove the row")
+        is_wanted = pc.equal(splits, split).fill_null(False)
+        numbers = np.arange(num_rows + 1, num_rows + 1 + batch.num_rows)[is_wanted.to_numpy(zero_copy_only=False)]
+        num_rows += batch.num_rows
+        for column, part in zip(chunks, uris, strict=True):
+            column.append(normalize_uris(part.filter(is_wanted), numbers, uri))
+        if len(found) < _MAX_LISTED_SPLITS:
+            found.update(map(str, pc.unique(splits).to_pylist()))
+    images, masks = (pa.chunked_array(column, pa.large_string()) for column in chunks)
+    if not len(images):
+        listed = ", ".join(sorted(found)[:_MAX_LISTED_SPLITS]) or "nothing"
+        raise DataError(f"{uri}: no rows with split {split!r}; the column split holds: {listed}")
+    samples = SampleList(images, masks)
+    if not _has_neighbours(samples, pc.greater):
+        return samples, None
+    return samples, pc.sort_indices(images).to_numpy()  # Bytes of UTF-8 have the order of the characters.
 
 
-def _load_oxford_split(root: str, name: str) -> list[Sample]:
+def _load_oxford_split(root: str, name: str) -> SampleList:
     list_uri = join_uri(root, "annotations", f"{name}.txt")
     # A line is "Abyssinian_100 1 1 1": name, class, species, breed.
     try:
@@ -176,13 +229,14 @@ def _load_oxford_split(root: str, name: str) -> list[Sample]:
         raise DataError(f"{list_uri}: expected UTF-8 text with one image name per line: {error}") from error
     if not names:
         raise DataError(f"{list_uri}: expected one image name per line, got an empty file")
-    return sorted(
+    samples = sorted(
         Sample(join_uri(root, "images", f"{name}.jpg"), join_uri(root, "annotations", "trimaps", f"{name}.png"))
         for name in names
     )
+    return SampleList.of(samples)
 
 
-def _draw_fraction(samples: list[Sample], split: SplitConfig) -> tuple[list[Sample], list[Sample]]:
+def _draw_fraction(samples: SampleList, split: SplitConfig) -> tuple[SampleList, SampleList]:
     assert split.fraction is not None
     num_val = max(1, round(len(samples) * split.fraction))
     if num_val >= len(samples):
@@ -190,8 +244,6 @@ def _draw_fraction(samples: list[Sample], split: SplitConfig) -> tuple[list[Samp
             f"data.val.fraction: {split.fraction} of {len(samples)} images leaves none to train on; add images"
         )
     order = np.random.default_rng(split.seed).permutation(len(samples))
-    val = {int(index) for index in order[:num_val]}
-    return (
-        [sample for index, sample in enumerate(samples) if index not in val],
-        [samples[index] for index in sorted(val)],
-    )
+    is_val = np.zeros(len(samples), bool)
+    is_val[order[:num_val]] = True
+    return samples.take(np.flatnonzero(~is_val)), samples.take(np.flatnonzero(is_val))

@@ -5,17 +5,15 @@ A listing of 100 million images does not fit in memory, so it is never held whol
 """
 
 import hashlib
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from segray.data.json_rows import format_rows
 from segray.schema import PLAN_SCHEMA
 
 BATCH_ROWS = 2**16
@@ -73,7 +71,7 @@ def spool_listing(batches: Iterable[pa.RecordBatch], path: Path) -> Listing:
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, LISTING_SCHEMA, options=options) as writer:
         for batch in rebatch(batches):
             writer.write_batch(batch)
-            update_hash(digest, batch.columns)
+            digest.update(format_rows(batch.columns))
             num_images += batch.num_rows
     return Listing(path, digest.hexdigest(), num_images)
 
@@ -101,52 +99,3 @@ def rebatch(batches: Iterable[pa.RecordBatch], num_rows: int = BATCH_ROWS) -> It
             waiting, num_waiting = [whole.slice(num_whole)], num_waiting - num_whole
     if num_waiting:
         yield pa.concat_batches(waiting)
-
-
-def update_hash(digest: Any, columns: list[pa.Array]) -> None:
-    """Add rows to a hash: each row as ``json.dumps`` writes the list of its values, one after the other.
-
-    Calling ``json.dumps`` for each row takes several times as long.
-    """
-    rows = _format_rows(columns)
-    offsets = np.frombuffer(rows.buffers()[1], np.int64)[rows.offset : rows.offset + len(rows) + 1]
-    digest.update(memoryview(rows.buffers()[2] or b"")[offsets[0] : offsets[-1]])
-
-
-def _format_rows(columns: list[pa.Array]) -> pa.LargeStringArray:
-    parts: list[str | pa.Array] = ["["]
-    for number, column in enumerate(columns):
-        before = ", " if number else ""
-        if column.null_count == len(column):
-            parts += [f"{before}null"]
-        elif pa.types.is_integer(column.type):
-            parts += [before, column.cast(pa.large_string()).fill_null("null")]
-        elif column.null_count or not _is_plain(column):
-            values = [json.dumps(value) for value in column.to_pylist()]
-            parts += [before, pa.array(values, pa.large_string())]
-        else:
-            parts += [f'{before}"', column, '"']
-    parts.append("]")
-    return pc.binary_join_element_wise(*_merge_constants(parts), pa.scalar("", pa.large_string()))
-
-
-def _merge_constants(parts: Iterable[str | pa.Array]) -> Iterator[pa.Scalar | pa.Array]:
-    constant = ""
-    for part in parts:
-        if isinstance(part, str):
-            constant += part
-        else:
-            yield pa.scalar(constant, pa.large_string())
-            yield part
-            constant = ""
-    yield pa.scalar(constant, pa.large_string())
-
-
-def _is_plain(column: pa.LargeStringArray) -> bool:
-    """Return whether JSON writes these strings without escapes: printable ASCII, no quotes, no backslashes."""
-    offsets = np.frombuffer(column.buffers()[1], np.int64)[column.offset : column.offset + len(column) + 1]
-    text = np.frombuffer(column.buffers()[2] or b"", np.uint8)[offsets[0] : offsets[-1]]
-    if not len(text):
-        return True
-    is_escaped = (text == ord('"')).any() or (text == ord("\\")).any()
-    return bool(text.min() >= ord(" ") and text.max() <= ord("~") and not is_escaped)

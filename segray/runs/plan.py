@@ -21,7 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pyarrow import parquet as pq
 
-from segray.runs.listing import BATCH_ROWS, update_hash
+from segray.data.json_rows import format_rows
+from segray.runs.listing import BATCH_ROWS
 from segray.schema import PLAN_SCHEMA
 from segray.storage import ParquetReader, join_uri, list_names, read_columns, remove_file, write_bytes
 
@@ -65,8 +66,8 @@ def spool_plan(planned: Iterable[pa.RecordBatch], folder: Path) -> Plan:
     num_images, fragment = 0, -1
     with _PlanWriter(folder) as writer:
         for batch in planned:
-            update_hash(digest, [batch[name] for name in _IMAGE_COLUMNS])
-            update_hash(cut_digest, [batch["uri"], batch["fragment"]])
+            digest.update(format_rows([batch[name] for name in _IMAGE_COLUMNS]))
+            cut_digest.update(format_rows([batch["uri"], batch["fragment"]]))
             writer.write(batch)
             num_images += batch.num_rows
             fragment = batch["fragment"][-1].as_py()

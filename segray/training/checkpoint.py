@@ -1,30 +1,41 @@
 """Training checkpoints to resume from, stored as ``state.safetensors`` and ``checkpoint.json``.
 
+The tensors of a sharded model, and those beyond 4 GiB, are in several files instead; see ``checkpoint_parts``.
 Checkpoints are found by listing the run's folder, not from Ray Train's own list, which is left empty if the driver dies
 while writing it. A damaged checkpoint is skipped with a warning, and the one before it is used. Nothing is pickled.
 """
 
 import hashlib
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from safetensors.torch import load as load_safetensors
 
-from segray.errors import MissingFileError, TrainingError
+from segray.errors import TrainingError
 from segray.models.bundle import pack_tensors
-from segray.storage import get_file_name, join_uri, list_names, read_bytes, remove_folder, write_bytes
+from segray.storage import get_file_name, join_uri, list_names, remove_folder, write_bytes
 from segray.training.checkpoint_index import CheckpointIndex, get_score, read_index, write_index
+from segray.training.checkpoint_parts import (
+    OPTIMIZER,
+    Part,
+    Rows,
+    Tensors,
+    read_parts,
+    read_verified,
+    take_rows,
+    wait_for_parts,
+    write_part,
+)
 from segray.training.phases import Phase
 
 _STATE_NAME = "state.safetensors"
 RUN_NAME = "ray_train"  # The folder under the output in which Ray Train keeps its checkpoints.
 CHECKPOINT_PREFIX = "checkpoint_"
-_MODEL, _AVERAGE, _OPTIMIZER = "model", "average", "optimizer"
-
-Tensors = dict[str, torch.Tensor]
+_MODEL, _AVERAGE = "model", "average"
+_MAX_STATE_BYTES = 2**32  # S3 accepts objects of up to 5 GiB in one request.
 
 
 @dataclass(frozen=True)
@@ -34,7 +45,7 @@ class TrainingState:
     Attributes:
         num_steps_done: Training steps completed. Random numbers are drawn from (seed, step, rank) and (seed, position),
             so the step also determines the position in the sample order and the state of every generator.
-        model: Full state dict of the model, regardless of how many ranks hold its parameters.
+        model: State dict of the model.
         optimizer: State dict of the optimizer by parameter names, as ``get_optimizer_state_dict`` returns it.
         schedule: State dict of the learning-rate schedule.
         scaler: State dict of the gradient scaler; empty unless training in fp16.
@@ -44,6 +55,8 @@ class TrainingState:
         history: Metrics of each finished epoch.
         num_skipped: Steps that were skipped in a row before this one.
         phases: Settings that changed during the run.
+        rows: Which rows of each sharded parameter, and of its tensors in optimizer and average, this rank holds; empty
+            if all tensors are whole.
     """
 
     num_steps_done: int
@@ -56,6 +69,7 @@ class TrainingState:
     history: list[dict[str, Any]] = field(default_factory=list)
     num_skipped: int = 0
     phases: list[Phase] = field(default_factory=list)
+    rows: Mapping[str, Rows] = field(default_factory=dict)
 
     @property
     def weights(self) -> Tensors:
@@ -74,17 +88,45 @@ def save_state(uri: str, state: TrainingState) -> None:
     Raises:
         StorageError: Permissions, network or disk error.
     """
+    tensors, _ = _flatten(state)
+    if sum(tensor.nbytes for tensor in tensors.values()) > _MAX_STATE_BYTES:
+        write_index(uri, _build_index(state, parts=[write_part(uri, tensors, {})]))
+        return
+    content = pack_tensors(tensors)
+    write_bytes(join_uri(uri, _STATE_NAME), content)
+    write_index(uri, _build_index(state, hashlib.sha256(content).hexdigest()))
+
+
+def save_sharded_state(uri: str, state: TrainingState, rank: int, num_ranks: int) -> None:
+    """Write this rank's part of a checkpoint into the folder ``uri``; all ranks must call it.
+
+    Rank 0 then waits for the others, and writes the index, which marks the checkpoint as complete.
+
+    Raises:
+        StorageError: Permissions, network or disk error.
+    """
+    tensors, _ = _flatten(state)
+    write_part(uri, tensors, state.rows, rank)
+    if rank == 0:
+        write_index(uri, _build_index(state, parts=wait_for_parts(uri, num_ranks)))
+
+
+def _flatten(state: TrainingState) -> tuple[Tensors, dict[str, Any]]:
+    """Return the tensors of a state, and the optimizer's values that are none, by key."""
     tensors = {f"{_MODEL}.{name}": tensor for name, tensor in state.model.items()}
     tensors |= {f"{_AVERAGE}.{name}": tensor for name, tensor in (state.average or {}).items()}
     scalars: dict[str, Any] = {}
     for parameter, values in state.optimizer["state"].items():
         for name, value in values.items():
-            key = f"{_OPTIMIZER}.{parameter}.{name}"
+            key = f"{OPTIMIZER}.{parameter}.{name}"
             (tensors if isinstance(value, torch.Tensor) else scalars)[key] = value
-    content = pack_tensors(tensors)
-    write_bytes(join_uri(uri, _STATE_NAME), content)
-    index = CheckpointIndex(
-        state_sha256=hashlib.sha256(content).hexdigest(),
+    return tensors, scalars
+
+
+def _build_index(state: TrainingState, state_sha256: str = "", parts: list[Part] | None = None) -> CheckpointIndex:
+    _, scalars = _flatten(state)
+    return CheckpointIndex(
+        state_sha256=state_sha256,
         num_steps_done=state.num_steps_done,
         optimizer_scalars=scalars,
         optimizer_groups=state.optimizer["param_groups"],
@@ -94,32 +136,38 @@ def save_state(uri: str, state: TrainingState) -> None:
         history=state.history,
         num_skipped=state.num_skipped,
         phases=state.phases,
+        parts=parts or [],
     )
-    write_index(uri, index)
 
 
-def load_state(uri: str) -> TrainingState:
+def load_state(uri: str, rows: Mapping[str, Rows] | None = None, *, only_weights: bool = False) -> TrainingState:
     """Read the checkpoint in the folder ``uri`` and verify its checksums.
+
+    Args:
+        uri: The folder.
+        rows: The rows of sharded parameters that this rank holds. None: whole tensors.
+        only_weights: Read only the tensors that ``TrainingState.weights`` needs, if they are in several files.
 
     Raises:
         ValueError: The checkpoint is incomplete or damaged.
         StorageError: Permissions, network or disk error.
     """
-    index = read_index(uri)
-    try:
-        content = read_bytes(join_uri(uri, _STATE_NAME))
-    except MissingFileError as error:
-        raise ValueError(f"incomplete: {error}") from error
-    found = hashlib.sha256(content).hexdigest()
-    if found != index.state_sha256:
-        raise ValueError(f"{_STATE_NAME} has sha256 {found[:12]}… instead of {index.state_sha256[:12]}…")
+    index, wanted = read_index(uri), rows or {}
+    if index.parts:
+        owners = {file.owner for part in index.parts for file in part.files}
+        if only_weights:
+            owners = {_AVERAGE if _AVERAGE in owners else _MODEL}
+        tensors = read_parts(uri, index.parts, wanted, owners)
+    else:
+        tensors = load_safetensors(read_verified(join_uri(uri, _STATE_NAME), index.state_sha256))
+        tensors = {key: take_rows(key, tensor, wanted) for key, tensor in tensors.items()}
     parts: dict[str, Tensors] = {_MODEL: {}, _AVERAGE: {}}
     parameters: dict[str, dict[str, Any]] = {}
     # Sorted, because safetensors returns tensors in an order that differs between processes, and ranks shard the
     # weights tensor by tensor.
-    for key, value in sorted({**load_safetensors(content), **index.optimizer_scalars}.items()):
+    for key, value in sorted({**tensors, **index.optimizer_scalars}.items()):
         owner, _, name = key.partition(".")
-        if owner == _OPTIMIZER:
+        if owner == OPTIMIZER:
             parameter, _, name = name.rpartition(".")
             parameters.setdefault(parameter, {})[name] = value
         else:
@@ -135,6 +183,7 @@ def load_state(uri: str) -> TrainingState:
         history=index.history,
         num_skipped=index.num_skipped,
         phases=index.phases,
+        rows=wanted,
     )
 
 
@@ -159,7 +208,17 @@ def find_newest_state(run_uri: str, warn: Callable[[str], None]) -> tuple[str, T
 
     ``warn`` is called with a message for each damaged checkpoint.
     """
-    return _load_first_intact(run_uri, lambda index: index.num_steps_done, warn)
+    return _load_first_intact(rank_checkpoints(run_uri, warn), warn)
+
+
+def rank_checkpoints(
+    run_uri: str,
+    warn: Callable[[str], None],
+    key: Callable[[CheckpointIndex], Any] = lambda index: index.num_steps_done,
+) -> list[str]:
+    """Return the URIs of the checkpoints whose index is intact, the one with the highest key (most steps) first."""
+    found = sorted(_read_indices(run_uri, warn), key=lambda pair: key(pair[1]), reverse=True)
+    return [uri for uri, _ in found]
 
 
 def find_newest_history(run_uri: str) -> list[dict[str, Any]]:
@@ -175,14 +234,14 @@ def find_newest_phases(run_uri: str) -> list[Phase]:
 
 
 def find_best_state(run_uri: str, warn: Callable[[str], None]) -> TrainingState:
-    """Return the intact checkpoint with the highest validation mean IoU, the latest among equals.
+    """Return the intact checkpoint with the highest validation mean IoU, the latest among equals, to use its weights.
 
     ``remove_surplus`` also keeps the latest among equals, so the result does not depend on when it was called.
 
     Raises:
         TrainingError: No checkpoint of the run is both evaluated and intact.
     """
-    found = _load_first_intact(run_uri, _get_score_key, warn)
+    found = _load_first_intact(rank_checkpoints(run_uri, warn, _get_score_key), warn, only_weights=True)
     if found is None or found[1].score is None:
         raise TrainingError(f"no intact evaluated checkpoint under {run_uri}; choose another output and train again")
     return found[1]
@@ -218,14 +277,14 @@ def _get_score_key(index: CheckpointIndex) -> tuple[float, int]:
 
 
 def _load_first_intact(
-    run_uri: str, key: Callable[[CheckpointIndex], Any], warn: Callable[[str], None]
+    uris: list[str], warn: Callable[[str], None], *, only_weights: bool = False
 ) -> tuple[str, TrainingState] | None:
-    """Load the intact checkpoint with the highest key, without reading the tensors of any with a lower key."""
-    for uri, _ in sorted(_read_indices(run_uri, warn), key=lambda pair: key(pair[1]), reverse=True):
+    """Load the first intact checkpoint, without reading the tensors of those after it."""
+    for uri in uris:
         try:
-            return uri, load_state(uri)
+            return uri, load_state(uri, only_weights=only_weights)
         except ValueError as error:
-            _warn_of_damage(uri, error, warn)
+            warn_of_damage(uri, error, warn)
     return None
 
 
@@ -234,8 +293,9 @@ def _read_indices(run_uri: str, warn: Callable[[str], None]) -> Iterator[tuple[s
         try:
             yield uri, read_index(uri)
         except ValueError as error:
-            _warn_of_damage(uri, error, warn)
+            warn_of_damage(uri, error, warn)
 
 
-def _warn_of_damage(uri: str, error: ValueError, warn: Callable[[str], None]) -> None:
+def warn_of_damage(uri: str, error: ValueError | str, warn: Callable[[str], None]) -> None:
+    """Say that a checkpoint is not used, and why."""
     warn(f"warning: skipping a damaged checkpoint: {uri}: {error}")

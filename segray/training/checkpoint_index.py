@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 
 from segray.errors import MissingFileError
 from segray.storage import join_uri, read_bytes, write_bytes
+from segray.training.checkpoint_parts import Part
 from segray.training.phases import Phase
 
 _INDEX_NAME = "checkpoint.json"
@@ -21,7 +22,7 @@ class CheckpointIndex(BaseModel):
     """The description of a checkpoint.
 
     Attributes:
-        state_sha256: sha256 of ``state.safetensors``.
+        state_sha256: sha256 of ``state.safetensors``; empty if the tensors are in ``parts``.
         num_steps_done: Training steps completed.
         optimizer_scalars: Optimizer state that is not a tensor, by ``optimizer.<parameter>.<name>``.
         optimizer_groups: Parameter groups of the optimizer.
@@ -31,6 +32,7 @@ class CheckpointIndex(BaseModel):
         history: Metrics of each finished epoch.
         num_skipped: Steps that were skipped in a row before this one.
         phases: Settings that changed during the run.
+        parts: The files of each rank; empty if there is only ``state.safetensors``.
     """
 
     model_config = ConfigDict(frozen=True)
@@ -45,6 +47,7 @@ class CheckpointIndex(BaseModel):
     history: list[dict[str, Any]]
     num_skipped: int = 0  # Checkpoints of earlier versions lack these two.
     phases: list[Phase] = []
+    parts: list[Part] = []
 
     @property
     def score(self) -> float | None:
@@ -70,7 +73,8 @@ def write_index(uri: str, index: CheckpointIndex) -> None:
     Raises:
         StorageError: Permissions, network or disk error.
     """
-    text = json.dumps(index.model_dump())
+    # Without ``parts`` the file is the same as in earlier versions.
+    text = json.dumps(index.model_dump(exclude=None if index.parts else {"parts"}))
     content = _IndexFile(index_sha256=_compute_sha256(text), index=text)
     write_bytes(join_uri(uri, _INDEX_NAME), json.dumps(content.model_dump()).encode())
 

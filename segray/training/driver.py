@@ -8,7 +8,8 @@ import torch
 from rich.console import Console
 
 from segray.config import TrainConfig, TrainSettings
-from segray.data.manifest import Splits, load_splits
+from segray.data.manifest import load_splits
+from segray.data.sample_list import Splits
 from segray.errors import TrainingError
 from segray.models.build import check_model, check_size
 from segray.models.bundle import has_bundle, load_manifest
@@ -23,6 +24,7 @@ from segray.training.checkpoint import RUN_NAME, find_newest_history, list_check
 from segray.training.job import TrainJob, get_classes, is_finished
 from segray.training.labels.command import check_splits
 from segray.training.labels.inspect import SplitReport, require_learnable
+from segray.training.labels.record import LabelRecord, find_record
 from segray.training.labels.report import print_warnings
 from segray.training.placement import place_on_cluster
 from segray.training.pretrained import find_preprocessing, save_pretrained
@@ -119,7 +121,9 @@ def print_wait(config: TrainConfig, console: Console) -> None:
 
 
 def check_run(config: TrainConfig, splits: Splits, console: Console) -> SplitReport:
-    """Check the labels and print warnings; return the report on the training labels. Ray must be connected.
+    """Check the labels and print warnings; return the counts of the training labels. Ray must be connected.
+
+    Labels that were found to have no faults are not checked again, unless ``train.recheck_labels`` says so.
 
     Raises:
         ConfigError: The input that the encoder's weights expect is not supported, or cannot be looked up.
@@ -127,11 +131,18 @@ def check_run(config: TrainConfig, splits: Splits, console: Console) -> SplitRep
         StorageError: Permissions, network or disk error.
     """
     find_preprocessing(config)
-    reports = check_splits(splits, get_classes(config), console)
-    for name, report in reports.items():
-        require_learnable(report, name)
-    print_warnings(reports, console)
-    return reports["train"]
+    classes, output, listing = get_classes(config), normalize_uri(config.output), splits.compute_sha256()
+    record = None if config.train.recheck_labels else find_record(output, listing, classes)
+    if record:
+        console.print(str(record), highlight=False)
+    else:
+        reports = check_splits(splits, classes, console)
+        for name, report in reports.items():
+            require_learnable(report, name)
+        print_warnings(reports, console)
+        record = LabelRecord.of(reports, listing, classes)
+        record.write(output)
+    return record.splits["train"].build_report()
 
 
 def build_job(config: TrainConfig, splits: Splits, report: SplitReport, run_uri: str) -> TrainJob:

@@ -104,7 +104,9 @@ def _build_trainer(job: TrainJob, num_workers: int, filesystem: FileSystem, stor
     settings = job.config.train
     return _Trainer(
         train_loop_per_worker,
-        train_loop_config={"job": job},
+        # Ray sends this to the controller and to every worker. With the job itself instead of a reference, each of them
+        # would have its own copy of the list of samples; like this, all workers of a node map a single one.
+        train_loop_config={"job": ray.put(job)},
         torch_config=ray.train.torch.TorchConfig(timeout_s=_TIMEOUT_FACTOR * settings.stall_timeout_s),
         scaling_config=ray.train.ScalingConfig(
             num_workers=(settings.min_train_workers, num_workers) if settings.min_train_workers else num_workers,

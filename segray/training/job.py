@@ -12,8 +12,8 @@ import numpy.typing as npt
 
 from segray.config import TrainConfig, TrainSettings
 from segray.data.classes import ClassMap
-from segray.data.manifest import Splits
 from segray.data.preprocessing import Preprocessing
+from segray.data.sample_list import Splits
 from segray.training.sampling import ImageWeights
 
 

@@ -171,8 +171,9 @@ def test_settings_that_affect_only_speed_or_faults_may_differ_between_reruns(tmp
     assert sorted([*recorded, *cut, *pace, *listing, *outcome]) == sorted([*SegmentSettings.model_fields, "device"])
     speed = {"num_decode_threads", "num_prefetch_batches", "cache_bytes", "cache_disk_bytes", "log_every_steps"}
     faults = {"max_failures", "min_train_workers", "stall_timeout_s", "checkpoint_every_steps", "num_best_checkpoints"}
+    checks = {"recheck_labels"}
     length = {"time_budget_min"}  # The driver replaces it by num_epochs.
-    assert TrainSettings.model_fields.keys() - slow.weight_settings["train"].keys() == speed | faults | length
+    assert TrainSettings.model_fields.keys() - slow.weight_settings["train"].keys() == speed | faults | checks | length
 
 
 def test_only_what_a_checkpoint_depends_on_binds_a_training_run(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """Pairing images with masks: folders, manifests and the Oxford-IIIT Pet layout."""
 
+import posixpath
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,10 @@ from pyarrow import csv
 from pyarrow import parquet as pq
 
 from segray.config import DataConfig
-from segray.data.manifest import Sample, Splits, load_splits
+from segray.data.manifest import load_splits
+from segray.data.sample_list import Sample, Splits
 from segray.errors import DataError, MissingFileError
+from segray.storage import normalize_uri
 from tests.conftest import NUM_TEST, NUM_TRAIN
 
 FOLDERS = tuple[Path, Path]
@@ -60,7 +63,7 @@ def test_the_oxford_layout_validates_on_its_test_split_or_on_a_fraction(shapes_r
     layout = {"oxford_iiit_pet": {"root": str(shapes_root)}}
     splits = load_splits(DataConfig.model_validate({"layout": layout}))
     assert (len(splits.train), len(splits.val)) == (NUM_TRAIN, NUM_TEST)
-    assert all(Path(uri).exists() for sample in splits.train + splits.val for uri in sample)
+    assert all(Path(uri).exists() for sample in (*splits.train, *splits.val) for uri in sample)
     splits = load_splits(DataConfig.model_validate({"layout": layout, "val": {"fraction": 0.5}}))
     assert (len(splits.train), len(splits.val)) == (NUM_TRAIN // 2, NUM_TRAIN // 2)
 
@@ -121,3 +124,37 @@ def test_a_list_of_the_oxford_layout_that_is_not_utf8_is_refused(tmp_path: Path)
     (tmp_path / "annotations" / "trainval.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match=r"trainval\.txt: expected UTF-8 text with one image name per line"):
         load_splits(DataConfig.model_validate({"layout": {"oxford_iiit_pet": {"root": str(tmp_path)}}}))
+
+
+@pytest.mark.parametrize(
+    ("image", "mask"),
+    [
+        *((f"{stem}.JPG", f"{stem}.png") for stem in ("a", "a.b", ".a", "..a.b", "a.b/c", "a/b.c/é d", "a/.b/.c")),
+        ("a/.png", "a/.png"),  # Dots at the start of a name do not begin an extension.
+        ("...png", "...png"),
+    ],
+)
+def test_an_image_and_a_mask_pair_if_splitext_leaves_the_same_path(image: str, mask: str, tmp_path: Path) -> None:
+    paths = [tmp_path / "images" / image, tmp_path / "masks" / mask]
+    assert posixpath.splitext(image)[0] == posixpath.splitext(mask)[0]
+    for path in paths:
+        path.parent.mkdir(parents=True)
+        path.touch()
+    both = {"images": f"{tmp_path}/images", "masks": f"{tmp_path}/masks"}
+    assert list(load(train=both, val=both).train) == [Sample(*map(str, paths))]
+
+
+def test_samples_of_a_manifest_are_sorted_and_their_uris_normalized(tmp_path: Path) -> None:
+    names = [f"s3://bucket/{number * 7919 % 10_000:04d}.jpg" for number in range(10_000)] + [
+        "s3://bucket/é/",
+        "file:///a",
+    ]
+    splits = ["train", "val", "train", "other"] * 2500 + ["train", "train"]
+    columns = {"image_uri": names, "mask_uri": [f"{name}#mask" for name in names], "split": splits}
+    path = tmp_path / "manifest.parquet"
+    pq.write_table(pa.table(columns), path)
+    loaded = load(train={"manifest": str(path)}, val={"manifest": str(path)})
+    for split, samples in loaded._asdict().items():
+        chosen = [name for name, own in zip(names, splits, strict=True) if own == split]
+        expected = {normalize_uri(name): normalize_uri(f"{name}#mask") for name in chosen}
+        assert list(samples) == sorted(map(Sample._make, expected.items()))

@@ -23,8 +23,8 @@ import ray.train.torch
 import torch
 
 from segray.config import ModelConfig, TrainConfig
-from segray.data.manifest import Sample, Splits
 from segray.data.preprocessing import Preprocessing
+from segray.data.sample_list import Sample, Splits
 from segray.data.synthetic import draw_shape
 from segray.training.job import TrainJob, get_classes
 from segray.training.progress_board import ProgressBoard

@@ -8,7 +8,7 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 
-from segray.runs.listing import LISTING_SCHEMA, ListedImage, rebatch, spool_listing, tabulate, update_hash
+from segray.runs.listing import LISTING_SCHEMA, ListedImage, rebatch, spool_listing, tabulate
 
 UNUSUAL = ['/d/"q\\.png', "/d/ü😀.png", "s3://b/ \t.png", "\u007f", "\u2028", "\x01", "", "a\nb", "'", "/plain.png"]
 
@@ -41,14 +41,6 @@ def test_the_hash_of_a_listing_is_that_of_its_rows_as_json(
     assert listing.sha256 == hashlib.sha256("".join(json.dumps(image) for image in images).encode()).hexdigest()
     assert listing.num_images == len(images)
     assert [ListedImage(**row) for batch in listing.read() for row in batch.to_pylist()] == images
-
-
-def test_the_hash_covers_only_the_rows_of_a_slice() -> None:
-    (batch,) = tabulate(make_images())
-    digest = hashlib.sha256()
-    update_hash(digest, batch.slice(13, 50).columns)
-    expected = "".join(json.dumps(image) for image in make_images()[13:63])
-    assert digest.hexdigest() == hashlib.sha256(expected.encode()).hexdigest()
 
 
 @pytest.mark.parametrize("sizes", [[3, 3, 3], [10], [1] * 9, [4, 0, 5], [], [0]])

@@ -1,15 +1,20 @@
 """What the driver checks before anything is read or started, and which runs with a bundle are complete."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from segray.config import TrainConfig, TrainSettings
+from segray.data.classes import ClassMap
+from segray.data.sample_list import Sample, Splits
 from segray.errors import ConfigError, TrainingError
 from segray.training import driver
+from segray.training.labels.inspect import SplitReport
 
 MakeConfig = Callable[..., TrainConfig]
 
@@ -71,3 +76,35 @@ def test_more_epochs_without_checkpoints_are_an_error(checkpoints: list[dict[str
         TrainingError, match=r"train\.num_epochs: .* after 3 epochs, got 9, .*out/ray_train were removed"
     ):
         is_complete(num_epochs=9)
+
+
+@pytest.fixture
+def num_checks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of labels of each check, which counts one pixel of each class."""
+    checks: list[int] = []
+
+    def check(splits: Splits, classes: ClassMap, console: Console) -> dict[str, SplitReport]:
+        checks.append(len(splits.train))
+        report = SplitReport.empty(classes.num_classes)
+        return dict.fromkeys(("train", "val"), replace(report, num_samples=1, pixel_count=report.pixel_count + 1))
+
+    monkeypatch.setattr(driver, "check_splits", check)
+    return checks
+
+
+def test_labels_are_checked_again_only_if_the_listing_changes_or_on_request(
+    make_train_config: MakeConfig,
+    console: Console,
+    capsys: pytest.CaptureFixture[str],
+    num_checks: list[int],
+    tmp_path: Path,
+) -> None:
+    config = make_train_config(tmp_path)
+    a, b = Sample("a", "b"), Sample("b", "c")
+    counts = [driver.check_run(config, Splits([a], [b]), console).pixel_count.tolist() for _ in range(3)]
+    assert counts == [[1, 1, 1]] * 3
+    assert num_checks == [1]
+    assert capsys.readouterr().out.count("labels were checked on") == 2
+    driver.check_run(make_train_config(tmp_path, recheck_labels=True), Splits([a], [b]), console)
+    driver.check_run(config, Splits([a, b], [b]), console)
+    assert num_checks == [1, 1, 2]

@@ -7,9 +7,10 @@ from typing import Any
 import pytest
 from ray.train import Checkpoint, WorkerGroupError
 
-from segray.data.manifest import Sample
+from segray.data.sample_list import Sample
 from segray.errors import ClusterError
 from segray.training import fit
+from segray.training.checkpoint import TrainingState
 from segray.training.labels import inspect
 from segray.training.tuning.trial import TrialRun
 from segray.training.worker import loop, sample_store
@@ -43,7 +44,7 @@ def test_while_a_checkpoint_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
     loop._upload_slots.acquire()
     expected = "^writing the checkpoint s3://bucket/run/checkpoint_8 failed: ValueError: odd; rerun with"
     with pytest.raises(ClusterError, match=expected):
-        loop._upload(Job(), None, Checkpoint("/folder"), "checkpoint_8")  # type: ignore[arg-type]
+        loop._upload(Job(), TrainingState(8, {}, {}, {}), (0, 1), Checkpoint("/folder"), "checkpoint_8")  # type: ignore[arg-type]
 
 
 def test_in_a_trial() -> None:

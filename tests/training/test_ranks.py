@@ -12,14 +12,14 @@ from torch import distributed, multiprocessing, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from segray.config import LossSettings, ModelConfig, TrainSettings
-from segray.data.manifest import Sample
 from segray.data.preprocessing import Preprocessing
+from segray.data.sample_list import Sample
 from segray.models.build import SegmentationModel, build_model
 from segray.models.losses import SegmentationLoss
 from segray.models.sync_batchnorm import synchronise_norms
 from segray.training.worker.evaluation import add_over_ranks, compute_loss, compute_scores, evaluate
 from segray.training.worker.feed import RankShare, iterate_evaluation
-from segray.training.worker.optimisation import _get_local, build_optimizer
+from segray.training.worker.optimisation import build_optimizer, get_local
 from segray.training.worker.replica import shard
 from segray.training.worker.sample_store import SampleStore
 from segray.training.worker.steps import rebuild_gradient_buckets, train_step
@@ -74,11 +74,11 @@ def train_sharded(rank: int, world_size: int, precision: str) -> tuple[list[floa
     for step in range(NUM_STEPS):
         share = split(make_batch([step], GLOBAL_BATCH), world_size)[rank]
         losses.append(train_step(learner, [share], lambda stage: None)[0].item())
-    before = [_get_local(parameter).clone() for parameter in network.parameters()]
+    before = [get_local(parameter).clone() for parameter in network.parameters()]
     if rank == world_size - 1:
         network.register_forward_hook(lambda module, inputs, output: output * float("nan"))
     train_step(learner, [make_batch([0, rank])], lambda stage: None)
-    assert all(torch.equal(_get_local(new), old) for new, old in zip(network.parameters(), before, strict=True))
+    assert all(torch.equal(get_local(new), old) for new, old in zip(network.parameters(), before, strict=True))
     return losses, dtypes
 
 

@@ -64,6 +64,7 @@ def test_a_finished_run_goes_on_with_more_epochs_fewer_workers_and_another_preci
     printed = train(make_train_config(tmp_path, num_epochs=3, num_train_workers=1, precision="bf16"))
     assert "train.num_epochs: the run has 2, got 3" in printed, printed
     assert "the learning-rate schedule is recomputed over 3 epochs" in printed, printed
+    assert "labels were checked on" in printed, printed
     assert "number of workers: the run has 2, got 1" in printed, printed
     assert [row["epoch"] for row in read_metrics(tmp_path)] == ["1", "2", "3"]
     assert "train.num_epochs: the run has 2, got 3" in (tmp_path / "bundle" / "model_card.md").read_text()

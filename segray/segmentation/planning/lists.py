@@ -1,23 +1,19 @@
 """Reads text lists and manifests of any size as batches of a listing, in the order of their rows."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from segray.config import require_absolute
 from segray.data.table_files import TableFile, read_whole_lines
+from segray.data.uri_columns import normalize_uris
 from segray.errors import DataError, flatten_message
 from segray.runs.listing import LISTING_SCHEMA
-from segray.runtime.connect import is_submitted_job
-from segray.storage import normalize_uri
 
 _BYTE_ORDER_MARK = "\ufeff"
 _NULLS = pa.array(["", "NA", "N/A", "NaN", "nan", "NULL", "null", "None"], pa.large_string())
-_PASSWORD = r"^[^:/]*://[^/]*:[^/]*@"
-_UNUSUAL_PATH = r"//|/\.(/|$)|/$"  # what ``normalize_uri`` changes in an absolute path
 
 
 def read_text_list(uri: str) -> Iterator[pa.RecordBatch]:
@@ -95,7 +91,7 @@ def _to_strings(column: pa.Array, where: str, name: str) -> pa.LargeStringArray:
 
 
 def _convert_mask_uris(column: pa.Array, numbers: np.ndarray[Any, Any], where: str) -> pa.Array:
-    return _spell(_empty_to_null(_to_strings(column, where, "mask_uri")), numbers, where)
+    return normalize_uris(_empty_to_null(_to_strings(column, where, "mask_uri")), numbers, where)
 
 
 def _convert_etags(column: pa.Array, numbers: np.ndarray[Any, Any], where: str) -> pa.Array:
@@ -131,39 +127,4 @@ def _normalize(uris: pa.LargeStringArray, numbers: np.ndarray[Any, Any], where: 
     if pc.any(is_missing).as_py():
         row = numbers[pc.index(is_missing, True).as_py()]
         raise DataError(f"{where}: row {row} has no image URI; fill it in or remove the row")
-    return _spell(uris, numbers, where)
-
-
-def _find_unusual(uris: pa.LargeStringArray) -> pa.BooleanArray:
-    """Return which URIs ``normalize_uri`` may change; calling it for each URI takes 20 times as long."""
-    is_remote = pc.and_not(pc.match_substring(uris, "://"), pc.starts_with(uris, "file://"))
-    is_unusual = pc.and_(is_remote, pc.ends_with(uris, "/"))
-    if not pc.all(is_remote).as_py():
-        is_path = pc.and_not(pc.starts_with(uris, "/"), pc.match_substring_regex(uris, _UNUSUAL_PATH))
-        is_unusual = pc.or_(is_unusual, pc.invert(pc.or_(is_remote, is_path)))
-    return is_unusual.fill_null(False)
-
-
-def _refuse_passwords(uris: pa.LargeStringArray, numbers: np.ndarray[Any, Any], where: str) -> None:
-    has_password = pc.match_substring_regex(uris, _PASSWORD).fill_null(False)
-    if pc.any(has_password).as_py():
-        row = numbers[pc.index(has_password, True).as_py()]
-        raise DataError(
-            f"{where}: row {row}: the URI contains a password, which would be stored with the results; remove it, and "
-            "configure the credentials of this user and of each node"
-        )
-
-
-def _spell(uris: pa.LargeStringArray, numbers: np.ndarray[Any, Any], where: str) -> pa.LargeStringArray:
-    """Return the URIs with the unusual ones normalized; refuse those with a password."""
-    if pc.any(pc.match_substring(uris, "@")).as_py():
-        _refuse_passwords(uris, numbers, where)
-    is_unusual = _find_unusual(uris)
-    if not pc.any(is_unusual).as_py():
-        return uris
-    rows: Iterable[int] = numbers[is_unusual.to_numpy(zero_copy_only=False)]
-    unusual = uris.filter(is_unusual).to_pylist()
-    if is_submitted_job():
-        for row, uri in zip(rows, unusual, strict=True):
-            require_absolute({f"{where}, row {row}": uri})
-    return pc.replace_with_mask(uris, is_unusual, pa.array(map(normalize_uri, unusual), uris.type))
+    return normalize_uris(uris, numbers, where)

@@ -6,23 +6,32 @@ from rich.console import Console
 
 from segray.config import TrainConfig
 from segray.data.classes import ClassMap
-from segray.data.manifest import Sample, Splits, Unpaired, load_splits
+from segray.data.manifest import Unpaired, load_splits
+from segray.data.sample_list import Sample, Splits
 from segray.progress import build_bar
 from segray.runtime.connect import connect_ray
 from segray.storage import join_uri, normalize_uri, write_bytes
 from segray.training.job import get_classes
-from segray.training.labels.inspect import SplitReport, check_dataset, complete_reports, require_labelled
+from segray.training.labels.inspect import (
+    ReportBuilder,
+    SplitReport,
+    check_dataset,
+    complete_reports,
+    require_labelled,
+)
+from segray.training.labels.record import LabelRecord, remove_record
 from segray.training.labels.report import LabelReport, print_findings
 
 
 def check_labels(samples: Sequence[Sample], classes: ClassMap, split: str, console: Console) -> SplitReport:
     """Check the labels of one split and show progress; return the report."""
-    report = SplitReport.empty(classes.num_classes)
     with build_bar(console, "images") as bar:
         task = bar.add_task(f"check {split}", total=len(samples), note="")
-        for report in check_dataset(samples, classes):
-            bar.update(task, completed=report.num_samples, note=f"{len(report.faults)} faults")
-    return report
+
+        def show(builder: ReportBuilder) -> None:
+            bar.update(task, completed=builder.num_samples, note=f"{builder.num_faults} faults")
+
+        return check_dataset(samples, classes, show)
 
 
 def check_splits(splits: Splits, classes: ClassMap, console: Console) -> dict[str, SplitReport]:
@@ -33,6 +42,8 @@ def check_splits(splits: Splits, classes: ClassMap, console: Console) -> dict[st
 
 def check_config(config: TrainConfig, console: Console) -> LabelReport:
     """Check the labels of all splits of a configuration, and show progress.
+
+    If there are no faults, the output folder gets a record, and training on the same files does not check them again.
 
     Raises:
         DataError: The images and masks cannot be listed or paired.
@@ -46,7 +57,13 @@ def _check(config: TrainConfig, console: Console) -> tuple[LabelReport, Splits]:
     splits = load_splits(config.data, unpaired)
     classes = get_classes(config)
     with connect_ray():
-        return LabelReport(check_splits(splits, classes, console), unpaired, classes), splits
+        report = LabelReport(check_splits(splits, classes, console), unpaired, classes)
+    output = normalize_uri(config.output)
+    if report.ok and all(split.pixel_count.any() for split in report.splits.values()):
+        LabelRecord.of(report.splits, splits.compute_sha256(), classes).write(output)
+    else:
+        remove_record(output)
+    return report, splits
 
 
 def run_check(

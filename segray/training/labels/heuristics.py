@@ -4,6 +4,8 @@ import hashlib
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
 
 _DIGEST_BYTES = 16
 NO_DIGEST = bytes(_DIGEST_BYTES)  # Stands for an image that cannot be decoded.
@@ -64,13 +66,14 @@ def find_shared_images(digests: bytes, others: bytes) -> list[tuple[int, int]]:
         digests: Concatenated values of ``compute_pixel_digest``, or ``NO_DIGEST``.
         others: The same for the other images.
     """
-    numbers: dict[bytes, int] = {}
-    for number, digest in enumerate(_split_digests(others)):
-        numbers.setdefault(digest, number)
-    numbers.pop(NO_DIGEST, None)
-    pairs = ((number, numbers.get(digest)) for number, digest in enumerate(_split_digests(digests)))
-    return [(number, other) for number, other in pairs if other is not None]
+    own = _view_digests(digests)
+    found = pc.index_in(own, value_set=_view_digests(others))
+    numbers = np.flatnonzero(
+        pc.and_(found.is_valid(), pc.not_equal(own, pa.scalar(NO_DIGEST, own.type))).to_numpy(zero_copy_only=False)
+    )
+    return list(zip(numbers.tolist(), found.take(pa.array(numbers)).to_pylist(), strict=True))
 
 
-def _split_digests(digests: bytes) -> list[bytes]:
-    return [digests[start : start + _DIGEST_BYTES] for start in range(0, len(digests), _DIGEST_BYTES)]
+def _view_digests(digests: bytes) -> pa.FixedSizeBinaryArray:
+    num_digests = len(digests) // _DIGEST_BYTES
+    return pa.Array.from_buffers(pa.binary(_DIGEST_BYTES), num_digests, [None, pa.py_buffer(digests)])

@@ -4,7 +4,7 @@ Without this check, an undeclared class value fails an assertion on the GPU, whi
 file.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -15,7 +15,7 @@ import ray
 
 from segray.data.classes import ClassMap
 from segray.data.image_files import swaps_sides
-from segray.data.manifest import Sample, Splits
+from segray.data.sample_list import Sample, SampleList, Splits
 from segray.data.samples import describe_size_fault, read_image, read_mask
 from segray.errors import DataError, FaultKind, ImageFault
 from segray.metrics import IntArray
@@ -24,8 +24,9 @@ from segray.storage import read_bytes
 from segray.training.labels.heuristics import NO_DIGEST, compute_pixel_digest, find_shared_images, is_mixed
 from segray.training.sampling import count_presence_bytes, pack_presence
 
-_CHUNK_SIZE = 32
-_MAX_CHUNKS_IN_FLIGHT = 64
+# Images per task. With more images it is larger, so that the driver is not kept busy by the number of tasks.
+_MIN_CHUNK_SIZE, _MAX_CHUNK_SIZE = 32, 1024
+_MIN_CHUNKS_PER_CPU = 16
 
 _MIXED = "looks resized with interpolation or saved as JPEG"
 _MIXED_REMEDY = "resize masks with nearest neighbour, and save them as PNG"
@@ -196,31 +197,82 @@ def _count_pixels(mask_uri: str, truth: npt.NDArray[np.integer], classes: ClassM
     )
 
 
-def check_dataset(samples: Sequence[Sample], classes: ClassMap) -> Iterator[SplitReport]:
-    """Check samples on all CPUs of the cluster; yield the report so far after each chunk, in sample order."""
-    check = ray.remote(num_cpus=1, max_retries=3)(check_samples)
-    classes_ref = ray.put(classes)
-    report = SplitReport.empty(classes.num_classes)
-    running: list[Any] = []
-    for start in range(0, len(samples), _CHUNK_SIZE):
-        running.append(check.remote(samples[start : start + _CHUNK_SIZE], classes_ref))
-        while len(running) >= _count_usable_cpus():
-            report += _fetch(running.pop(0))
-            yield report
-    for chunk in running:
-        report += _fetch(chunk)
-        yield report
+class ReportBuilder:
+    """Adds up the reports of chunks of a split, in any order, in time that is linear in the number of images.
+
+    Args:
+        num_samples: Number of samples of the split.
+        num_classes: Number of classes.
+    """
+
+    def __init__(self, num_samples: int, num_classes: int) -> None:
+        self._widths = {"digests": len(NO_DIGEST), "presence": count_presence_bytes(num_classes)}
+        self._bytes = {name: bytearray(width * num_samples) for name, width in self._widths.items()}
+        self._findings: dict[int, tuple[list[LabelFault], list[LabelFault]]] = {}
+        self._counts = SplitReport.empty(num_classes)
+        self.num_samples = 0
+        self.num_faults = 0
+
+    def add(self, start: int, report: SplitReport) -> None:
+        """Add the report of the samples from index ``start`` on."""
+        for name, width in self._widths.items():
+            values = getattr(report, name)
+            self._bytes[name][width * start : width * start + len(values)] = values
+        if report.faults or report.warnings:
+            self._findings[start] = (report.faults, report.warnings)
+        self._counts += replace(report, faults=[], warnings=[], **dict.fromkeys(self._widths, b""))
+        self.num_samples += report.num_samples
+        self.num_faults += len(report.faults)
+
+    def build(self) -> SplitReport:
+        """Return the report of all samples."""
+        found = [self._findings[start] for start in sorted(self._findings)]
+        faults, warnings = ([fault for pair in found for fault in pair[side]] for side in (0, 1))
+        return replace(
+            self._counts, faults=faults, warnings=warnings, **{name: bytes(held) for name, held in self._bytes.items()}
+        )
 
 
-def _count_usable_cpus() -> int:
-    # No more tasks than CPUs are queued: for waiting tasks an autoscaler would add nodes that training may not need.
-    return min(_MAX_CHUNKS_IN_FLIGHT, max(1, int(ray.cluster_resources().get("CPU", 0))))
+def check_dataset(
+    samples: Sequence[Sample], classes: ClassMap, progress: Callable[[ReportBuilder], None]
+) -> SplitReport:
+    """Check samples on all CPUs of the cluster; ``progress`` is called after each chunk."""
+    check = ray.remote(num_cpus=1, max_retries=3)(_check_range)
+    # Each task gets the whole list, of which Ray keeps one copy per node, and a range.
+    samples_ref, classes_ref = ray.put(SampleList.of(samples)), ray.put(classes)
+    builder = ReportBuilder(len(samples), classes.num_classes)
+    running: dict[Any, int] = {}
+    chunk_size = compute_chunk_size(len(samples), _count_cpus())
+    for start in range(0, len(samples), chunk_size):
+        running[check.remote(samples_ref, range(start, start + chunk_size), classes_ref)] = start
+        # At most one task per CPU: for waiting tasks an autoscaler would add nodes that training may not need.
+        while len(running) >= _count_cpus():
+            _collect(running, builder)
+            progress(builder)
+    while running:
+        _collect(running, builder)
+        progress(builder)
+    return builder.build()
 
 
-def _fetch(chunk: Any) -> SplitReport:
+def _check_range(samples: SampleList, numbers: range, classes: ClassMap) -> SplitReport:
+    return check_samples(samples[numbers.start : numbers.stop], classes)
+
+
+def compute_chunk_size(num_samples: int, num_cpus: int) -> int:
+    """Return how many samples a task checks: with ten million, as many as keep the driver from being the bottleneck."""
+    return min(max(num_samples // (num_cpus * _MIN_CHUNKS_PER_CPU), _MIN_CHUNK_SIZE), _MAX_CHUNK_SIZE)
+
+
+def _count_cpus() -> int:
+    return max(1, int(ray.cluster_resources().get("CPU", 0)))
+
+
+def _collect(running: dict[Any, int], builder: ReportBuilder) -> None:
+    """Wait for the next task that ends, and add its report."""
     with translated_ray_errors("the label check"):
-        result: SplitReport = ray.get(chunk)
-        return result
+        (done,), _ = ray.wait(list(running), num_returns=1)
+        builder.add(running.pop(done), ray.get(done))
 
 
 def complete_reports(reports: Mapping[str, SplitReport], splits: Splits, classes: ClassMap) -> dict[str, SplitReport]:

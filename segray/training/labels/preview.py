@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from segray.config import TrainConfig
 from segray.data.augmentation import Augmentation
 from segray.data.classes import ClassMap
-from segray.data.manifest import Sample
+from segray.data.sample_list import Sample
 from segray.plots import LabelledPicture, draw_samples
 from segray.runtime.connect import count_cores
 from segray.storage import get_file_name

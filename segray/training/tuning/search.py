@@ -35,6 +35,8 @@ from segray.runtime.failures import describe_cause, find_segray_error, translate
 from segray.storage import join_uri, normalize_uri, write_bytes
 from segray.training.binding import Binding
 from segray.training.driver import check_network, check_run, describe_run, print_wait
+from segray.training.job import get_classes
+from segray.training.labels.record import find_record
 from segray.training.pretrained import save_pretrained
 from segray.training.tuning.search_space import check_space, draw_values, format_values, set_values
 from segray.training.tuning.trial import METRIC, TIME, Search, TrialRun
@@ -68,7 +70,10 @@ def run_search(config: TrainConfig, console: Console) -> "TuneResult":
         binding.write()
         save_pretrained(config)
         board = _run_trials(Search(config, splits, report, output), console)
-    return _write_best(board, config, output, console)
+    result = _write_best(board, config, output, console)
+    if record := find_record(output, binding.listing, get_classes(config)):
+        record.write(result.config.output)  # For segray train, which continues the best trial.
+    return result
 
 
 class TrialRecord(BaseModel):

@@ -10,7 +10,7 @@ from ray import tune
 from rich.console import Console
 
 from segray.config import TrainConfig
-from segray.data.manifest import Splits
+from segray.data.sample_list import Splits
 from segray.runtime.failures import named_failure
 from segray.storage import join_uri
 from segray.training.checkpoint import RUN_NAME, find_newest_history

@@ -26,7 +26,7 @@ import torch
 
 from segray.data.augmentation import Augmentation
 from segray.data.images import resize_mask
-from segray.data.manifest import Sample
+from segray.data.sample_list import Sample
 from segray.training.sampling import ImageWeights
 from segray.training.worker.sample_store import ORIGINAL_SIZE, EncodedSample, SampleSize, SampleStore
 
@@ -134,9 +134,14 @@ def compute_step_order(
 @lru_cache(maxsize=2)  # A step lies within one pass or spans two.
 def _draw_order(
     num_samples: int, seed: int, sample_pass: int, image_weights: ImageWeights | None
-) -> npt.NDArray[np.int64]:
+) -> npt.NDArray[np.integer]:
+    """Return the order of a pass; without weights the same as ``permutation(num_samples)``, in half the memory."""
     generator = np.random.Generator(np.random.PCG64([seed, sample_pass]))
-    return image_weights.draw(generator) if image_weights else generator.permutation(num_samples)
+    if image_weights:
+        return image_weights.draw(generator)
+    order: npt.NDArray[np.integer] = np.arange(num_samples, dtype=np.int32 if num_samples < 2**31 else np.int64)
+    generator.shuffle(order)
+    return order
 
 
 def _build_generator(seed: int, position: int) -> np.random.Generator:

@@ -20,7 +20,13 @@ from segray.errors import TrainingError
 from segray.metrics import compute_defined_mean
 from segray.runtime.failures import named_failure
 from segray.storage import join_uri
-from segray.training.checkpoint import TrainingState, name_checkpoint, remove_surplus, save_state
+from segray.training.checkpoint import (
+    TrainingState,
+    name_checkpoint,
+    remove_surplus,
+    save_sharded_state,
+    save_state,
+)
 from segray.training.job import TrainJob, is_finished
 from segray.training.watchdog import Heartbeat
 from segray.training.worker.device import count_cores_per_rank
@@ -264,12 +270,13 @@ def _is_checkpoint_due(trainer: Trainer) -> bool:
 
 
 def _save(trainer: Trainer, metrics: dict[str, Any]) -> None:
-    """Report metrics to Ray Train, with a checkpoint that a thread of rank 0 uploads while training continues.
+    """Report metrics to Ray Train, with a checkpoint that a thread uploads while training continues.
 
+    The thread is rank 0's, or, if the model is sharded, every rank has one, which uploads the rank's part.
     ``ray.train.report`` is a barrier that every rank must reach; this is the only place that calls it.
     """
     trainer.heartbeat.update(trainer.num_steps_done, "saving")
-    if trainer.world_rank == 0:
+    if trainer.saves_state:
         while not _upload_slots.acquire(timeout=_UPLOAD_POLL_S):  # Slow storage must not count as a stall.
             trainer.heartbeat.update(trainer.num_steps_done, "saving")
     state = trainer.gather_state()
@@ -280,19 +287,29 @@ def _save(trainer: Trainer, metrics: dict[str, Any]) -> None:
         metrics,
         # Ray requires a folder to upload. It stays empty, because _upload writes the checkpoint directly to storage.
         checkpoint=Checkpoint.from_directory(tempfile.mkdtemp(prefix="segray-checkpoint-")),
-        checkpoint_dir_name=name_checkpoint(trainer.num_steps_done),
+        checkpoint_dir_name=name_checkpoint(trainer.num_steps_done),  # Ray takes that of rank 0.
         checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-        checkpoint_upload_fn=partial(_upload, trainer.job, state),
+        checkpoint_upload_fn=partial(_upload, trainer.job, state, (trainer.world_rank, trainer.world_size)),
     )
 
 
-def _upload(job: TrainJob, state: TrainingState, checkpoint: Checkpoint, folder_name: str) -> Checkpoint:
-    """Write a checkpoint and remove those no longer needed; Ray calls this in a single thread for all uploads."""
+def _upload(
+    job: TrainJob, state: TrainingState, rank_of: tuple[int, int], checkpoint: Checkpoint, folder_name: str
+) -> Checkpoint:
+    """Write a checkpoint, or this rank's part of it; rank 0 also removes those that are no longer needed.
+
+    Ray calls this in a single thread for all uploads of a rank. ``rank_of`` is the rank, and the number of ranks.
+    """
+    rank, num_ranks = rank_of
     try:
         uri = join_uri(job.run_uri, folder_name)
         with named_failure(f"writing the checkpoint {uri}"):
-            save_state(uri, state)
-            remove_surplus(job.run_uri, job.config.train.num_best_checkpoints)
+            if state.rows:
+                save_sharded_state(uri, state, rank, num_ranks)
+            else:
+                save_state(uri, state)
+            if rank == 0:
+                remove_surplus(job.run_uri, job.config.train.num_best_checkpoints)
     finally:
         _upload_slots.release()
     storage = ray.train.get_context().get_storage()

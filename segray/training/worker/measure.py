@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import distributed
 
-from segray.data.manifest import Splits
+from segray.data.sample_list import Splits
 from segray.training.worker.loop import evaluate_split, iterate_batches, read_results, train_steps
 from segray.training.worker.state import Trainer
 

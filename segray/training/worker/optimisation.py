@@ -73,9 +73,9 @@ class _FusedSGD(torch.optim.SGD):
             parameters = [parameter for parameter in group["params"] if parameter.grad is not None]
             buffers = [self.state[parameter]["momentum_buffer"] for parameter in parameters if group["momentum"]]
             torch._fused_sgd_(
-                [_get_local(parameter) for parameter in parameters],
-                [_get_local(parameter.grad) for parameter in parameters],
-                [_get_local(buffer) for buffer in buffers],
+                [get_local(parameter) for parameter in parameters],
+                [get_local(parameter.grad) for parameter in parameters],
+                [get_local(buffer) for buffer in buffers],
                 **{name: group[name] for name in ("weight_decay", "momentum", "lr", "dampening", "nesterov")},
                 maximize=False,
                 is_first_step=False,
@@ -162,7 +162,7 @@ class WeightAverage:
     def __init__(self, model: nn.Module, decay: float) -> None:
         self._decay = decay
         tensors = [*model.parameters(), *model.buffers()]
-        self._current = [_get_local(tensor) for tensor in tensors if tensor.is_floating_point()]
+        self._current = [get_local(tensor) for tensor in tensors if tensor.is_floating_point()]
         self.reset(0)
 
     def reset(self, num_steps: int) -> None:
@@ -190,7 +190,7 @@ class WeightAverage:
                 torch._foreach_copy_(self._current, own)
 
 
-def _get_local(tensor: torch.Tensor) -> torch.Tensor:
+def get_local(tensor: torch.Tensor) -> torch.Tensor:
     """Return the part of a tensor that this rank holds: the whole tensor, unless the model is sharded."""
     tensor = tensor.detach()
     if isinstance(tensor, DTensor):

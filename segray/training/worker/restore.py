@@ -1,43 +1,86 @@
 """Find the newest checkpoint, and load its state into the objects that a rank trains with."""
 
+from collections.abc import Mapping
+from typing import Any, cast
+
 import torch
-from torch import distributed
+from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
+    get_model_state_dict,
+    get_optimizer_state_dict,
     set_model_state_dict,
     set_optimizer_state_dict,
 )
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from segray.models.build import SegmentationModel
-from segray.training.checkpoint import TrainingState, find_newest_state, load_state
+from segray.training.checkpoint import TrainingState, load_state, rank_checkpoints, warn_of_damage
+from segray.training.checkpoint_parts import Rows, Tensors
 from segray.training.progress_board import ProgressPoster
-from segray.training.worker.optimisation import WeightAverage
+from segray.training.worker.optimisation import WeightAverage, get_local
 from segray.training.worker.steps import Learner
 
-# Collects the full state of sharded models in the memory of rank 0.
+# Whole tensors, in the memory of rank 0.
 FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 
 
-def load_newest_state(run_uri: str, poster: ProgressPoster | None, device: torch.device) -> TrainingState | None:
-    """Return the newest intact checkpoint, or None; rank 0 chooses it, so that all ranks load the same one.
+def find_rows(model: nn.Module) -> dict[str, Rows]:
+    """Return the rows that this rank holds of each parameter of a sharded model; empty for other models."""
+    rows = {}
+    for name, tensor in get_model_state_dict(model).items():
+        if isinstance(tensor, DTensor):
+            assert tensor.placements == (Shard(0),), f"{name}: FSDP2 divides parameters by rows"
+            shape, offset = compute_local_shape_and_global_offset(tensor.shape, tensor.device_mesh, tensor.placements)
+            rows[name] = Rows(offset[0], offset[0] + shape[0])
+    return rows
+
+
+def load_newest_state(
+    run_uri: str, poster: ProgressPoster | None, device: torch.device, rows: Mapping[str, Rows]
+) -> TrainingState | None:
+    """Return the newest checkpoint that is intact on all ranks, or None; rank 0 chooses it. Collective.
 
     Args:
         run_uri: Folder of the checkpoints.
         poster: Posts which checkpoint it is; None on ranks other than 0.
         device: Device of this rank.
+        rows: The rows of sharded parameters that this rank holds; it loads nothing else.
     """
-    found = None
-    if poster:
-        found = find_newest_state(run_uri, poster.post_line)
-        if found:
-            poster.post_line(f"resuming after {_describe_progress(found[1])}, from {found[0]}")
-            poster.post_epochs(found[1].history)
-    chosen = [found[0] if found else None]
+    uris = rank_checkpoints(run_uri, poster.post_line) if poster else []
+    while uri := _broadcast(uris.pop(0) if uris else None, device):
+        state, problem = None, None
+        try:
+            state = load_state(uri, rows)
+        except ValueError as error:
+            problem = str(error)
+        problems = [found for found in _gather(problem) if found]
+        if state and not problems:
+            if poster:
+                poster.post_line(f"resuming after {_describe_progress(state)}, from {uri}")
+                poster.post_epochs(state.history)
+            return state
+        if poster:
+            warn_of_damage(uri, problems[0], poster.post_line)
+    return None
+
+
+def _broadcast(uri: str | None, device: torch.device) -> str | None:
+    """Return the value that rank 0 passes."""
+    chosen = [uri]
     if distributed.is_initialized():
         distributed.broadcast_object_list(chosen, src=0, device=device)
-    if chosen[0] is None:
-        return None
-    return found[1] if found else load_state(chosen[0])
+    return chosen[0]
+
+
+def _gather(problem: str | None) -> list[str | None]:
+    """Return the values of all ranks."""
+    problems = [problem]
+    if distributed.is_initialized():
+        problems = [None] * distributed.get_world_size()
+        distributed.all_gather_object(problems, problem)
+    return problems
 
 
 def _describe_progress(state: TrainingState) -> str:
@@ -55,14 +98,46 @@ def restore_state(
     weight decay, a new moving average begins with the weights of the checkpoint, and a new scaler with its own factor.
     """
     if average and state.average:
-        set_model_state_dict(model, dict(state.average), options=FULL_STATE)
+        _load_weights(model, state.average, state.rows)
         average.reset(state.num_steps_done)
-    set_model_state_dict(model, dict(state.model), options=FULL_STATE)
+    _load_weights(model, state.model, state.rows)
     if average and not state.average:
         average.reset(state.num_steps_done)
-    _restore_optimizer(state, model, learner.optimizer)
+    if state.rows:
+        _restore_sharded_optimizer(state, model, learner.optimizer)
+    else:
+        _restore_optimizer(state, model, learner.optimizer)
     if state.scaler:
         learner.scaler.load_state_dict(state.scaler)
+
+
+def _load_weights(model: SegmentationModel, weights: Tensors, rows: Mapping[str, Rows]) -> None:
+    if not rows:
+        set_model_state_dict(model, dict(weights), options=FULL_STATE)
+        return
+    for name, tensor in cast(Tensors, get_model_state_dict(model)).items():
+        _copy_rows(tensor, weights.get(name))
+
+
+@torch.no_grad()
+def _copy_rows(target: torch.Tensor, source: torch.Tensor | None) -> None:
+    """Copy this rank's rows of a tensor; there is no source if it has none."""
+    local = get_local(target)
+    if local.numel():
+        assert source is not None
+        local.copy_(source)
+
+
+def _restore_sharded_optimizer(
+    state: TrainingState, model: SegmentationModel, optimizer: torch.optim.Optimizer
+) -> None:
+    if not state.optimizer["state"]:  # SGD without momentum.
+        return
+    # torch creates the optimizer's tensors here if there are none yet.
+    target = cast(dict[str, Any], get_optimizer_state_dict(model, optimizer))
+    for parameter, values in target["state"].items():
+        for name, tensor in values.items():
+            _copy_rows(tensor, state.optimizer["state"].get(parameter, {}).get(name))
 
 
 def _restore_optimizer(state: TrainingState, model: SegmentationModel, optimizer: torch.optim.Optimizer) -> None:

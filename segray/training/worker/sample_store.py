@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from segray.data.classes import ClassMap
 from segray.data.images import decode_image, resize_image, resize_mask
-from segray.data.manifest import Sample
+from segray.data.sample_list import Sample
 from segray.data.samples import decode_truth, fetch_image, fetch_mask
 from segray.errors import DataError, ImageFault
 from segray.runtime.failures import named_failure

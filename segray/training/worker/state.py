@@ -9,6 +9,7 @@ import ray.train.torch
 import torch
 from torch import distributed, nn
 from torch.distributed.checkpoint.state_dict import get_model_state_dict, get_optimizer_state_dict
+from torch.distributed.fsdp import FSDPModule
 from torch.optim.lr_scheduler import LRScheduler
 
 from segray.config import TrainSettings
@@ -29,10 +30,11 @@ from segray.training.worker.optimisation import (
     build_optimizer,
     build_schedule,
     get_highest_rate,
+    get_local,
     load_schedule,
 )
 from segray.training.worker.replica import build_replica
-from segray.training.worker.restore import FULL_STATE, load_newest_state, restore_state
+from segray.training.worker.restore import FULL_STATE, find_rows, load_newest_state, restore_state
 from segray.training.worker.sample_store import SampleStore
 from segray.training.worker.steps import Learner
 
@@ -92,15 +94,25 @@ class Trainer:
         settings = self.job.config.train
         return compute_num_parts(settings.global_batch_size, settings.micro_batch_size, self.world_size)
 
+    @property
+    def saves_state(self) -> bool:
+        """Whether this rank writes a part of each checkpoint: rank 0, and every rank of a sharded model."""
+        return self.world_rank == 0 or isinstance(self.model, FSDPModule)
+
     def gather_state(self) -> TrainingState | None:
-        """Return the state of the run on rank 0, and None on the others; collective, so all ranks must call it."""
-        model = get_model_state_dict(self.model, options=FULL_STATE)
-        optimizer = get_optimizer_state_dict(self.model, self.learner.optimizer, options=FULL_STATE)
+        """Return what this rank saves of the state of the run, or None; collective, so all ranks must call it.
+
+        Of a sharded model every rank saves its own rows; of other models rank 0 saves everything.
+        """
+        rows = find_rows(self.model)
+        options = None if rows else FULL_STATE
+        model = get_model_state_dict(self.model, options=options)
+        optimizer = get_optimizer_state_dict(self.model, self.learner.optimizer, options=options)
         average = None
         if self.average:
             with self.average.applied():  # Copied inside the block: on CPUs the state dict shares the model's memory.
-                average = _copy_tensors(get_model_state_dict(self.model, options=FULL_STATE))
-        if self.world_rank != 0:
+                average = _copy_tensors(get_model_state_dict(self.model, options=options))
+        if not self.saves_state:
             return None
         return TrainingState(
             num_steps_done=self.num_steps_done,
@@ -113,18 +125,21 @@ class Trainer:
             history=list(self.history),
             num_skipped=self.num_skipped,
             phases=self.phases,
+            rows=rows,
         )
 
 
 def _copy_tensors(value: Any) -> Any:
     """Copy all tensors in nested dicts and lists; on CPUs they share the run's memory, which changes during an upload.
 
+    Of a sharded tensor, this rank's rows are copied.
+
     The copies are contiguous, so that the upload thread calls no torch operation on them. A torch operation in a second
     thread starts another set of OpenMP threads. If there are then more OpenMP threads than cores, all of them sleep at
     every barrier for the rest of the process's life, and training took 1.5 times as long (measured).
     """
     if isinstance(value, torch.Tensor):
-        return value.clone(memory_format=torch.contiguous_format)
+        return get_local(value).to("cpu", copy=True, memory_format=torch.contiguous_format)
     if isinstance(value, dict):
         return {name: _copy_tensors(inner) for name, inner in value.items()}
     return [_copy_tensors(inner) for inner in value] if isinstance(value, list) else value
@@ -142,18 +157,16 @@ def set_up(job: TrainJob, heartbeat: Heartbeat) -> Trainer:
     configure_torch(settings.deterministic, device, context.get_local_world_size())
     torch.manual_seed(settings.seed)  # For the same initial weights on every rank.
     heartbeat.update(0, "setting up")
-    found = load_newest_state(job.run_uri, poster, device)
-    heartbeat.update(0, "setting up")
     without_weights = config.model.model_copy(update={"encoder_weights": None})
     model = build_model(without_weights, job.classes.num_classes, config.image_size)
-    if not found:  # A checkpoint has all weights.
-        load_pretrained(config, model)
+    load_pretrained(config, model)
     heartbeat.update(0, "setting up")
     precision = resolve_precision(settings.precision, device, poster)
     replica = build_replica(model, settings, device, precision)
     heartbeat.update(0, "setting up")
     learner = _build_learner(job, model, replica, device, precision)
     average = WeightAverage(model, settings.ema_decay) if settings.ema_decay else None
+    found = load_newest_state(job.run_uri, poster, device, find_rows(model))
     heartbeat.update(found.num_steps_done if found else 0, "setting up")
     if found:
         restore_state(found, model, learner, average)

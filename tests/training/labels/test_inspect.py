@@ -11,7 +11,7 @@ import pytest
 from PIL import Image
 
 from segray.data.classes import ClassMap
-from segray.data.manifest import Sample, Splits
+from segray.data.sample_list import Sample, Splits
 from segray.errors import DataError, FaultKind
 from segray.models.losses import compute_median_frequency_weights
 from segray.training.labels.inspect import SplitReport, WarningKind, check_samples, complete_reports, require_learnable

@@ -21,7 +21,8 @@ from ray.util.placement_group import placement_group_table
 from rich.console import Console
 
 from segray.config import AugmentationSettings, TrainConfig, load_config
-from segray.data.manifest import Splits, load_splits
+from segray.data.manifest import load_splits
+from segray.data.sample_list import Splits
 from segray.errors import ConfigError, RunMismatchError
 from segray.models.bundle import load_bundle
 from segray.training.driver import run_training

@@ -10,8 +10,9 @@ import torch
 from torch.nn import functional
 
 from segray.config import DataConfig, LossSettings, ModelConfig
-from segray.data.manifest import Sample, load_splits
+from segray.data.manifest import load_splits
 from segray.data.preprocessing import Preprocessing
+from segray.data.sample_list import Sample
 from segray.models.build import SegmentationModel, build_model
 from segray.models.losses import SegmentationLoss
 from segray.training.worker.evaluation import NUM_EXTREMES, EvaluationCounts, compute_loss, compute_scores, evaluate
@@ -32,7 +33,7 @@ def model() -> SegmentationModel:
 @pytest.fixture(scope="module")
 def samples(shapes_root: Path) -> list[Sample]:
     layout = {"layout": {"oxford_iiit_pet": {"root": str(shapes_root)}}}
-    return load_splits(DataConfig.model_validate(layout)).val
+    return list(load_splits(DataConfig.model_validate(layout)).val)
 
 
 def count(model: SegmentationModel, samples: list[Sample], world_size: int, rank: int, batch_size: int = 3) -> Any:

@@ -18,7 +18,8 @@ from PIL import Image
 from segray.config import AugmentationSettings, DataConfig
 from segray.data.augmentation import Augmentation
 from segray.data.images import resize_mask
-from segray.data.manifest import Sample, load_splits
+from segray.data.manifest import load_splits
+from segray.data.sample_list import Sample
 from segray.errors import DataError, StorageError
 from segray.training.worker import sample_store
 from segray.training.worker.feed import (
@@ -59,7 +60,7 @@ def assert_same(found: Any, expected: Any) -> None:
 @pytest.fixture
 def samples(shapes_root: Path) -> list[Sample]:
     layout = {"layout": {"oxford_iiit_pet": {"root": str(shapes_root)}}}
-    return load_splits(DataConfig.model_validate(layout)).train
+    return list(load_splits(DataConfig.model_validate(layout)).train)
 
 
 def train(

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 
 from segray.config import TrainSettings
-from segray.data.manifest import Sample
+from segray.data.sample_list import Sample
 from segray.training.worker.non_finite import (
     MAX_SKIPPED_STEPS,
     NonFiniteLossError,
