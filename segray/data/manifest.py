@@ -3,13 +3,14 @@
 import hashlib
 import json
 import posixpath
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
 from segray.config import IMAGE_EXTENSIONS, MASK_EXTENSIONS, DataConfig, OxfordPetLayout, SplitConfig
+from segray.data.groups import describe_draw, draw_groups, find_groups, require_separate
 from segray.data.table_files import open_table_file
 from segray.errors import DataError, flatten_message
 from segray.storage import StoredFile, join_uri, list_files, normalize_uri, read_bytes
@@ -71,9 +72,21 @@ def load_splits(data: DataConfig, unpaired: list[Unpaired] | None = None) -> Spl
         unpaired: List to which images without a mask and masks without an image are appended. If None, they are errors.
 
     Raises:
-        DataError: A folder or split is empty, a manifest or list cannot be used, or a mask or image has no counterpart.
+        DataError: A folder or split is empty, a manifest or list cannot be used, a mask or image has no counterpart, or
+            ``data.val.group_by`` does not fit the names or is contradicted by given splits.
         StorageError: A folder or manifest cannot be read.
     """
+    train, val = _list_samples(data, unpaired)
+    if val is None:
+        assert data.val is not None
+        return Splits(*_draw_fraction(data, train, data.val))
+    if data.val is not None and data.val.group_by is not None:
+        require_separate(*group_samples(data, train, val))
+    return Splits(train, val)
+
+
+def _list_samples(data: DataConfig, unpaired: list[Unpaired] | None) -> tuple[list[Sample], list[Sample] | None]:
+    """Return the samples of train and val; None for val if it is to be drawn from train."""
     found: list[Unpaired] = []
     if isinstance(data.layout, OxfordPetLayout):
         root = normalize_uri(data.layout.oxford_iiit_pet.root)
@@ -87,10 +100,43 @@ def load_splits(data: DataConfig, unpaired: list[Unpaired] | None = None) -> Spl
         unpaired += found
     elif found:
         raise DataError(f"{len(found)} files have no matching mask or image (segray check lists all): {found[0]}")
-    if val is None:
-        assert data.val is not None
-        train, val = _draw_fraction(train, data.val)
-    return Splits(train, val)
+    return train, val
+
+
+def name_images(data: DataConfig, samples: Sequence[Sample]) -> list[str]:
+    """Return the name of each image: its path below its folder, or the URI of a manifest, without the extension."""
+    if isinstance(data.layout, OxfordPetLayout):
+        roots = [join_uri(normalize_uri(data.layout.oxford_iiit_pet.root), "images")]
+    else:
+        roots = [normalize_uri(split.images) for split in (data.train, data.val) if split and split.images]
+    roots.sort(key=len, reverse=True)  # An image is below the deepest folder that contains it.
+    return [_name_image(sample.image_uri, roots) for sample in samples]
+
+
+def _name_image(uri: str, roots: Sequence[str]) -> str:
+    for root in roots:
+        if uri.startswith(f"{root.rstrip('/')}/"):
+            return get_pairing_key(uri, root)
+    return posixpath.splitext(uri)[0]
+
+
+def group_samples(data: DataConfig, *splits: Sequence[Sample]) -> list[list[str]]:
+    """Return the group of each image of each split, as ``data.val.group_by`` defines it; it must be set.
+
+    Raises:
+        DataError: The expression does not match a name.
+    """
+    assert data.val is not None
+    assert data.val.group_by is not None
+    groups = iter(find_groups(name_images(data, [s for split in splits for s in split]), data.val.group_by))
+    return [[next(groups) for _ in split] for split in splits]
+
+
+def describe_groups(data: DataConfig, splits: Splits) -> list[str]:
+    """Return lines that say how well whole groups fit ``data.val.fraction``; none without groups or fraction."""
+    if data.val is None or data.val.group_by is None or data.val.fraction is None:
+        return []
+    return describe_draw(*group_samples(data, *splits), data.val.fraction)
 
 
 def _load_split(split: SplitConfig, name: str, unpaired: list[Unpaired]) -> list[Sample]:
@@ -182,16 +228,22 @@ def _load_oxford_split(root: str, name: str) -> list[Sample]:
     )
 
 
-def _draw_fraction(samples: list[Sample], split: SplitConfig) -> tuple[list[Sample], list[Sample]]:
+def _draw_fraction(data: DataConfig, samples: list[Sample], split: SplitConfig) -> tuple[list[Sample], list[Sample]]:
+    """Divide samples into those to train on and those to validate on."""
     assert split.fraction is not None
-    num_val = max(1, round(len(samples) * split.fraction))
-    if num_val >= len(samples):
-        raise DataError(
-            f"data.val.fraction: {split.fraction} of {len(samples)} images leaves none to train on; add images"
-        )
-    order = np.random.default_rng(split.seed).permutation(len(samples))
-    val = {int(index) for index in order[:num_val]}
+    if split.group_by is not None:
+        (groups,) = group_samples(data, samples)
+        drawn = draw_groups(groups, split.fraction, split.seed)
+        is_val = [group in drawn for group in groups]
+    else:
+        num_val = max(1, round(len(samples) * split.fraction))
+        if num_val >= len(samples):
+            raise DataError(
+                f"data.val.fraction: {split.fraction} of {len(samples)} images leaves none to train on; add images"
+            )
+        order = np.random.default_rng(split.seed).permutation(len(samples))
+        is_val = np.isin(np.arange(len(samples)), order[:num_val]).tolist()
     return (
-        [sample for index, sample in enumerate(samples) if index not in val],
-        [samples[index] for index in sorted(val)],
+        [sample for sample, held_out in zip(samples, is_val, strict=True) if not held_out],
+        [sample for sample, held_out in zip(samples, is_val, strict=True) if held_out],
     )

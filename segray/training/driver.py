@@ -6,7 +6,7 @@ import torch
 from rich.console import Console
 
 from segray.config import TrainConfig, TrainSettings
-from segray.data.manifest import Splits, load_splits
+from segray.data.manifest import Splits, describe_groups, load_splits
 from segray.data.preprocessing import Preprocessing
 from segray.errors import TrainingError
 from segray.models.build import check_model, check_size
@@ -112,6 +112,8 @@ def check_run(config: TrainConfig, splits: Splits, console: Console) -> SplitRep
         StorageError: Permissions, network or disk error.
     """
     Preprocessing.of_encoder(config.model)
+    for line in describe_groups(config.data, splits):
+        console.print(line, highlight=False)
     reports = check_splits(splits, get_classes(config), console)
     for name, report in reports.items():
         require_learnable(report, name)

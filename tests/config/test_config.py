@@ -79,6 +79,8 @@ def test_segment_accepts_a_training_configuration_or_only_a_segment_section(tmp_
         ),
         (["data.val=null"], r"val: expected"),
         (["data.train={fraction: 0.5}"], r"train: expected"),
+        (["data.train.group_by=a"], r"train\.group_by: expected only in val"),
+        (["data.val.group_by='(a'"], r"group_by: expected a regular expression, got '\(a': missing \)"),
         (["data.train={images: a}"], r"data\.train: expected images and masks.*got images"),
         (["data.class_names=[a]"], r"class_names: expected 2 to"),
         (["data.class_names=[a, a]"], r"distinct names"),

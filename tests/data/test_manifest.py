@@ -121,3 +121,62 @@ def test_a_list_of_the_oxford_layout_that_is_not_utf8_is_refused(tmp_path: Path)
     (tmp_path / "annotations" / "trainval.txt").write_bytes(b"\xff\xfe")
     with pytest.raises(DataError, match=r"trainval\.txt: expected UTF-8 text with one image name per line"):
         load_splits(DataConfig.model_validate({"layout": {"oxford_iiit_pet": {"root": str(tmp_path)}}}))
+
+
+@pytest.fixture
+def sequences(tmp_path: Path) -> dict[str, str]:
+    """Folders of 6 sequences with 1 to 6 frames, in subfolders."""
+    both = {"images": str(tmp_path / "images"), "masks": str(tmp_path / "masks")}
+    for number in range(1, 7):
+        for frame in range(number):
+            for folder in both.values():
+                path = Path(folder, f"day{number % 2}", f"seq{number}_{frame:04}.png")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("L", (4, 4)).save(path)
+    return both
+
+
+def test_whole_groups_are_drawn_for_validation(sequences: dict[str, str]) -> None:
+    for expression, get_group in {
+        r"^(.*)_\d+$": lambda path: path.stem[:4],
+        r"seq\d+": lambda path: path.stem[:4],  # Without a group in the expression, the whole match.
+        r"^day\d": lambda path: path.parent.name,
+    }.items():
+        drawn = set()
+        for seed in range(8):
+            splits = load(train=sequences, val={"fraction": 0.3, "seed": seed, "group_by": expression})
+            train, val = ({get_group(Path(sample.image_uri)) for sample in split} for split in splits)
+            assert train
+            assert val
+            assert train.isdisjoint(val)
+            assert len(splits.train) + len(splits.val) == 21
+            drawn.add(tuple(sorted(val)))
+        assert len(drawn) > 1 or "day" in expression
+
+
+def test_given_splits_that_share_a_group_are_refused(sequences: dict[str, str], tmp_path: Path) -> None:
+    other = {name: f"{folder}/day0" for name, folder in sequences.items()}  # Names start below the deepest folder.
+    folders = {name: f"{folder}/day1" for name, folder in sequences.items()}
+    splits = load(train=folders, val={**other, "group_by": r"^(seq\d+)_"})
+    assert (len(splits.train), len(splits.val)) == (9, 12)
+    shared = r"group_by: group 'seq' has 9 images in train and 12 in val \(1 such groups\); move them"
+    with pytest.raises(DataError, match=shared):
+        load(train=folders, val={**other, "group_by": "^seq"})
+
+
+def test_a_manifest_and_the_oxford_layout_are_split_by_group_too(tmp_path: Path, shapes_root: Path) -> None:
+    path = tmp_path / "manifest.csv"
+    rows = [f"s3://b/{video}/{frame}.jpg,s3://b/{video}/{frame}.png,train" for video in "abc" for frame in range(3)]
+    path.write_text("\n".join(["image_uri,mask_uri,split", *rows]))
+    splits = load(train={"manifest": str(path)}, val={"fraction": 0.3, "group_by": "^s3://b/(.)/"})
+    assert len({sample.image_uri.split("/")[3] for sample in splits.val}) == 1
+    assert len(splits.val) == 3
+    layout = {"oxford_iiit_pet": {"root": str(shapes_root)}}
+    data = {"layout": layout, "val": {"fraction": 0.5, "group_by": "^[^/]+$"}}  # The file's name without extension.
+    splits = load_splits(DataConfig.model_validate(data))
+    assert (len(splits.train), len(splits.val)) == (NUM_TRAIN // 2, NUM_TRAIN // 2)
+
+
+def test_a_name_that_the_expression_does_not_match_is_named(sequences: dict[str, str]) -> None:
+    with pytest.raises(DataError, match=r"group_by: '\^day0/' does not match .* 'day1/seq1_0000' \(9 of 21 images\)"):
+        load(train=sequences, val={"fraction": 0.3, "group_by": "^day0/"})

@@ -6,7 +6,7 @@ from rich.console import Console
 
 from segray.config import TrainConfig
 from segray.data.classes import ClassMap
-from segray.data.manifest import Sample, Splits, Unpaired, load_splits
+from segray.data.manifest import Sample, Splits, Unpaired, describe_groups, load_splits
 from segray.progress import build_bar
 from segray.runtime.connect import connect_ray
 from segray.storage import join_uri, normalize_uri, write_bytes
@@ -44,6 +44,8 @@ def check_config(config: TrainConfig, console: Console) -> LabelReport:
 def _check(config: TrainConfig, console: Console) -> tuple[LabelReport, Splits]:
     unpaired: list[Unpaired] = []
     splits = load_splits(config.data, unpaired)
+    for line in describe_groups(config.data, splits):
+        console.print(line, highlight=False)
     classes = get_classes(config)
     with connect_ray():
         return LabelReport(check_splits(splits, classes, console), unpaired, classes), splits
