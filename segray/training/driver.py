@@ -114,7 +114,7 @@ def check_run(config: TrainConfig, splits: Splits, console: Console) -> SplitRep
     Preprocessing.of_encoder(config.model)
     for line in describe_groups(config.data, splits):
         console.print(line, highlight=False)
-    reports = check_splits(splits, get_classes(config), console)
+    reports = check_splits(config, splits, console)
     for name, report in reports.items():
         require_learnable(report, name)
     print_warnings(reports, console)

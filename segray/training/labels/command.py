@@ -1,17 +1,26 @@
 """Check labels before training; ``segray check`` runs this check alone."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 from rich.console import Console
 
-from segray.config import TrainConfig
+from segray.config import DataConfig, OxfordPetLayout, TrainConfig
 from segray.data.classes import ClassMap
-from segray.data.manifest import Sample, Splits, Unpaired, describe_groups, load_splits
+from segray.data.manifest import Sample, Splits, Unpaired, describe_groups, load_splits, name_images
 from segray.progress import build_bar
 from segray.runtime.connect import connect_ray
 from segray.storage import join_uri, normalize_uri, write_bytes
 from segray.training.job import get_classes
-from segray.training.labels.inspect import SplitReport, check_dataset, complete_reports, require_labelled
+from segray.training.labels.inspect import (
+    LabelFault,
+    SplitReport,
+    WarningKind,
+    check_dataset,
+    complete_reports,
+    require_labelled,
+)
+from segray.training.labels.name_groups import suspect_groups
 from segray.training.labels.report import LabelReport, print_findings
 
 
@@ -25,10 +34,35 @@ def check_labels(samples: Sequence[Sample], classes: ClassMap, split: str, conso
     return report
 
 
-def check_splits(splits: Splits, classes: ClassMap, console: Console) -> dict[str, SplitReport]:
+def check_splits(config: TrainConfig, splits: Splits, console: Console) -> dict[str, SplitReport]:
     """Check the labels of all splits; return the reports by split name."""
+    classes = get_classes(config)
     reports = {name: check_labels(samples, classes, name, console) for name, samples in splits._asdict().items()}
-    return complete_reports(reports, splits, classes)
+    reports = complete_reports(reports, splits, classes)
+    suspicion = suspect_shared_groups(config.data, splits)
+    return {**reports, "val": replace(reports["val"], warnings=suspicion + reports["val"].warnings)}
+
+
+def suspect_shared_groups(data: DataConfig, splits: Splits) -> list[LabelFault]:
+    """Return a warning if the names suggest that groups, such as videos, are in train and in val; else an empty list.
+
+    Nothing is suspected if ``data.val.group_by`` says what the groups are, or the layout defines the splits.
+    """
+    if isinstance(data.layout, OxfordPetLayout) or (data.val is not None and data.val.group_by is not None):
+        return []
+    shared = suspect_groups(*(name_images(data, samples) for samples in splits))
+    if shared is None:
+        return []
+    group, num_train, num_val = shared.example
+    message = (
+        f"one of {shared.num_val:,} images in val whose names suggest groups that are in train too, such as {group!r} "
+        f"with {num_train:,} images in train and {num_val:,} in val"
+    )
+    remedy = (
+        "if a group is a video, scene or patient, the validation score is too high, because it rewards memorising: "
+        f"set data.val: {{fraction: 0.2, group_by: '{shared.expression}'}}"
+    )
+    return [LabelFault(splits.val[shared.first].image_uri, WarningKind.SHARED_GROUP, message, remedy)]
 
 
 def check_config(config: TrainConfig, console: Console) -> LabelReport:
@@ -48,7 +82,7 @@ def _check(config: TrainConfig, console: Console) -> tuple[LabelReport, Splits]:
         console.print(line, highlight=False)
     classes = get_classes(config)
     with connect_ray():
-        return LabelReport(check_splits(splits, classes, console), unpaired, classes), splits
+        return LabelReport(check_splits(config, splits, console), unpaired, classes), splits
 
 
 def run_check(

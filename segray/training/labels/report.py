@@ -12,7 +12,7 @@ from segray.data.manifest import Unpaired
 from segray.training.labels.inspect import LabelFault, SplitReport
 
 _MAX_LISTED = 100  # Findings of one kind with one remedy.
-_MAX_TRAIN_WARNINGS = 3
+_MAX_TRAIN_WARNINGS = 3  # At least; more if there are more kinds.
 
 Finding = LabelFault | Unpaired
 
@@ -71,11 +71,16 @@ def print_findings(report: LabelReport, console: Console, list_all: bool = False
 
 
 def print_warnings(reports: Mapping[str, SplitReport], console: Console) -> None:
-    """Print the first three warnings, and how many more there are."""
-    warnings = _collect_warnings(reports)
-    _list(warnings[:_MAX_TRAIN_WARNINGS], "warning: ", None, console)
-    if len(warnings) > _MAX_TRAIN_WARNINGS:
-        num_more = len(warnings) - _MAX_TRAIN_WARNINGS
+    """Print three warnings, or the first one of each kind if there are more kinds, and how many more there are."""
+    ranked, counts = [], Counter[tuple[str, str]]()
+    for warning in _collect_warnings(reports):
+        ranked.append((counts[_get_group(warning)], warning))
+        counts[_get_group(warning)] += 1
+    warnings = [warning for _, warning in sorted(ranked, key=lambda pair: pair[0])]
+    num_shown = max(_MAX_TRAIN_WARNINGS, len(counts))
+    _list(warnings[:num_shown], "warning: ", None, console)
+    if len(warnings) > num_shown:
+        num_more = len(warnings) - num_shown
         console.print(f"warning: and {num_more:,} more (segray check lists all)", highlight=False)
 
 
