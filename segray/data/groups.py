@@ -87,6 +87,22 @@ def divide_groups(groups: Sequence[str], num_folds: int, seed: int) -> list[int]
     return [numbers[group] for group in groups]
 
 
+def number_groups(groups: Sequence[str], max_groups: int) -> list[int]:
+    """Return the number of each image's group, from 0 in alphabetical order.
+
+    Raises:
+        DataError: There is only one group, or there are more than ``max_groups``.
+    """
+    names = sorted(set(groups))
+    if not 2 <= len(names) <= max_groups:
+        raise DataError(
+            f"train.folds: groups makes one fold of each group; expected 2 to {max_groups} groups, found {len(names)}; "
+            "set a number of folds, or change data.val.group_by"
+        )
+    numbers = {name: number for number, name in enumerate(names)}
+    return [numbers[group] for group in groups]
+
+
 def describe_draw(train: Sequence[str], val: Sequence[str], fraction: float) -> list[str]:
     """Return lines that say how far a drawn split is from the fraction, and name a group that is too large for it.
 

@@ -4,13 +4,13 @@ import hashlib
 import json
 import posixpath
 from collections.abc import Iterable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from segray.config import IMAGE_EXTENSIONS, MASK_EXTENSIONS, DataConfig, OxfordPetLayout, SplitConfig
-from segray.data.groups import describe_draw, draw_groups, find_groups, require_separate
+from segray.config import IMAGE_EXTENSIONS, MASK_EXTENSIONS, MAX_FOLDS, DataConfig, OxfordPetLayout, SplitConfig
+from segray.data.groups import describe_draw, divide_groups, draw_groups, find_groups, number_groups, require_separate
 from segray.data.table_files import open_table_file
 from segray.errors import DataError, flatten_message
 from segray.storage import StoredFile, join_uri, list_files, normalize_uri, read_bytes
@@ -85,6 +85,47 @@ def load_splits(data: DataConfig, unpaired: list[Unpaired] | None = None) -> Spl
     return Splits(train, val)
 
 
+def load_folds(
+    data: DataConfig, folds: int | Literal["groups"], unpaired: list[Unpaired] | None = None
+) -> list[list[Sample]]:
+    """List the samples of each fold of a cross-validation over all images, those of train and of val.
+
+    Args:
+        data: Location of the labelled images, and what belongs together (``data.val.group_by``).
+        folds: Number of folds, or one for each group.
+        unpaired: As for ``load_splits``.
+
+    Raises:
+        DataError: As for ``load_splits``, or there are too few or too many groups.
+        StorageError: A folder or manifest cannot be read.
+    """
+    train, val = _list_samples(data, unpaired)
+    samples = sorted({sample.image_uri: sample for sample in [*(val or ()), *train]}.values())
+    if data.val is not None and data.val.group_by is not None:
+        (groups,) = group_samples(data, samples)
+    else:
+        groups = name_images(data, samples)
+    if folds == "groups":
+        numbers = number_groups(groups, MAX_FOLDS)
+    else:
+        numbers = divide_groups(groups, folds, data.val.seed if data.val else 0)
+    divided: list[list[Sample]] = [[] for _ in range(max(numbers) + 1)]
+    for sample, number in zip(samples, numbers, strict=True):
+        divided[number].append(sample)
+    return divided
+
+
+def hold_out(folds: Sequence[Sequence[Sample]], number: int) -> Splits:
+    """Return the splits of a fold, given by its index: it is held out for validation, the others are for training."""
+    train = [sample for index, fold in enumerate(folds) if index != number for sample in fold]
+    return Splits(sorted(train), list(folds[number]))
+
+
+def join_folds(folds: Sequence[Sequence[Sample]]) -> Splits:
+    """Return the splits of the run that follows a cross-validation: it trains on all images and validates on none."""
+    return Splits(sorted(sample for fold in folds for sample in fold), [])
+
+
 def _list_samples(data: DataConfig, unpaired: list[Unpaired] | None) -> tuple[list[Sample], list[Sample] | None]:
     """Return the samples of train and val; None for val if it is to be drawn from train."""
     found: list[Unpaired] = []
@@ -136,7 +177,8 @@ def describe_groups(data: DataConfig, splits: Splits) -> list[str]:
     """Return lines that say how well whole groups fit ``data.val.fraction``; none without groups or fraction."""
     if data.val is None or data.val.group_by is None or data.val.fraction is None:
         return []
-    return describe_draw(*group_samples(data, *splits), data.val.fraction)
+    train, val = group_samples(data, *splits)
+    return describe_draw(train, val, data.val.fraction)
 
 
 def _load_split(split: SplitConfig, name: str, unpaired: list[Unpaired]) -> list[Sample]:

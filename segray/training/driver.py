@@ -1,5 +1,7 @@
 """Run a complete training: check the labels, train on Ray, and write the bundle of the best epoch."""
 
+from dataclasses import dataclass
+
 import numpy as np
 import numpy.typing as npt
 import torch
@@ -18,6 +20,7 @@ from segray.runtime.connect import connect_ray
 from segray.storage import join_uri, normalize_uri
 from segray.training.binding import Binding
 from segray.training.checkpoint import RUN_NAME, find_newest_history, list_checkpoints, remove_surplus
+from segray.training.folds.estimate import Estimate
 from segray.training.job import TrainJob, get_classes, is_finished
 from segray.training.labels.command import check_splits
 from segray.training.labels.inspect import SplitReport, require_learnable
@@ -25,6 +28,19 @@ from segray.training.labels.report import print_warnings
 from segray.training.placement import place_on_cluster
 
 _BINDING_NAME = "train.json"
+
+
+@dataclass(frozen=True)
+class Validated:
+    """A finished cross-validation.
+
+    Attributes:
+        estimate: The scores, pooled over the folds and of each.
+        report: Label report on all images.
+    """
+
+    estimate: Estimate
+    report: SplitReport
 
 
 def run_training(config: TrainConfig, console: Console) -> str:
@@ -42,20 +58,33 @@ def run_training(config: TrainConfig, console: Console) -> str:
         StorageError: Permissions, network or disk error.
     """
     check_network(config)
-    splits = load_splits(config.data)
+    return train_to_bundle(config, load_splits(config.data), console)
+
+
+def train_to_bundle(config: TrainConfig, splits: Splits, console: Console, validated: Validated | None = None) -> str:
+    """Train on given splits and return the URI of the bundle; resumes, and does not repeat a complete run.
+
+    Args:
+        config: The resolved configuration.
+        splits: Labelled images; none for validation after a cross-validation.
+        console: Where progress and warnings are printed.
+        validated: Result of the cross-validation over the same images, or None to check the labels here.
+
+    Raises:
+        SegrayError: As ``run_training``.
+    """
     output = normalize_uri(config.output)
     bundle_uri, run_uri = join_uri(output, "bundle"), join_uri(output, RUN_NAME)
-    binding = Binding(join_uri(output, _BINDING_NAME), config.bound_settings, splits.compute_sha256())
-    if has_bundle(bundle_uri) or list_checkpoints(run_uri):  # Otherwise the output is still unused.
-        binding.require_same()
+    binding = bind_output(config, splits)
     console.print(describe_run(config, splits), highlight=False)
-    if has_bundle(bundle_uri) and is_complete(config.train, bundle_uri, run_uri):
+    if is_bundled(config):
         console.print("this run is complete; nothing to do", highlight=False)
         return bundle_uri
     num_workers = config.train.num_train_workers
     with connect_ray(num_workers, num_workers if config.train.use_gpu else 0), reported_shortage(console):
         print_wait(config, console)
-        job = build_job(config, splits, check_run(config, splits, console), run_uri)
+        report = validated.report if validated else check_run(config, splits, console)
+        job = build_job(config, splits, report, run_uri)
         # These imports take 8 s, so they follow the label check.
         from segray.training.bundling import write_bundle
         from segray.training.fit import fit
@@ -66,9 +95,34 @@ def run_training(config: TrainConfig, console: Console) -> str:
             fit(job, output, console, tracking.log)
             tracking.write_csv(find_newest_history(run_uri))  # Including epochs that the display missed.
         with console.status("writing the bundle"):
-            write_bundle(job, bundle_uri, console)
+            write_bundle(job, bundle_uri, console, validated.estimate if validated else None)
         remove_surplus(run_uri, config.train.num_best_checkpoints)
     return bundle_uri
+
+
+def bind_output(config: TrainConfig, splits: Splits) -> Binding:
+    """Return the binding of a run to its output, which is still to be written if the output is unused.
+
+    Raises:
+        RunMismatchError: The output belongs to a run with other settings or images.
+    """
+    output = normalize_uri(config.output)
+    binding = Binding(join_uri(output, _BINDING_NAME), config.bound_settings, splits.compute_sha256())
+    if has_bundle(join_uri(output, "bundle")) or list_checkpoints(join_uri(output, RUN_NAME)):  # Otherwise unused.
+        binding.require_same()
+    return binding
+
+
+def is_bundled(config: TrainConfig) -> bool:
+    """Return whether a run is complete: its bundle holds the best of all epochs.
+
+    Raises:
+        TrainingError: ``train.num_epochs`` was raised, and the checkpoints were removed.
+        BundleError: The bundle is damaged.
+    """
+    output = normalize_uri(config.output)
+    bundle_uri = join_uri(output, "bundle")
+    return has_bundle(bundle_uri) and is_complete(config.train, bundle_uri, join_uri(output, RUN_NAME))
 
 
 def is_complete(settings: TrainSettings, bundle_uri: str, run_uri: str) -> bool:

@@ -1,5 +1,6 @@
 """Pairing images with masks: folders, manifests and the Oxford-IIIT Pet layout."""
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ from pyarrow import csv
 from pyarrow import parquet as pq
 
 from segray.config import DataConfig
-from segray.data.manifest import Sample, Splits, load_splits
+from segray.data.manifest import Sample, Splits, hold_out, join_folds, load_folds, load_splits
 from segray.errors import DataError, MissingFileError
 from tests.conftest import NUM_TEST, NUM_TRAIN
 
@@ -137,15 +138,15 @@ def sequences(tmp_path: Path) -> dict[str, str]:
 
 
 def test_whole_groups_are_drawn_for_validation(sequences: dict[str, str]) -> None:
-    for expression, get_group in {
-        r"^(.*)_\d+$": lambda path: path.stem[:4],
-        r"seq\d+": lambda path: path.stem[:4],  # Without a group in the expression, the whole match.
-        r"^day\d": lambda path: path.parent.name,
+    for expression, in_path in {
+        r"^(.*)_\d+$": r"seq\d",
+        r"seq\d+": r"seq\d",  # Without a group in the expression, the whole match.
+        r"^day\d": r"day\d",
     }.items():
         drawn = set()
         for seed in range(8):
             splits = load(train=sequences, val={"fraction": 0.3, "seed": seed, "group_by": expression})
-            train, val = ({get_group(Path(sample.image_uri)) for sample in split} for split in splits)
+            train, val = ({*re.findall(in_path, " ".join(uri for uri, _ in split))} for split in splits)
             assert train
             assert val
             assert train.isdisjoint(val)
@@ -180,3 +181,35 @@ def test_a_manifest_and_the_oxford_layout_are_split_by_group_too(tmp_path: Path,
 def test_a_name_that_the_expression_does_not_match_is_named(sequences: dict[str, str]) -> None:
     with pytest.raises(DataError, match=r"group_by: '\^day0/' does not match .* 'day1/seq1_0000' \(9 of 21 images\)"):
         load(train=sequences, val={"fraction": 0.3, "group_by": "^day0/"})
+
+
+def test_folds_divide_the_images_of_train_and_val_by_group(sequences: dict[str, str]) -> None:
+    halves = [{name: f"{folder}/day{day}" for name, folder in sequences.items()} for day in (0, 1)]
+    values = {"train": halves[0], "val": {**halves[1], "group_by": r"^(seq\d+)_"}, "class_names": ["a", "b"]}
+    data = DataConfig.model_validate(values)
+    for divided in (load_folds(data, 3), load_folds(data, "groups")):
+        assert len(divided) in (3, 6)
+        uris = [sample.image_uri for fold in divided for sample in fold]
+        assert len(uris) == len(set(uris)) == 21
+        groups = [{Path(sample.image_uri).stem[:4] for sample in fold} for fold in divided]
+        assert len(set().union(*groups)) == sum(map(len, groups)) == 6
+        for number, fold in enumerate(divided):
+            splits = hold_out(divided, number)
+            assert splits.val == fold
+            assert sorted(splits.train + splits.val) == join_folds(divided).train
+    assert [len(fold) for fold in load_folds(data, "groups")] == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(DataError, match="7 folds need as many groups of images, found 6"):
+        load_folds(data, 7)
+
+
+def test_folds_without_groups_divide_single_images_and_no_image_is_in_two(sequences: dict[str, str]) -> None:
+    data = {"train": sequences, "val": sequences, "class_names": ["a", "b"]}  # Every image is in both splits.
+    divided = load_folds(DataConfig.model_validate(data), 4)
+    assert sorted(map(len, divided)) == [5, 5, 5, 6]
+    assert len({sample for fold in divided for sample in fold}) == 21
+
+
+def test_one_group_makes_no_folds(sequences: dict[str, str]) -> None:
+    data = {"train": sequences, "val": {"fraction": 0.2, "group_by": "^day"}, "class_names": ["a", "b"]}
+    with pytest.raises(DataError, match="expected 2 to 100 groups, found 1"):
+        load_folds(DataConfig.model_validate(data), "groups")

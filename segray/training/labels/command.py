@@ -7,7 +7,16 @@ from rich.console import Console
 
 from segray.config import DataConfig, OxfordPetLayout, TrainConfig
 from segray.data.classes import ClassMap
-from segray.data.manifest import Sample, Splits, Unpaired, describe_groups, load_splits, name_images
+from segray.data.manifest import (
+    Sample,
+    Splits,
+    Unpaired,
+    describe_groups,
+    join_folds,
+    load_folds,
+    load_splits,
+    name_images,
+)
 from segray.progress import build_bar
 from segray.runtime.connect import connect_ray
 from segray.storage import join_uri, normalize_uri, write_bytes
@@ -19,6 +28,7 @@ from segray.training.labels.inspect import (
     check_dataset,
     complete_reports,
     require_labelled,
+    sum_reports,
 )
 from segray.training.labels.name_groups import suspect_groups
 from segray.training.labels.report import LabelReport, print_findings
@@ -41,6 +51,25 @@ def check_splits(config: TrainConfig, splits: Splits, console: Console) -> dict[
     reports = complete_reports(reports, splits, classes)
     suspicion = suspect_shared_groups(config.data, splits)
     return {**reports, "val": replace(reports["val"], warnings=suspicion + reports["val"].warnings)}
+
+
+def check_folds(config: TrainConfig, folds: Sequence[Sequence[Sample]], console: Console) -> dict[str, SplitReport]:
+    """Check the labels of all folds of a cross-validation; return the reports by name, ``fold 1`` and so on.
+
+    Warnings about what train and val share are those of each fold held out for validation.
+    """
+    classes = get_classes(config)
+    found = [check_labels(samples, classes, f"fold {number}", console) for number, samples in enumerate(folds, start=1)]
+    reports = {}
+    for number, report in enumerate(found):
+        others = [index for index in range(len(folds)) if index != number]
+        # In the order of the reports, whose digests are those of the images.
+        splits = Splits([sample for index in others for sample in folds[index]], list(folds[number]))
+        pair = {"train": sum_reports([found[index] for index in others]), "val": report}
+        report = complete_reports(pair, splits, classes)["val"]
+        suspicion = [] if number else suspect_shared_groups(config.data, splits)
+        reports[f"fold {number + 1}"] = replace(report, warnings=suspicion + report.warnings)
+    return reports
 
 
 def suspect_shared_groups(data: DataConfig, splits: Splits) -> list[LabelFault]:
@@ -77,10 +106,14 @@ def check_config(config: TrainConfig, console: Console) -> LabelReport:
 
 def _check(config: TrainConfig, console: Console) -> tuple[LabelReport, Splits]:
     unpaired: list[Unpaired] = []
+    classes = get_classes(config)
+    if config.train.folds is not None:
+        folds = load_folds(config.data, config.train.folds, unpaired)
+        with connect_ray():
+            return LabelReport(check_folds(config, folds, console), unpaired, classes), join_folds(folds)
     splits = load_splits(config.data, unpaired)
     for line in describe_groups(config.data, splits):
         console.print(line, highlight=False)
-    classes = get_classes(config)
     with connect_ray():
         return LabelReport(check_splits(config, splits, console), unpaired, classes), splits
 

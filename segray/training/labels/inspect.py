@@ -4,6 +4,8 @@ Without this check, an undeclared class value fails an assertion on the GPU, whi
 file.
 """
 
+import functools
+import operator
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -120,6 +122,11 @@ class SplitReport:
         """Return a report on no samples."""
         zeros = np.zeros(num_classes, np.int64)
         return cls(0, [], [], zeros, zeros, zeros, 0, frozenset(), b"", b"")
+
+
+def sum_reports(reports: Sequence[SplitReport]) -> SplitReport:
+    """Return the report on the samples of all reports, of which there is at least one, in their order."""
+    return functools.reduce(operator.add, reports)
 
 
 def check_samples(samples: Sequence[Sample], classes: ClassMap) -> SplitReport:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from segray.data.classes import ClassMap
 from segray.data.manifest import Unpaired
-from segray.training.labels.inspect import LabelFault, SplitReport
+from segray.training.labels.inspect import LabelFault, SplitReport, sum_reports
 
 _MAX_LISTED = 100  # Findings of one kind with one remedy.
 _MAX_TRAIN_WARNINGS = 3  # At least; more if there are more kinds.
@@ -22,7 +22,8 @@ class LabelReport:
     """Result of a label check.
 
     Attributes:
-        splits: Report of each split, ``train`` and ``val``: labelled pixels, faults and warnings.
+        splits: Report of each split, ``train`` and ``val``, or of each fold of a cross-validation: labelled pixels,
+            faults and warnings.
         unpaired: Images without a mask, and masks without an image.
         classes: The classes that the masks were read with.
     """
@@ -102,10 +103,12 @@ def _list(findings: Sequence[Finding], prefix: str, limit: int | None, console: 
 
 
 def _build_table(reports: Mapping[str, SplitReport], classes: ClassMap) -> Table:
+    if reports.keys() != {"train", "val"}:  # There may be a hundred folds.
+        reports = {"": sum_reports(list(reports.values()))}
     table = Table("class", "raw value")
     for name in reports:
         for what in ("pixels", "share", "images"):
-            table.add_column(f"{name} {what}", justify="right")
+            table.add_column(f"{name} {what}".strip(), justify="right")
     for index, (class_name, value) in enumerate(zip(classes.names, classes.values, strict=True)):
         cells = [cell for report in reports.values() for cell in _describe_class(report, index)]
         table.add_row(class_name, str(value), *cells)
