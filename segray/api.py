@@ -36,7 +36,8 @@ class TrainResult:
     Attributes:
         bundle: URI of the model bundle, to pass to ``segment``, ``export`` and ``load_bundle``.
         metrics: Scores of the epoch that the bundle holds: ``epoch``, ``loss``, ``val_mean_iou``, ``val_dataset_iou``
-            (one per class; None where undefined), and the others of ``bundle.json``.
+            (one per class; None where undefined), and the others of ``bundle.json``. With ``train.folds`` the scores
+            are those of the cross-validation.
     """
 
     bundle: str
@@ -45,6 +46,8 @@ class TrainResult:
 
 def train(config: ConfigSource, *, console: "Console | None" = None) -> TrainResult:
     """Train a model on labelled images and write a bundle; resumes an interrupted run with the same output.
+
+    With ``train.folds``, a cross-validation comes first.
 
     Args:
         config: A YAML file, a dict of the same structure, or a ``TrainConfig``.
@@ -59,9 +62,9 @@ def train(config: ConfigSource, *, console: "Console | None" = None) -> TrainRes
         StorageError: Environment error (permissions, network, disk); fix it and call again to resume.
     """
     from segray.models.bundle import load_manifest
-    from segray.training.driver import run_training
+    from segray.training.folds.run import run_folds_and_training
 
-    bundle = run_training(_load_train_config(config), console or build_quiet_console())
+    bundle = run_folds_and_training(_load_train_config(config), console or build_quiet_console())
     return TrainResult(bundle, load_manifest(bundle)[0].metrics)
 
 

@@ -56,9 +56,9 @@ def train(config: ConfigArgument, overrides: SetOption = None) -> None:
     if is_submitted_job():
         require_absolute(settings.uris)
     console = build_console()
-    from segray.training.driver import run_training
+    from segray.training.folds.run import run_folds_and_training
 
-    console.print(f"bundle: {run_training(settings, console)}", highlight=False)
+    console.print(f"bundle: {run_folds_and_training(settings, console)}", highlight=False)
 
 
 @app.command()

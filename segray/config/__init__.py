@@ -16,7 +16,7 @@ from segray.config.load import find_differences, load_config, require_absolute
 from segray.config.loss import LOSS_TERMS, LossSettings
 from segray.config.model import ModelConfig
 from segray.config.segmentation import SegmentSettings
-from segray.config.training import TrackingSettings, TrainSettings
+from segray.config.training import MAX_FOLDS, TrackingSettings, TrainSettings
 from segray.config.tuning import SearchRange, TuneSettings
 
 __all__ = [
@@ -25,6 +25,7 @@ __all__ = [
     "LOSS_TERMS",
     "MASK_EXTENSIONS",
     "MAX_CLASSES",
+    "MAX_FOLDS",
     "AugmentationSettings",
     "DataConfig",
     "ExportFormat",

@@ -1,8 +1,9 @@
 """Settings of labelled images, and the meaning of the values in their masks."""
 
+import re
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from segray.config.section import Section
 
@@ -17,7 +18,8 @@ RawValue = Annotated[int, Field(ge=0, le=65_535)]
 class SplitConfig(Section):
     """Source of one split: a folder of images and one of masks, a manifest, or a fraction of the training images.
 
-    Give exactly one of: ``images`` and ``masks``; ``manifest``; ``fraction`` (for ``val`` only).
+    Give exactly one of: ``images`` and ``masks``; ``manifest``; ``fraction`` (for ``val`` only). ``group_by`` can be
+    given with each of them.
     """
 
     images: str | None = Field(
@@ -37,9 +39,26 @@ class SplitConfig(Section):
         None,
         gt=0,
         lt=1,
-        description="Share of the training images, 0 to 1, drawn at random and used for validation only.",
+        description="Share of the training images, 0 to 1, drawn at random and used for validation only. With "
+        "``group_by`` whole groups are drawn.",
     )
-    seed: int = Field(0, ge=0, description="Seed of the random draw of ``fraction``.")
+    seed: int = Field(0, ge=0, description="Seed of the random draw of ``fraction``, and of ``train.folds``.")
+    group_by: str | None = Field(
+        None,
+        description="For ``val`` only: a regular expression, searched in the name of each image. Images for which its "
+        "first group (without groups: the whole match) is the same text belong together, such as the frames of a "
+        "video, and are never in train and val both. The name of an image is its path below its folder, without the "
+        "extension; with a manifest it is the URI, without the extension.",
+    )
+
+    @field_validator("group_by")
+    @classmethod
+    def _check_expression(cls, value: str | None) -> str | None:
+        try:
+            re.compile(value or "")
+        except re.error as error:
+            raise ValueError(f"expected a regular expression, got {value!r}: {error}") from error
+        return value
 
     @model_validator(mode="after")
     def _check_one_form(self) -> Self:
@@ -122,6 +141,8 @@ class DataConfig(Section):
         values = [*self.class_values, *self.ignore_values]
         if len(set(values)) < len(values):
             raise ValueError(f"class_values and ignore_values: expected distinct values, got {values}")
+        if self.train is not None and self.train.group_by is not None:
+            raise ValueError("train.group_by: expected only in val; it applies to train and val together")
         if self.layout == "folders":
             if self.train is None or self.train.fraction is not None:
                 raise ValueError("train: expected {images: URI, masks: URI} or {manifest: URI}")

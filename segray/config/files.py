@@ -13,8 +13,10 @@ from segray.config.segmentation import SegmentSettings
 from segray.config.training import TrackingSettings, TrainSettings
 from segray.config.tuning import TuneSettings
 
-# Settings of train that change the speed or the fault tolerance of a run, but not its weights.
+# Settings of train that change the speed or the fault tolerance of a run, but not its weights. (What a run trains on,
+# with or without folds, is in its listing.)
 _NOT_WEIGHT_SETTINGS = {
+    "folds",
     "num_decode_threads",
     "num_prefetch_batches",
     "cache_bytes",
@@ -86,6 +88,12 @@ class TrainConfig(SegmentFile):
             raise ValueError(
                 f"loss.class_weights: expected one weight for each of the {len(names)} class_names, got {len(weights)}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _check_folds(self) -> Self:
+        if self.train.folds == "groups" and (self.data.val is None or self.data.val.group_by is None):
+            raise ValueError("train.folds: groups needs data.val.group_by, the expression that says what a group is")
         return self
 
     @property

@@ -1,10 +1,12 @@
 """Settings of optimisation, of the training workers, and of metric tracking."""
 
-from typing import Literal, Self
+from typing import Annotated, Literal, Self
 
 from pydantic import Field, model_validator
 
 from segray.config.section import Section
+
+MAX_FOLDS = 100
 
 
 class TrainSettings(Section):
@@ -38,6 +40,12 @@ class TrainSettings(Section):
         ge=1,
         description="Forward and backward passes per optimizer step. More passes need less memory. A run that "
         "continues with fewer workers (``min_train_workers``) makes more, so that none needs more memory than before.",
+    )
+    folds: Literal["groups"] | Annotated[int, Field(ge=2, le=MAX_FOLDS)] | None = Field(
+        None,
+        description="Cross-validate: train one model for each of this many parts of all images (train and val) on the "
+        f"other parts, 2 to {MAX_FOLDS}, and score it on its part. ``groups``: one part for each group of "
+        "``data.val.group_by``. Then train the model of the bundle on all images. ``null``: train once.",
     )
     seed: int = Field(0, ge=0, description="Seed of initial weights, sample order and augmentation.")
     sampling: Literal["uniform", "class_balanced"] = Field(
@@ -208,6 +216,11 @@ class TrainSettings(Section):
                 f"global_batch_size: expected a multiple of {parts}, which is num_train_workers "
                 f"({self.num_train_workers}) times num_accumulation_steps ({self.num_accumulation_steps}), "
                 f"got {self.global_batch_size}"
+            )
+        if self.folds is not None and self.early_stopping_epochs is not None:
+            raise ValueError(
+                "early_stopping_epochs: expected null with folds, because stopping by the images that a fold holds "
+                f"out would make their score too high; got {self.early_stopping_epochs}"
             )
         if (self.min_train_workers or 1) > self.num_train_workers:
             raise ValueError(

@@ -1,16 +1,18 @@
 """Pair images with masks: from two folders, a Parquet or CSV manifest, or the Oxford-IIIT Pet layout."""
 
+import hashlib
 import posixpath
-from collections.abc import Callable, Iterable
-from itertools import islice
-from typing import NamedTuple
+from collections.abc import Callable, Iterable, Sequence
+from itertools import chain, islice
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from segray.config import IMAGE_EXTENSIONS, MASK_EXTENSIONS, DataConfig, OxfordPetLayout, SplitConfig
+from segray.config import IMAGE_EXTENSIONS, MASK_EXTENSIONS, MAX_FOLDS, DataConfig, OxfordPetLayout, SplitConfig
+from segray.data.groups import describe_draw, divide_groups, draw_groups, find_groups, number_groups, require_separate
 from segray.data.sample_list import Sample, SampleList, Splits
 from segray.data.table_files import open_table_file
 from segray.data.uri_columns import normalize_uris
@@ -61,9 +63,75 @@ def load_splits(data: DataConfig, unpaired: list[Unpaired] | None = None) -> Spl
         unpaired: List to which images without a mask and masks without an image are appended. If None, they are errors.
 
     Raises:
-        DataError: A folder or split is empty, a manifest or list cannot be used, or a mask or image has no counterpart.
+        DataError: A folder or split is empty, a manifest or list cannot be used, a mask or image has no counterpart, or
+            ``data.val.group_by`` does not fit the names or is contradicted by given splits.
         StorageError: A folder or manifest cannot be read.
     """
+    train, val = _list_samples(data, unpaired)
+    if val is None:
+        assert data.val is not None
+        return Splits(*_draw_fraction(data, train, data.val))
+    if data.val is not None and data.val.group_by is not None:
+        require_separate(*group_samples(data, train, val))
+    return Splits(train, val)
+
+
+def load_folds(
+    data: DataConfig, folds: int | Literal["groups"], unpaired: list[Unpaired] | None = None
+) -> list[SampleList]:
+    """List the samples of each fold of a cross-validation over all images, those of train and of val.
+
+    Args:
+        data: Location of the labelled images, and what belongs together (``data.val.group_by``).
+        folds: Number of folds, or one for each group.
+        unpaired: As for ``load_splits``.
+
+    Raises:
+        DataError: As for ``load_splits``, or there are too few or too many groups.
+        StorageError: A folder or manifest cannot be read.
+    """
+    train, val = _list_samples(data, unpaired)
+    samples = SampleList.of(sorted({sample.image_uri: sample for sample in chain(val or (), train)}.values()))
+    if data.val is not None and data.val.group_by is not None:
+        (groups,) = group_samples(data, samples)
+    else:
+        groups = name_images(data, samples)
+    if folds == "groups":
+        numbers = number_groups(groups, MAX_FOLDS)
+    else:
+        numbers = divide_groups(groups, folds, data.val.seed if data.val else 0)
+    return [samples.take(np.flatnonzero(np.equal(numbers, number))) for number in range(max(numbers) + 1)]
+
+
+def hold_out(folds: Sequence[Sequence[Sample]], number: int) -> Splits:
+    """Return the splits of a fold, given by its index: it is held out for validation, the others are for training."""
+    return Splits(_join([fold for index, fold in enumerate(folds) if index != number]), folds[number])
+
+
+def join_folds(folds: Sequence[Sequence[Sample]]) -> Splits:
+    """Return the splits of the run that follows a cross-validation: it trains on all images and validates on none."""
+    return Splits(_join(folds), [])
+
+
+def _join(folds: Sequence[Sequence[Sample]]) -> SampleList:
+    return SampleList.of(chain.from_iterable(folds)).take(sort_folds(folds))
+
+
+def sort_folds(folds: Sequence[Sequence[Sample]]) -> npt.NDArray[np.integer]:
+    """Return the indices that sort the samples of all folds, one fold after the other, by image URI."""
+    columns = SampleList.of(chain.from_iterable(folds)).read_columns()
+    indices: npt.NDArray[np.integer] = pc.sort_indices(pa.chunked_array([images for images, _ in columns])).to_numpy()
+    return indices
+
+
+def compute_folds_sha256(folds: Sequence[Sequence[Sample]]) -> str:
+    """Return the sha256 of all image and mask URIs and their fold."""
+    listings = [Splits(fold, []).compute_sha256() for fold in folds]
+    return hashlib.sha256("".join(listings).encode()).hexdigest()
+
+
+def _list_samples(data: DataConfig, unpaired: list[Unpaired] | None) -> tuple[SampleList, SampleList | None]:
+    """Return the samples of train and val; None for val if it is to be drawn from train."""
     found: list[Unpaired] = []
     if isinstance(data.layout, OxfordPetLayout):
         root = normalize_uri(data.layout.oxford_iiit_pet.root)
@@ -77,10 +145,44 @@ def load_splits(data: DataConfig, unpaired: list[Unpaired] | None = None) -> Spl
         unpaired += found
     elif found:
         raise DataError(f"{len(found)} files have no matching mask or image (segray check lists all): {found[0]}")
-    if val is None:
-        assert data.val is not None
-        train, val = _draw_fraction(train, data.val)
-    return Splits(train, val)
+    return train, val
+
+
+def name_images(data: DataConfig, samples: Sequence[Sample]) -> list[str]:
+    """Return the name of each image: its path below its folder, or the URI of a manifest, without the extension."""
+    if isinstance(data.layout, OxfordPetLayout):
+        roots = [join_uri(normalize_uri(data.layout.oxford_iiit_pet.root), "images")]
+    else:
+        roots = [normalize_uri(split.images) for split in (data.train, data.val) if split and split.images]
+    roots.sort(key=len, reverse=True)  # An image is below the deepest folder that contains it.
+    return [_name_image(sample.image_uri, roots) for sample in samples]
+
+
+def _name_image(uri: str, roots: Sequence[str]) -> str:
+    for root in roots:
+        if uri.startswith(f"{root.rstrip('/')}/"):
+            return get_pairing_key(uri, root)
+    return posixpath.splitext(uri)[0]
+
+
+def group_samples(data: DataConfig, *splits: Sequence[Sample]) -> list[list[str]]:
+    """Return the group of each image of each split, as ``data.val.group_by`` defines it; it must be set.
+
+    Raises:
+        DataError: The expression does not match a name.
+    """
+    assert data.val is not None
+    assert data.val.group_by is not None
+    groups = iter(find_groups(name_images(data, [s for split in splits for s in split]), data.val.group_by))
+    return [[next(groups) for _ in split] for split in splits]
+
+
+def describe_groups(data: DataConfig, splits: Splits) -> list[str]:
+    """Return lines that say how well whole groups fit ``data.val.fraction``; none without groups or fraction."""
+    if data.val is None or data.val.group_by is None or data.val.fraction is None:
+        return []
+    train, val = group_samples(data, *splits)
+    return describe_draw(train, val, data.val.fraction)
 
 
 def _load_split(split: SplitConfig, name: str, unpaired: list[Unpaired]) -> SampleList:
@@ -236,14 +338,20 @@ def _load_oxford_split(root: str, name: str) -> SampleList:
     return SampleList.of(samples)
 
 
-def _draw_fraction(samples: SampleList, split: SplitConfig) -> tuple[SampleList, SampleList]:
+def _draw_fraction(data: DataConfig, samples: SampleList, split: SplitConfig) -> tuple[SampleList, SampleList]:
+    """Divide samples into those to train on and those to validate on."""
     assert split.fraction is not None
-    num_val = max(1, round(len(samples) * split.fraction))
-    if num_val >= len(samples):
-        raise DataError(
-            f"data.val.fraction: {split.fraction} of {len(samples)} images leaves none to train on; add images"
-        )
-    order = np.random.default_rng(split.seed).permutation(len(samples))
-    is_val = np.zeros(len(samples), bool)
-    is_val[order[:num_val]] = True
+    if split.group_by is not None:
+        (groups,) = group_samples(data, samples)
+        drawn = draw_groups(groups, split.fraction, split.seed)
+        is_val = np.array([group in drawn for group in groups])
+    else:
+        num_val = max(1, round(len(samples) * split.fraction))
+        if num_val >= len(samples):
+            raise DataError(
+                f"data.val.fraction: {split.fraction} of {len(samples)} images leaves none to train on; add images"
+            )
+        order = np.random.default_rng(split.seed).permutation(len(samples))
+        is_val = np.zeros(len(samples), bool)
+        is_val[order[:num_val]] = True
     return samples.take(np.flatnonzero(~is_val)), samples.take(np.flatnonzero(is_val))

@@ -15,7 +15,8 @@ from segray.models.prediction import compute_mask
 from segray.plots import Panel, draw_comparison, draw_confusion, draw_curves
 from segray.schema import get_library_versions
 from segray.storage import get_file_name
-from segray.training.checkpoint import find_best_state, find_newest_history, find_newest_phases
+from segray.training.checkpoint import find_best_state, find_last_state, find_newest_history, find_newest_phases
+from segray.training.folds.estimate import Estimate, describe_spread
 from segray.training.job import TrainJob
 from segray.training.phases import describe_phases
 from segray.training.tracking import format_metrics_csv
@@ -26,17 +27,24 @@ _TEMPLATES = jinja2.Environment(
 )
 
 
-def write_bundle(job: TrainJob, bundle_uri: str, console: Console) -> None:
-    """Write the bundle of the epoch with the highest validation mean IoU.
+def write_bundle(job: TrainJob, bundle_uri: str, console: Console, estimate: Estimate | None = None) -> None:
+    """Write the bundle of the epoch with the highest validation mean IoU, or of the last one after a cross-validation.
+
+    Args:
+        job: The description of the finished run.
+        bundle_uri: The folder to write.
+        console: Where damaged checkpoints are reported.
+        estimate: Scores of the cross-validation, which become those of a bundle without a validation split.
 
     Raises:
-        TrainingError: No checkpoint is both evaluated and intact.
+        TrainingError: No checkpoint is intact and, if there is a validation split, evaluated.
         DataError: A validation image to draw can no longer be used.
         StorageError: Permissions, network or disk error.
     """
-    best = find_best_state(job.run_uri, console.print)
+    find_state = find_best_state if estimate is None else find_last_state
+    best = find_state(job.run_uri, console.print)
     history, phases = find_newest_history(job.run_uri), find_newest_phases(job.run_uri)
-    metrics = best.history[-1]
+    metrics = {**best.history[-1], **(estimate.pooled if estimate else {})}
     without_weights = job.config.model.model_copy(update={"encoder_weights": None})
     model = build_model(without_weights, job.classes.num_classes, job.config.image_size).eval()
     model.load_state_dict(best.weights)
@@ -55,11 +63,17 @@ def write_bundle(job: TrainJob, bundle_uri: str, console: Console) -> None:
             "metrics.csv": format_metrics_csv(history, job.classes),
             "curves.png": draw_curves(history, job.classes),
             "confusion.png": draw_confusion(np.array(metrics["val_confusion"]), job.classes),
-            "best.png": _draw_predictions(job, model, metrics["val_best_images"]),
-            "worst.png": _draw_predictions(job, model, metrics["val_worst_images"]),
-            "model_card.md": _format_card(job, len(history), metrics, describe_phases(phases)),
+            **_draw_extremes(job, model, metrics),
+            "model_card.md": _format_card(job, len(history), metrics, describe_phases(phases), estimate),
         },
     )
+
+
+def _draw_extremes(job: TrainJob, model: SegmentationModel, metrics: dict[str, Any]) -> dict[str, bytes]:
+    """Return pictures of the best and the worst validation images by file name; none without a validation split."""
+    if not job.splits.val:
+        return {}
+    return {f"{name}.png": _draw_predictions(job, model, metrics[f"val_{name}_images"]) for name in ("best", "worst")}
 
 
 def _draw_predictions(job: TrainJob, model: SegmentationModel, scores: Sequence[tuple[float, int]]) -> bytes:
@@ -77,7 +91,9 @@ def _draw_predictions(job: TrainJob, model: SegmentationModel, scores: Sequence[
     return draw_comparison(panels, classes)
 
 
-def _format_card(job: TrainJob, num_epochs: int, metrics: dict[str, Any], changes: Sequence[str]) -> bytes:
+def _format_card(
+    job: TrainJob, num_epochs: int, metrics: dict[str, Any], changes: Sequence[str], estimate: Estimate | None
+) -> bytes:
     """Return the model card, in Markdown, of the epoch with these metrics; ``changes`` are those of the settings."""
     columns = ("dataset_iou", "dataset_dice", "precision", "recall", "boundary_iou", "mean_image_iou")
     rows = [
@@ -93,6 +109,8 @@ def _format_card(job: TrainJob, num_epochs: int, metrics: dict[str, Any], change
         changes=changes,
         columns=columns,
         rows=rows,
+        estimate=estimate,
+        describe_spread=describe_spread,
         class_weights=None if job.class_weights is None else ", ".join(f"{weight:.3g}" for weight in job.class_weights),
         augmentation=", ".join(f"{name} {value}" for name, value in job.config.augmentation.changes.items()),
         versions=get_library_versions(),

@@ -247,6 +247,18 @@ def find_best_state(run_uri: str, warn: Callable[[str], None]) -> TrainingState:
     return found[1]
 
 
+def find_last_state(run_uri: str, warn: Callable[[str], None]) -> TrainingState:
+    """Return the intact checkpoint at the end of the last epoch, for a run without a validation split.
+
+    Raises:
+        TrainingError: No checkpoint of the run is intact, or the last epoch's is damaged.
+    """
+    found = find_newest_state(run_uri, warn)
+    if found is None or len(found[1].history) < len(find_newest_history(run_uri)):
+        raise TrainingError(f"no intact checkpoint of the last epoch under {run_uri}; rerun the same command")
+    return found[1]
+
+
 def remove_surplus(run_uri: str, num_best: int) -> None:
     """Remove all complete checkpoints except the newest two and the best ``num_best``, and older interrupted uploads.
 

@@ -1,6 +1,7 @@
 """Run a complete training: check the labels, train on Ray, and write the bundle of the best epoch."""
 
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -8,7 +9,7 @@ import torch
 from rich.console import Console
 
 from segray.config import TrainConfig, TrainSettings
-from segray.data.manifest import load_splits
+from segray.data.manifest import describe_groups, load_splits
 from segray.data.sample_list import Splits
 from segray.errors import TrainingError
 from segray.models.build import check_model, check_size
@@ -21,6 +22,7 @@ from segray.runtime.connect import connect_ray
 from segray.storage import join_uri, normalize_uri
 from segray.training.binding import Binding
 from segray.training.checkpoint import RUN_NAME, find_newest_history, list_checkpoints, remove_surplus
+from segray.training.folds.estimate import Estimate
 from segray.training.job import TrainJob, get_classes, is_finished
 from segray.training.labels.command import check_splits
 from segray.training.labels.inspect import SplitReport, require_learnable
@@ -33,6 +35,19 @@ from segray.training.time_budget import apply_measured, apply_recorded
 
 _BINDING_NAME = "train.json"
 _NUM_MEASURED_EPOCHS = 10_000
+
+
+@dataclass(frozen=True)
+class Validated:
+    """A finished cross-validation.
+
+    Attributes:
+        estimate: The scores, pooled over the folds and of each.
+        report: Label report on all images.
+    """
+
+    estimate: Estimate
+    report: SplitReport
 
 
 def run_training(config: TrainConfig, console: Console) -> str:
@@ -50,23 +65,35 @@ def run_training(config: TrainConfig, console: Console) -> str:
         StorageError: Permissions, network or disk error.
     """
     check_network(config)
-    splits = load_splits(config.data)
+    return train_to_bundle(config, load_splits(config.data), console)
+
+
+def train_to_bundle(config: TrainConfig, splits: Splits, console: Console, validated: Validated | None = None) -> str:
+    """Train on given splits and return the URI of the bundle; resumes, and does not repeat a complete run.
+
+    Args:
+        config: The resolved configuration.
+        splits: Labelled images; none for validation after a cross-validation.
+        console: Where progress and warnings are printed.
+        validated: Result of the cross-validation over the same images, or None to check the labels here.
+
+    Raises:
+        SegrayError: As ``run_training``.
+    """
     output = normalize_uri(config.output)
     bundle_uri, run_uri = join_uri(output, "bundle"), join_uri(output, RUN_NAME)
-    binding = Binding(join_uri(output, _BINDING_NAME), config.bound_settings, splits.compute_sha256())
-    is_used = has_bundle(bundle_uri) or bool(list_checkpoints(run_uri))
-    if is_used:
-        binding.require_same()
+    binding = bind_output(config, splits)
     console.print(describe_run(config, splits), highlight=False)
-    if is_used and config.train.time_budget_min:
+    if config.train.time_budget_min and _is_used(config):
         config = apply_recorded(config, console)
-    if has_bundle(bundle_uri) and is_complete(config.train, bundle_uri, run_uri):
+    if is_bundled(config):
         console.print("this run is complete; nothing to do", highlight=False)
         return bundle_uri
     num_workers = config.train.num_train_workers
     with connect_ray(num_workers, num_workers if config.train.use_gpu else 0), reported_shortage(console):
         print_wait(config, console)
-        job = build_job(config, splits, check_run(config, splits, console), run_uri)
+        report = validated.report if validated else check_run(config, splits, console)
+        job = build_job(config, splits, report, run_uri)
         # These imports take 8 s, so they follow the label check.
         from segray.training.bundling import write_bundle
         from segray.training.fit import fit
@@ -83,9 +110,40 @@ def run_training(config: TrainConfig, console: Console) -> str:
             fit(job, output, console, tracking.log, tracking.log_steps)
             tracking.write_csv(find_newest_history(run_uri))  # Including epochs that the display missed.
         with console.status("writing the bundle"):
-            write_bundle(job, bundle_uri, console)
+            write_bundle(job, bundle_uri, console, validated.estimate if validated else None)
         remove_surplus(run_uri, config.train.num_best_checkpoints)
     return bundle_uri
+
+
+def bind_output(config: TrainConfig, splits: Splits) -> Binding:
+    """Return the binding of a run to its output, which is still to be written if the output is unused.
+
+    Raises:
+        RunMismatchError: The output belongs to a run with other settings or images.
+    """
+    output = normalize_uri(config.output)
+    binding = Binding(join_uri(output, _BINDING_NAME), config.bound_settings, splits.compute_sha256())
+    if _is_used(config):
+        binding.require_same()
+    return binding
+
+
+def _is_used(config: TrainConfig) -> bool:
+    """Return whether the output has a bundle or a checkpoint."""
+    output = normalize_uri(config.output)
+    return has_bundle(join_uri(output, "bundle")) or bool(list_checkpoints(join_uri(output, RUN_NAME)))
+
+
+def is_bundled(config: TrainConfig) -> bool:
+    """Return whether a run is complete: its bundle holds the best of all epochs.
+
+    Raises:
+        TrainingError: ``train.num_epochs`` was raised, and the checkpoints were removed.
+        BundleError: The bundle is damaged.
+    """
+    output = normalize_uri(config.output)
+    bundle_uri = join_uri(output, "bundle")
+    return has_bundle(bundle_uri) and is_complete(config.train, bundle_uri, join_uri(output, RUN_NAME))
 
 
 def is_complete(settings: TrainSettings, bundle_uri: str, run_uri: str) -> bool:
@@ -131,18 +189,38 @@ def check_run(config: TrainConfig, splits: Splits, console: Console) -> SplitRep
         StorageError: Permissions, network or disk error.
     """
     find_preprocessing(config)
-    classes, output, listing = get_classes(config), normalize_uri(config.output), splits.compute_sha256()
+    for line in describe_groups(config.data, splits):
+        console.print(line, highlight=False)
+    return check_once(config, splits.compute_sha256(), lambda: check_splits(config, splits, console), console)["train"]
+
+
+def check_once(
+    config: TrainConfig, listing: str, check: Callable[[], Mapping[str, SplitReport]], console: Console
+) -> dict[str, SplitReport]:
+    """Check labels and print warnings, unless they were found to have no faults before; return the counts by split.
+
+    Args:
+        config: The resolved configuration; its output has the record of an earlier check.
+        listing: sha256 of what is checked.
+        check: Checks the labels.
+        console: Where the findings are printed.
+
+    Raises:
+        DataError: The labels cannot be used for training.
+        StorageError: Permissions, network or disk error.
+    """
+    classes, output = get_classes(config), normalize_uri(config.output)
     record = None if config.train.recheck_labels else find_record(output, listing, classes)
     if record:
         console.print(str(record), highlight=False)
     else:
-        reports = check_splits(splits, classes, console)
+        reports = check()
         for name, report in reports.items():
             require_learnable(report, name)
         print_warnings(reports, console)
         record = LabelRecord.of(reports, listing, classes)
         record.write(output)
-    return record.splits["train"].build_report()
+    return {name: counts.build_report() for name, counts in record.splits.items()}
 
 
 def build_job(config: TrainConfig, splits: Splits, report: SplitReport, run_uri: str) -> TrainJob:

@@ -79,6 +79,11 @@ def test_segment_accepts_a_training_configuration_or_only_a_segment_section(tmp_
         ),
         (["data.val=null"], r"val: expected"),
         (["data.train={fraction: 0.5}"], r"train: expected"),
+        (["train.folds=1"], r"train\.folds.*greater than or equal to 2"),
+        (["train.folds=groups"], r"train\.folds: groups needs data\.val\.group_by"),
+        (["train.folds=5", "train.early_stopping_epochs=3"], r"early_stopping_epochs: expected null with folds.*got 3"),
+        (["data.train.group_by=a"], r"train\.group_by: expected only in val"),
+        (["data.val.group_by='(a'"], r"group_by: expected a regular expression, got '\(a': missing \)"),
         (["data.train={images: a}"], r"data\.train: expected images and masks.*got images"),
         (["data.class_names=[a]"], r"class_names: expected 2 to"),
         (["data.class_names=[a, a]"], r"distinct names"),
@@ -171,7 +176,7 @@ def test_settings_that_affect_only_speed_or_faults_may_differ_between_reruns(tmp
     assert sorted([*recorded, *cut, *pace, *listing, *outcome]) == sorted([*SegmentSettings.model_fields, "device"])
     speed = {"num_decode_threads", "num_prefetch_batches", "cache_bytes", "cache_disk_bytes", "log_every_steps"}
     faults = {"max_failures", "min_train_workers", "stall_timeout_s", "checkpoint_every_steps", "num_best_checkpoints"}
-    checks = {"recheck_labels"}
+    checks = {"recheck_labels", "folds"}
     length = {"time_budget_min"}  # The driver replaces it by num_epochs.
     assert TrainSettings.model_fields.keys() - slow.weight_settings["train"].keys() == speed | faults | checks | length
 

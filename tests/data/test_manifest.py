@@ -1,6 +1,7 @@
 """Pairing images with masks: folders, manifests and the Oxford-IIIT Pet layout."""
 
 import posixpath
+import re
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from pyarrow import csv
 from pyarrow import parquet as pq
 
 from segray.config import DataConfig
-from segray.data.manifest import load_splits
+from segray.data.manifest import hold_out, join_folds, load_folds, load_splits
 from segray.data.sample_list import Sample, Splits
 from segray.errors import DataError, MissingFileError
 from segray.storage import normalize_uri
@@ -158,3 +159,94 @@ def test_samples_of_a_manifest_are_sorted_and_their_uris_normalized(tmp_path: Pa
         chosen = [name for name, own in zip(names, splits, strict=True) if own == split]
         expected = {normalize_uri(name): normalize_uri(f"{name}#mask") for name in chosen}
         assert list(samples) == sorted(map(Sample._make, expected.items()))
+
+
+@pytest.fixture
+def sequences(tmp_path: Path) -> dict[str, str]:
+    """Folders of 6 sequences with 1 to 6 frames, in subfolders."""
+    both = {"images": str(tmp_path / "images"), "masks": str(tmp_path / "masks")}
+    for number in range(1, 7):
+        for frame in range(number):
+            for folder in both.values():
+                path = Path(folder, f"day{number % 2}", f"seq{number}_{frame:04}.png")
+                path.parent.mkdir(parents=True, exist_ok=True)
+                Image.new("L", (4, 4)).save(path)
+    return both
+
+
+def test_whole_groups_are_drawn_for_validation(sequences: dict[str, str]) -> None:
+    for expression, in_path in {
+        r"^(.*)_\d+$": r"seq\d",
+        r"seq\d+": r"seq\d",  # Without a group in the expression, the whole match.
+        r"^day\d": r"day\d",
+    }.items():
+        drawn = set()
+        for seed in range(8):
+            splits = load(train=sequences, val={"fraction": 0.3, "seed": seed, "group_by": expression})
+            train, val = ({*re.findall(in_path, " ".join(uri for uri, _ in split))} for split in splits)
+            assert train
+            assert val
+            assert train.isdisjoint(val)
+            assert len(splits.train) + len(splits.val) == 21
+            drawn.add(tuple(sorted(val)))
+        assert len(drawn) > 1 or "day" in expression
+
+
+def test_given_splits_that_share_a_group_are_refused(sequences: dict[str, str], tmp_path: Path) -> None:
+    other = {name: f"{folder}/day0" for name, folder in sequences.items()}  # Names start below the deepest folder.
+    folders = {name: f"{folder}/day1" for name, folder in sequences.items()}
+    splits = load(train=folders, val={**other, "group_by": r"^(seq\d+)_"})
+    assert (len(splits.train), len(splits.val)) == (9, 12)
+    shared = r"group_by: group 'seq' has 9 images in train and 12 in val \(1 such groups\); move them"
+    with pytest.raises(DataError, match=shared):
+        load(train=folders, val={**other, "group_by": "^seq"})
+
+
+def test_a_manifest_and_the_oxford_layout_are_split_by_group_too(tmp_path: Path, shapes_root: Path) -> None:
+    path = tmp_path / "manifest.csv"
+    rows = [f"s3://b/{video}/{frame}.jpg,s3://b/{video}/{frame}.png,train" for video in "abc" for frame in range(3)]
+    path.write_text("\n".join(["image_uri,mask_uri,split", *rows]))
+    splits = load(train={"manifest": str(path)}, val={"fraction": 0.3, "group_by": "^s3://b/(.)/"})
+    assert len({sample.image_uri.split("/")[3] for sample in splits.val}) == 1
+    assert len(splits.val) == 3
+    layout = {"oxford_iiit_pet": {"root": str(shapes_root)}}
+    data = {"layout": layout, "val": {"fraction": 0.5, "group_by": "^[^/]+$"}}  # The file's name without extension.
+    splits = load_splits(DataConfig.model_validate(data))
+    assert (len(splits.train), len(splits.val)) == (NUM_TRAIN // 2, NUM_TRAIN // 2)
+
+
+def test_a_name_that_the_expression_does_not_match_is_named(sequences: dict[str, str]) -> None:
+    with pytest.raises(DataError, match=r"group_by: '\^day0/' does not match .* 'day1/seq1_0000' \(9 of 21 images\)"):
+        load(train=sequences, val={"fraction": 0.3, "group_by": "^day0/"})
+
+
+def test_folds_divide_the_images_of_train_and_val_by_group(sequences: dict[str, str]) -> None:
+    halves = [{name: f"{folder}/day{day}" for name, folder in sequences.items()} for day in (0, 1)]
+    values = {"train": halves[0], "val": {**halves[1], "group_by": r"^(seq\d+)_"}, "class_names": ["a", "b"]}
+    data = DataConfig.model_validate(values)
+    for divided in (load_folds(data, 3), load_folds(data, "groups")):
+        assert len(divided) in (3, 6)
+        uris = [sample.image_uri for fold in divided for sample in fold]
+        assert len(uris) == len(set(uris)) == 21
+        groups = [{Path(sample.image_uri).stem[:4] for sample in fold} for fold in divided]
+        assert len(set().union(*groups)) == sum(map(len, groups)) == 6
+        for number, fold in enumerate(divided):
+            splits = hold_out(divided, number)
+            assert splits.val == fold
+            assert sorted([*splits.train, *splits.val]) == list(join_folds(divided).train)
+    assert [len(fold) for fold in load_folds(data, "groups")] == [1, 2, 3, 4, 5, 6]
+    with pytest.raises(DataError, match="7 folds need as many groups of images, found 6"):
+        load_folds(data, 7)
+
+
+def test_folds_without_groups_divide_single_images_and_no_image_is_in_two(sequences: dict[str, str]) -> None:
+    data = {"train": sequences, "val": sequences, "class_names": ["a", "b"]}  # Every image is in both splits.
+    divided = load_folds(DataConfig.model_validate(data), 4)
+    assert sorted(map(len, divided)) == [5, 5, 5, 6]
+    assert len({sample for fold in divided for sample in fold}) == 21
+
+
+def test_one_group_makes_no_folds(sequences: dict[str, str]) -> None:
+    data = {"train": sequences, "val": {"fraction": 0.2, "group_by": "^day"}, "class_names": ["a", "b"]}
+    with pytest.raises(DataError, match="expected 2 to 100 groups, found 1"):
+        load_folds(DataConfig.model_validate(data), "groups")

@@ -1,24 +1,38 @@
 """Check labels before training; ``segray check`` runs this check alone."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
 
 from rich.console import Console
 
-from segray.config import TrainConfig
+from segray.config import DataConfig, OxfordPetLayout, TrainConfig
 from segray.data.classes import ClassMap
-from segray.data.manifest import Unpaired, load_splits
+from segray.data.manifest import (
+    Unpaired,
+    compute_folds_sha256,
+    describe_groups,
+    join_folds,
+    load_folds,
+    load_splits,
+    name_images,
+)
 from segray.data.sample_list import Sample, Splits
 from segray.progress import build_bar
 from segray.runtime.connect import connect_ray
 from segray.storage import join_uri, normalize_uri, write_bytes
 from segray.training.job import get_classes
 from segray.training.labels.inspect import (
+    LabelFault,
     ReportBuilder,
     SplitReport,
+    WarningKind,
     check_dataset,
     complete_reports,
     require_labelled,
+    sum_reports,
 )
+from segray.training.labels.name_groups import suspect_groups
 from segray.training.labels.record import LabelRecord, remove_record
 from segray.training.labels.report import LabelReport, print_findings
 
@@ -34,10 +48,54 @@ def check_labels(samples: Sequence[Sample], classes: ClassMap, split: str, conso
         return check_dataset(samples, classes, show)
 
 
-def check_splits(splits: Splits, classes: ClassMap, console: Console) -> dict[str, SplitReport]:
+def check_splits(config: TrainConfig, splits: Splits, console: Console) -> dict[str, SplitReport]:
     """Check the labels of all splits; return the reports by split name."""
+    classes = get_classes(config)
     reports = {name: check_labels(samples, classes, name, console) for name, samples in splits._asdict().items()}
-    return complete_reports(reports, splits, classes)
+    reports = complete_reports(reports, splits, classes)
+    suspicion = suspect_shared_groups(config.data, splits)
+    return {**reports, "val": replace(reports["val"], warnings=suspicion + reports["val"].warnings)}
+
+
+def check_folds(config: TrainConfig, folds: Sequence[Sequence[Sample]], console: Console) -> dict[str, SplitReport]:
+    """Check the labels of all folds of a cross-validation; return the reports by name, ``fold 1`` and so on.
+
+    Warnings about what train and val share are those of each fold held out for validation.
+    """
+    classes = get_classes(config)
+    found = [check_labels(samples, classes, f"fold {number}", console) for number, samples in enumerate(folds, start=1)]
+    reports = {}
+    for number, report in enumerate(found):
+        others = [index for index in range(len(folds)) if index != number]
+        # In the order of the reports, whose digests are those of the images.
+        splits = Splits([sample for index in others for sample in folds[index]], list(folds[number]))
+        pair = {"train": sum_reports([found[index] for index in others]), "val": report}
+        report = complete_reports(pair, splits, classes)["val"]
+        suspicion = [] if number else suspect_shared_groups(config.data, splits)
+        reports[f"fold {number + 1}"] = replace(report, warnings=suspicion + report.warnings)
+    return reports
+
+
+def suspect_shared_groups(data: DataConfig, splits: Splits) -> list[LabelFault]:
+    """Return a warning if the names suggest that groups, such as videos, are in train and in val; else an empty list.
+
+    Nothing is suspected if ``data.val.group_by`` says what the groups are, or the layout defines the splits.
+    """
+    if isinstance(data.layout, OxfordPetLayout) or (data.val is not None and data.val.group_by is not None):
+        return []
+    shared = suspect_groups(*(name_images(data, samples) for samples in splits))
+    if shared is None:
+        return []
+    group, num_train, num_val = shared.example
+    message = (
+        f"one of {shared.num_val:,} images in val whose names suggest groups that are in train too, such as {group!r} "
+        f"with {num_train:,} images in train and {num_val:,} in val"
+    )
+    remedy = (
+        "if a group is a video, scene or patient, the validation score is too high, because it rewards memorising: "
+        f"set data.val: {{fraction: 0.2, group_by: '{shared.expression}'}}"
+    )
+    return [LabelFault(splits.val[shared.first].image_uri, WarningKind.SHARED_GROUP, message, remedy)]
 
 
 def check_config(config: TrainConfig, console: Console) -> LabelReport:
@@ -54,13 +112,23 @@ def check_config(config: TrainConfig, console: Console) -> LabelReport:
 
 def _check(config: TrainConfig, console: Console) -> tuple[LabelReport, Splits]:
     unpaired: list[Unpaired] = []
-    splits = load_splits(config.data, unpaired)
     classes = get_classes(config)
+    check: Callable[[], dict[str, SplitReport]]
+    if config.train.folds is not None:
+        folds = load_folds(config.data, config.train.folds, unpaired)
+        splits, listing = join_folds(folds), compute_folds_sha256(folds)
+        check = partial(check_folds, config, folds, console)
+    else:
+        splits = load_splits(config.data, unpaired)
+        listing = splits.compute_sha256()
+        check = partial(check_splits, config, splits, console)
+        for line in describe_groups(config.data, splits):
+            console.print(line, highlight=False)
     with connect_ray():
-        report = LabelReport(check_splits(splits, classes, console), unpaired, classes)
+        report = LabelReport(check(), unpaired, classes)
     output = normalize_uri(config.output)
     if report.ok and all(split.pixel_count.any() for split in report.splits.values()):
-        LabelRecord.of(report.splits, splits.compute_sha256(), classes).write(output)
+        LabelRecord.of(report.splits, listing, classes).write(output)
     else:
         remove_record(output)
     return report, splits

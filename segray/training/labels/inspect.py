@@ -4,6 +4,8 @@ Without this check, an undeclared class value fails an assertion on the GPU, whi
 file.
 """
 
+import functools
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
@@ -22,6 +24,12 @@ from segray.metrics import IntArray
 from segray.runtime.failures import named_failure, translated_ray_errors
 from segray.storage import read_bytes
 from segray.training.labels.heuristics import NO_DIGEST, compute_pixel_digest, find_shared_images, is_mixed
+from segray.training.labels.near_duplicates import (
+    NO_THUMBPRINT,
+    NUM_BITS,
+    compute_thumbprint,
+    find_near_duplicates,
+)
 from segray.training.sampling import count_presence_bytes, pack_presence
 
 # Images per task. With more images it is larger, so that the driver is not kept busy by the number of tasks.
@@ -32,6 +40,10 @@ _MIXED = "looks resized with interpolation or saved as JPEG"
 _MIXED_REMEDY = "resize masks with nearest neighbour, and save them as PNG"
 _TURN_REMEDY = "rotate the mask to match the image as viewers show it, or save the image without EXIF"
 _DUPLICATE_REMEDY = "keep it in one split: scores on training images are too high"
+_NEAR_DUPLICATE_REMEDY = (
+    "the validation score is too high, because it rewards memorising: keep such images in one split, with "
+    "data.val.group_by"
+)
 
 
 class WarningKind(StrEnum):
@@ -40,6 +52,8 @@ class WarningKind(StrEnum):
     ALL_IGNORED = "all_ignored"
     INTERPOLATED = "interpolated"
     DUPLICATE = "duplicate"
+    NEAR_DUPLICATE = "near_duplicate"
+    SHARED_GROUP = "shared_group"
 
 
 @dataclass(frozen=True)
@@ -77,6 +91,7 @@ class SplitReport:
         ignored_px: Pixels with an ignored value.
         values: Raw values of all masks, except masks that look resized with interpolation or saved as JPEG.
         digests: 16 bytes for each image, equal for equal pixels; zeros for an image that cannot be decoded.
+        thumbprints: ``THUMBPRINT.itemsize`` bytes for each image, similar for similar images.
         presence: The classes in each image, as bits (``pack_presence``); zeros for an image with a fault.
     """
 
@@ -89,6 +104,7 @@ class SplitReport:
     ignored_px: int
     values: frozenset[int]
     digests: bytes
+    thumbprints: bytes
     presence: bytes
 
     def __add__(self, other: "SplitReport") -> "SplitReport":
@@ -102,6 +118,7 @@ class SplitReport:
             self.ignored_px + other.ignored_px,
             self.values | other.values,
             self.digests + other.digests,
+            self.thumbprints + other.thumbprints,
             self.presence + other.presence,
         )
 
@@ -109,7 +126,12 @@ class SplitReport:
     def empty(cls, num_classes: int) -> "SplitReport":
         """Return a report on no samples."""
         zeros = np.zeros(num_classes, np.int64)
-        return cls(0, [], [], zeros, zeros, zeros, 0, frozenset(), b"", b"")
+        return cls(0, [], [], zeros, zeros, zeros, 0, frozenset(), b"", b"", b"")
+
+
+def sum_reports(reports: Sequence[SplitReport]) -> SplitReport:
+    """Return the report on the samples of all reports, of which there is at least one, in their order."""
+    return functools.reduce(operator.add, reports)
 
 
 def check_samples(samples: Sequence[Sample], classes: ClassMap) -> SplitReport:
@@ -127,12 +149,13 @@ def check_samples(samples: Sequence[Sample], classes: ClassMap) -> SplitReport:
 
 
 def _check_sample(sample: Sample, classes: ClassMap) -> SplitReport:
-    report = replace(SplitReport.empty(classes.num_classes), num_samples=1, digests=NO_DIGEST)
+    report = SplitReport.empty(classes.num_classes)
+    report = replace(report, num_samples=1, digests=NO_DIGEST, thumbprints=NO_THUMBPRINT)
     size = None
     try:
         image = read_image(sample.image_uri)
         size = image.shape[:2]
-        report = replace(report, digests=compute_pixel_digest(image))
+        report = replace(report, digests=compute_pixel_digest(image), thumbprints=compute_thumbprint(image))
     except ImageFault as fault:
         remedy = fault.remedy or "replace the file, or remove it"
         report.faults.append(LabelFault(sample.image_uri, fault.kind, fault.message, remedy))
@@ -206,7 +229,11 @@ class ReportBuilder:
     """
 
     def __init__(self, num_samples: int, num_classes: int) -> None:
-        self._widths = {"digests": len(NO_DIGEST), "presence": count_presence_bytes(num_classes)}
+        self._widths = {
+            "digests": len(NO_DIGEST),
+            "thumbprints": len(NO_THUMBPRINT),
+            "presence": count_presence_bytes(num_classes),
+        }
         self._bytes = {name: bytearray(width * num_samples) for name, width in self._widths.items()}
         self._findings: dict[int, tuple[list[LabelFault], list[LabelFault]]] = {}
         self._counts = SplitReport.empty(num_classes)
@@ -278,27 +305,45 @@ def _collect(running: dict[Any, int], builder: ReportBuilder) -> None:
 def complete_reports(reports: Mapping[str, SplitReport], splits: Splits, classes: ClassMap) -> dict[str, SplitReport]:
     """Return the reports, by split name, completed with the findings that require all files.
 
-    These are how to declare undeclared values, and which images of ``val`` are also in ``train``.
+    These are how to declare undeclared values, and which images of ``val`` are also, or nearly, in ``train``.
     """
     values = frozenset[int]().union(*(report.values for report in reports.values()))
     remedy = classes.suggest_declaration(values)
-    duplicates = [
+    shared = _find_duplicates(reports, splits)
+    return {
+        name: replace(
+            report,
+            faults=[fault if fault.remedy else replace(fault, remedy=remedy) for fault in report.faults],
+            warnings=report.warnings + (shared if name == "val" else []),
+        )
+        for name, report in reports.items()
+    }
+
+
+def _find_duplicates(reports: Mapping[str, SplitReport], splits: Splits) -> list[LabelFault]:
+    """Return warnings about images of ``val`` that are also in ``train``, and about those that look nearly the same."""
+    train, val = reports["train"], reports["val"]
+    equal = find_shared_images(val.digests, train.digests)
+    near = find_near_duplicates(val.thumbprints, train.thumbprints)
+    are_equal = {number for number, _ in equal}
+    return [
         LabelFault(
             splits.val[number].image_uri,
             WarningKind.DUPLICATE,
             f"same pixels as {splits.train[other].image_uri} in train",
             _DUPLICATE_REMEDY,
         )
-        for number, other in find_shared_images(reports["val"].digests, reports["train"].digests)
-    ]
-    return {
-        name: replace(
-            report,
-            faults=[fault if fault.remedy else replace(fault, remedy=remedy) for fault in report.faults],
-            warnings=report.warnings + (duplicates if name == "val" else []),
+        for number, other in equal
+    ] + [
+        LabelFault(
+            splits.val[number].image_uri,
+            WarningKind.NEAR_DUPLICATE,
+            f"looks like {splits.train[other].image_uri} in train ({distance} of {NUM_BITS} bits of the hashes differ)",
+            _NEAR_DUPLICATE_REMEDY,
         )
-        for name, report in reports.items()
-    }
+        for number, other, distance in near
+        if number not in are_equal
+    ]
 
 
 def require_learnable(report: SplitReport, split: str) -> None:

@@ -9,10 +9,10 @@ from rich.table import Table
 
 from segray.data.classes import ClassMap
 from segray.data.manifest import Unpaired
-from segray.training.labels.inspect import LabelFault, SplitReport
+from segray.training.labels.inspect import LabelFault, SplitReport, sum_reports
 
 _MAX_LISTED = 100  # Findings of one kind with one remedy.
-_MAX_TRAIN_WARNINGS = 3
+_MAX_TRAIN_WARNINGS = 3  # At least; more if there are more kinds.
 
 Finding = LabelFault | Unpaired
 
@@ -22,7 +22,8 @@ class LabelReport:
     """Result of a label check.
 
     Attributes:
-        splits: Report of each split, ``train`` and ``val``: labelled pixels, faults and warnings.
+        splits: Report of each split, ``train`` and ``val``, or of each fold of a cross-validation: labelled pixels,
+            faults and warnings.
         unpaired: Images without a mask, and masks without an image.
         classes: The classes that the masks were read with.
     """
@@ -71,11 +72,16 @@ def print_findings(report: LabelReport, console: Console, list_all: bool = False
 
 
 def print_warnings(reports: Mapping[str, SplitReport], console: Console) -> None:
-    """Print the first three warnings, and how many more there are."""
-    warnings = _collect_warnings(reports)
-    _list(warnings[:_MAX_TRAIN_WARNINGS], "warning: ", None, console)
-    if len(warnings) > _MAX_TRAIN_WARNINGS:
-        num_more = len(warnings) - _MAX_TRAIN_WARNINGS
+    """Print three warnings, or the first one of each kind if there are more kinds, and how many more there are."""
+    ranked, counts = [], Counter[tuple[str, str]]()
+    for warning in _collect_warnings(reports):
+        ranked.append((counts[_get_group(warning)], warning))
+        counts[_get_group(warning)] += 1
+    warnings = [warning for _, warning in sorted(ranked, key=lambda pair: pair[0])]
+    num_shown = max(_MAX_TRAIN_WARNINGS, len(counts))
+    _list(warnings[:num_shown], "warning: ", None, console)
+    if len(warnings) > num_shown:
+        num_more = len(warnings) - num_shown
         console.print(f"warning: and {num_more:,} more (segray check lists all)", highlight=False)
 
 
@@ -97,10 +103,12 @@ def _list(findings: Sequence[Finding], prefix: str, limit: int | None, console: 
 
 
 def _build_table(reports: Mapping[str, SplitReport], classes: ClassMap) -> Table:
+    if reports.keys() != {"train", "val"}:  # There may be a hundred folds.
+        reports = {"": sum_reports(list(reports.values()))}
     table = Table("class", "raw value")
     for name in reports:
         for what in ("pixels", "share", "images"):
-            table.add_column(f"{name} {what}", justify="right")
+            table.add_column(f"{name} {what}".strip(), justify="right")
     for index, (class_name, value) in enumerate(zip(classes.names, classes.values, strict=True)):
         cells = [cell for report in reports.values() for cell in _describe_class(report, index)]
         table.add_row(class_name, str(value), *cells)

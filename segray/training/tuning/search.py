@@ -9,13 +9,10 @@ Source of the schedule: Li et al., "A System for Massively Parallel Hyperparamet
 
 import csv
 import io
-import logging
-import tempfile
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import ray
 import yaml
 from pydantic import BaseModel
 from ray import tune
@@ -39,7 +36,7 @@ from segray.training.job import get_classes
 from segray.training.labels.record import find_record
 from segray.training.pretrained import save_pretrained
 from segray.training.tuning.search_space import check_space, draw_values, format_values, set_values
-from segray.training.tuning.trial import METRIC, TIME, Search, TrialRun
+from segray.training.tuning.trial import METRIC, TIME, Search, run_trials
 
 _BINDING_NAME = "tune.json"
 _NUM_SHOWN = 10
@@ -169,44 +166,21 @@ class ScoreBoard(tune.Callback):  # type: ignore[misc]
 
 def _run_trials(search: Search, console: Console) -> ScoreBoard:
     config = search.config
-    # The trials run on the driver's node, because Tune needs a folder that all of them can access. Their training
-    # workers can run on any node.
-    here = dict.fromkeys(_list_node_resources(), 0.001)
-    trainable = tune.with_resources(tune.with_parameters(TrialRun, search=search), here)
-    with build_bar(console, "trials") as bar, tempfile.TemporaryDirectory(prefix="segray-tune-") as folder:
+    scheduler = ASHAScheduler(
+        time_attr=TIME,
+        metric=METRIC,
+        mode="max",
+        max_t=config.train.num_epochs,
+        grace_period=config.tune.grace_epochs,
+        reduction_factor=config.tune.reduction_factor,
+    )
+    with build_bar(console, "trials") as bar, translated_ray_errors("the search"):
         board = ScoreBoard(config, bar)
-        tuner = tune.Tuner(
-            trainable,
-            param_space={"number": tune.grid_search(list(board.records))},
-            tune_config=tune.TuneConfig(
-                max_concurrent_trials=config.tune.max_concurrent_trials,
-                scheduler=ASHAScheduler(
-                    time_attr=TIME,
-                    metric=METRIC,
-                    mode="max",
-                    max_t=config.train.num_epochs,
-                    grace_period=config.tune.grace_epochs,
-                    reduction_factor=config.tune.reduction_factor,
-                ),
-            ),
-            run_config=tune.RunConfig(
-                storage_path=folder,
-                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # Training writes its own.
-                callbacks=[board],
-                verbose=0,
-            ),
+        results = run_trials(
+            search, list(board.records), board, scheduler=scheduler, max_concurrent=config.tune.max_concurrent_trials
         )
-        logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # It would print full tracebacks of failed trials.
-        with translated_ray_errors("the search"):
-            board.explain_failures(tuner.fit())
+        board.explain_failures(results)
     return board
-
-
-def _list_node_resources() -> list[str]:
-    """Return the name of the resource that only the driver's node has (``node:<address>``), in a list."""
-    node_id = ray.get_runtime_context().get_node_id()
-    (resources,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == node_id)
-    return [name for name in resources if name.startswith("node:") and name != "node:__internal_head__"]
 
 
 def _write_best(board: ScoreBoard, config: TrainConfig, output: str, console: Console) -> TuneResult:

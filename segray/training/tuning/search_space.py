@@ -52,6 +52,8 @@ def check_space(config: TrainConfig) -> None:
         raise ConfigError("tune.space: expected settings to search, such as train.learning_rate: {log_uniform: [a, b]}")
     if config.train.time_budget_min is not None:
         raise ConfigError("train.time_budget_min: trials are compared epoch by epoch; set train.num_epochs instead")
+    if config.train.folds is not None or "train.folds" in config.tune.space:
+        raise ConfigError("train.folds: not used by a search, whose trials train once each; set train.folds: null")
     if config.tune.grace_epochs > config.train.num_epochs:
         raise ConfigError(
             f"tune.grace_epochs: expected at most train.num_epochs ({config.train.num_epochs}), "

@@ -1,12 +1,16 @@
-"""One trial of a search: a training run in its own folder, which pauses after each epoch until it may continue."""
+"""Trials: training runs in folders of their own, side by side with Ray Tune, for a search or a cross-validation."""
 
+import logging
 import queue
+import tempfile
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Protocol
 
+import ray
 from ray import tune
+from ray.tune.schedulers import TrialScheduler
 from rich.console import Console
 
 from segray.config import TrainConfig
@@ -21,6 +25,13 @@ from segray.training.pretrained import save_pretrained
 from segray.training.tuning.search_space import draw_values, set_values
 
 METRIC, TIME = "val_mean_iou", "epoch"
+
+
+class JobSource(Protocol):
+    """What trials are made of."""
+
+    def build_trial_job(self, number: int) -> TrainJob:
+        """Return the training job of a trial."""
 
 
 @dataclass(frozen=True)
@@ -53,10 +64,11 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]
     Tune kills the process of a trial that it stops, so the run in that process must end first. Otherwise Ray
     Train's workers would die with the process, but the CPUs and GPUs reserved for them would be released only if Ray's
     dashboard is running (Ray Train asks it whether its controller is alive), and without them no later trial can
-    start. Therefore the run pauses after each epoch, and ends by itself if it may not continue.
+    start. Therefore the run pauses after each epoch, and ends by itself if it may not continue. A job that does not
+    pause after epochs runs to its end.
     """
 
-    def setup(self, config: dict[str, Any], search: Search) -> None:
+    def setup(self, config: dict[str, Any], search: JobSource) -> None:
         """Start training in a thread."""
         self._job = search.build_trial_job(config["number"])
         self._scores: queue.Queue[dict[str, Any] | BaseException] = queue.Queue()
@@ -99,6 +111,10 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]
             save_pretrained(self._job.config)
             fit(self._job, self._job.config.output, Console(quiet=True), self._track)
             self._track(find_newest_history(self._job.run_uri))  # The display may have missed the last epochs.
+        if not self._job.pauses_after_epoch:  # The trial is done when its checkpoints are complete.
+            last = self._history[-1]
+            score = {TIME: last[TIME], METRIC: last.get(METRIC, float("nan"))}
+            self._scores.put(score | {tune.result.DONE: True})
 
     def _track(self, epochs: Sequence[dict[str, Any]]) -> bool:
         """Report each new epoch once, and return whether training may continue after them."""
@@ -108,11 +124,55 @@ class TrialRun(tune.Trainable):  # type: ignore[misc]
             self._history.append(metrics)
             if METRIC in metrics:
                 score = {name: metrics[name] for name in (TIME, METRIC)}
-                self._scores.put(score | {tune.result.DONE: self._is_finished()})
-                if not self._permissions.get():
+                pauses = self._job.pauses_after_epoch
+                self._scores.put(score | {tune.result.DONE: pauses and self._is_finished()})
+                if pauses and not self._permissions.get():
                     self._permissions.put(False)  # A refusal stays in force for all later calls.
                     return False
         return True
 
     def _is_finished(self) -> bool:
         return is_finished(self._history, self._job.config.train)
+
+
+def run_trials(
+    source: JobSource,
+    numbers: Sequence[int],
+    board: tune.Callback,
+    *,
+    max_concurrent: int,
+    scheduler: TrialScheduler | None = None,
+) -> tune.ResultGrid:
+    """Run trials to their end; Ray must be connected.
+
+    Args:
+        source: Makes the training job of each trial.
+        numbers: Numbers of the trials.
+        board: Is told the score of each evaluated epoch, and how each trial ends.
+        max_concurrent: Number of trials that run at the same time.
+        scheduler: Decides which trials stop early; None lets all of them finish.
+    """
+    # The trials run on the driver's node, because Tune needs a folder that all of them can access. Their training
+    # workers can run on any node.
+    here = dict.fromkeys(_list_node_resources(), 0.001)
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)  # It would print full tracebacks of failed trials.
+    with tempfile.TemporaryDirectory(prefix="segray-tune-") as folder:
+        tuner = tune.Tuner(
+            tune.with_resources(tune.with_parameters(TrialRun, search=source), here),
+            param_space={"number": tune.grid_search(list(numbers))},
+            tune_config=tune.TuneConfig(max_concurrent_trials=max_concurrent, scheduler=scheduler),
+            run_config=tune.RunConfig(
+                storage_path=folder,
+                checkpoint_config=tune.CheckpointConfig(checkpoint_at_end=False),  # Training writes its own.
+                callbacks=[board],
+                verbose=0,
+            ),
+        )
+        return tuner.fit()
+
+
+def _list_node_resources() -> list[str]:
+    """Return the name of the resource that only the driver's node has (``node:<address>``), in a list."""
+    node_id = ray.get_runtime_context().get_node_id()
+    (resources,) = (node["Resources"] for node in ray.nodes() if node["NodeID"] == node_id)
+    return [name for name in resources if name.startswith("node:") and name != "node:__internal_head__"]

@@ -5,7 +5,7 @@ This module needs neither Ray nor storage.
 
 import heapq
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -187,6 +187,16 @@ def compute_loss(counts: EvaluationCounts, loss: SegmentationLoss) -> float | No
     return float(loss.combine(sums, divisors))
 
 
+def pool_scores(parts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the scores of several parts together, from the counts in the scores of each; no best and worst images."""
+    names = ("val_confusion", "val_boundary_px", "val_image_sums", "val_image_count")
+    confusion, boundary, image_sums, image_count = (
+        torch.tensor([scores[name] for scores in parts], dtype=torch.int64).sum(0) for name in names
+    )
+    no_loss = torch.zeros((3, 2, 0), dtype=torch.int64)  # The loss of each part is not divided into its sums.
+    return compute_scores(EvaluationCounts(confusion, boundary, image_sums, image_count, [], [], no_loss))
+
+
 def compute_scores(counts: EvaluationCounts) -> dict[str, Any]:
     """Return validation scores by name, in the range 0 to 1.
 
@@ -215,6 +225,9 @@ def compute_scores(counts: EvaluationCounts) -> dict[str, Any]:
         "val_pixel_accuracy": float(pixels.tp_px.sum() / max(1, confusion.sum())),
         **{name: to_nullable(values) for name, values in by_class.values()},
         "val_confusion": confusion.tolist(),
+        "val_boundary_px": boundary.tolist(),
+        "val_image_sums": counts.image_sums.tolist(),
+        "val_image_count": image_count.tolist(),
         "val_worst_images": [list(score) for score in counts.worst],
         "val_best_images": [list(score) for score in counts.best],
     }

@@ -50,7 +50,10 @@ from segray.training.worker.state import Trainer, set_up
 from segray.training.worker.step_log import StepLog
 from segray.training.worker.steps import train_step
 
-_LAST_EPOCH_ONLY = ("val_confusion", "val_worst_images", "val_best_images")
+_LAST_EPOCH_ONLY = (
+    *("val_confusion", "val_boundary_px", "val_image_sums", "val_image_count"),
+    *("val_worst_images", "val_best_images"),
+)
 # At most two checkpoints wait in memory to be uploaded; a step that would create a third one waits.
 _upload_slots = threading.BoundedSemaphore(2)
 _UPLOAD_POLL_S = 5.0
@@ -127,7 +130,8 @@ def _run_epoch(trainer: Trainer, batches: Iterator[list[TrainBatch]]) -> None:
         "images_per_s": images_per_s,
         "num_skipped_steps": int(np.isnan(trainer.epoch_losses).sum()),
     }
-    if epoch % settings.eval_every_epochs == 0 or epoch == settings.num_epochs:
+    is_due = epoch % settings.eval_every_epochs == 0 or epoch == settings.num_epochs
+    if is_due and trainer.job.splits.val:  # There are none in the run on all images that follows a cross-validation.
         if trainer.poster:
             trainer.poster.post(trainer.num_steps_done, f"epoch {epoch}, evaluating")
         metrics |= evaluate_split(trainer)

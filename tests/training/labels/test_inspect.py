@@ -271,6 +271,20 @@ def test_an_image_in_both_splits_is_a_warning_regardless_of_its_encoding(tmp_pat
     assert len(reports["train"].digests) == 4 * 16
 
 
+def test_an_image_that_looks_like_one_in_train_is_a_warning_with_the_distance(tmp_path: Path) -> None:
+    mask = draw_blocks([0, 1])
+    train = [save(tmp_path, f"train_{seed}", mask, seed) for seed in range(2)]
+    val = [save(tmp_path, f"val_{seed}", mask, seed) for seed in (1, 5, 0)]
+    for sample in (train[0], val[2]):  # One image is drawn twice, and saved as JPEG the second time.
+        Image.fromarray(draw_blocks(range(0, 250, 25))).convert("RGB").save(sample.image_uri, "PNG")
+    Image.open(val[2].image_uri).save(val[2].image_uri, "JPEG", quality=70)
+    equal, near = check_all(train, CLASSES, val)["val"].warnings
+    assert (equal.uri, equal.kind) == (val[0].image_uri, WarningKind.DUPLICATE)
+    assert (near.uri, near.kind) == (val[2].image_uri, WarningKind.NEAR_DUPLICATE)
+    assert re.search(rf"looks like {train[0].image_uri} in train \([0-7] of 128 bits of the hashes differ\)", str(near))
+    assert "the validation score is too high" in near.remedy
+
+
 @pytest.mark.skipif(not CAMVID.exists(), reason="needs CamVid at data/camvid")
 def test_clean_camvid_masks_give_no_warning_and_corrupted_ones_give_one(tmp_path: Path) -> None:
     classes = ClassMap(tuple("abcdefghijk"), tuple(range(11)), (11,))

@@ -17,6 +17,7 @@ from segray.training.labels.inspect import (
     WarningKind,
     compute_chunk_size,
 )
+from segray.training.labels.near_duplicates import NO_THUMBPRINT
 from segray.training.labels.record import LabelRecord, find_record, remove_record
 
 CLASSES = ClassMap(("a", "b"), (0, 200), (255,))
@@ -35,6 +36,7 @@ def make_report(seed: int, num_samples: int = 3) -> SplitReport:
         int(rng.integers(100)),
         frozenset([seed]),
         rng.bytes(num_samples * len(NO_DIGEST)),
+        rng.bytes(num_samples * len(NO_THUMBPRINT)),
         rng.bytes(num_samples),
     )
 
@@ -78,7 +80,7 @@ def test_a_record_of_the_same_files_and_classes_is_found_with_its_counts(record:
     found = find_record(str(tmp_path), "abc", renamed)
     assert found == record
     assert "6 images and masks, no faults, 3 warnings" in str(found)
-    expected = replace(make_report(4), faults=[], warnings=[], values=frozenset(), digests=b"")
+    expected = replace(make_report(4), faults=[], warnings=[], values=frozenset(), digests=b"", thumbprints=b"")
     assert_same(record.splits["train"].build_report(), expected)
 
 

@@ -58,3 +58,14 @@ def test_training_prints_three_warnings_and_counts_the_rest(
         *(f"warning: {i}.png: duplicate: seen; keep one" for i in range(3)),
         "warning: and 9 more (segray check lists all)",
     ]
+
+
+def test_training_prints_the_first_warning_of_each_kind(console: Console, capsys: pytest.CaptureFixture[str]) -> None:
+    reports = warn(5)
+    for kind in (WarningKind.NEAR_DUPLICATE, WarningKind.SHARED_GROUP, WarningKind.INTERPOLATED):
+        reports["val"].warnings.append(LabelFault("x.png", kind, "seen", "keep one"))
+    print_warnings(reports, console)
+    lines = capsys.readouterr().out.splitlines()
+    kinds = [line.split(": ")[2] for line in lines[:-1]]
+    assert kinds == ["duplicate", "near_duplicate", "shared_group", "interpolated"]
+    assert lines[-1] == "warning: and 4 more (segray check lists all)"

@@ -1,5 +1,6 @@
 """Scores of a split compared with direct counting, and identical for any number of workers."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,14 @@ from segray.data.preprocessing import Preprocessing
 from segray.data.sample_list import Sample
 from segray.models.build import SegmentationModel, build_model
 from segray.models.losses import SegmentationLoss
-from segray.training.worker.evaluation import NUM_EXTREMES, EvaluationCounts, compute_loss, compute_scores, evaluate
+from segray.training.worker.evaluation import (
+    NUM_EXTREMES,
+    EvaluationCounts,
+    compute_loss,
+    compute_scores,
+    evaluate,
+    pool_scores,
+)
 from segray.training.worker.feed import RankShare, iterate_evaluation
 from segray.training.worker.sample_store import SampleStore, load_labelled_image
 from tests.conftest import NUM_TEST, PET_CLASSES, SHAPE_SIZE
@@ -118,6 +126,16 @@ def test_scores_follow_their_formulas() -> None:
     assert scores["val_pixel_accuracy"] == 9 / 12
     assert scores["val_confusion"] == confusion.tolist()
     assert scores["val_mean_image_iou"] == [None, None, None]
+
+
+def test_pooled_scores_of_parts_equal_those_of_the_whole_split(
+    model: SegmentationModel, samples: list[Sample], counts: EvaluationCounts
+) -> None:
+    parts = [compute_scores(count(model, part, 1, 0)) for part in (samples[:3], samples[3:4], samples[4:])]
+    pooled, whole = pool_scores(json.loads(json.dumps(parts))), compute_scores(counts)
+    for name in pooled.keys() - {"val_best_images", "val_worst_images"}:
+        assert pooled[name] == whole[name], name
+    assert pooled["val_best_images"] == []
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4, 9])
