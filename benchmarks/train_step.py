@@ -177,7 +177,7 @@ def main() -> None:
     config = load_config(TrainConfig, str(Path(__file__).parents[1] / "jobs/camvid.yaml"), [])
     precision = config.train.precision if has_bf16(_DEVICE) else "fp32"
     compare = compare_with_plain_loop if arguments.plain_loop else compare_with_synthetic
-    compare(config, load_splits(config.data).train, precision, arguments.rounds)
+    compare(config, list(load_splits(config.data).train), precision, arguments.rounds)
 
 
 if __name__ == "__main__":

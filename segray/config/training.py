@@ -206,6 +206,11 @@ class TrainSettings(Section):
                 f"time_budget_min: expected either time_budget_min ({self.time_budget_min:g}) or num_epochs "
                 f"({self.num_epochs}), got both; remove one"
             )
+        if self.time_budget_min is not None and self.folds is not None:
+            raise ValueError(
+                f"time_budget_min: expected null with folds, whose runs need the same num_epochs; got "
+                f"{self.time_budget_min:g}; set num_epochs instead"
+            )
         return self
 
     @model_validator(mode="after")

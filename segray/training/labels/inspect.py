@@ -247,7 +247,7 @@ class ReportBuilder:
             self._bytes[name][width * start : width * start + len(values)] = values
         if report.faults or report.warnings:
             self._findings[start] = (report.faults, report.warnings)
-        self._counts += replace(report, faults=[], warnings=[], **dict.fromkeys(self._widths, b""))
+        self._counts += replace(report, faults=[], warnings=[], digests=b"", thumbprints=b"", presence=b"")
         self.num_samples += report.num_samples
         self.num_faults += len(report.faults)
 
@@ -255,8 +255,14 @@ class ReportBuilder:
         """Return the report of all samples."""
         found = [self._findings[start] for start in sorted(self._findings)]
         faults, warnings = ([fault for pair in found for fault in pair[side]] for side in (0, 1))
+        digests, thumbprints, presence = (bytes(self._bytes[name]) for name in ("digests", "thumbprints", "presence"))
         return replace(
-            self._counts, faults=faults, warnings=warnings, **{name: bytes(held) for name, held in self._bytes.items()}
+            self._counts,
+            faults=faults,
+            warnings=warnings,
+            digests=digests,
+            thumbprints=thumbprints,
+            presence=presence,
         )
 
 

@@ -23,7 +23,7 @@ from segray.runtime.capacity import Capacity
 from segray.training.bundling import write_bundle
 from segray.training.checkpoint import TrainingState, save_state
 from segray.training.folds.estimate import Estimate
-from segray.training.folds.run import FoldPlan, count_concurrent, run_folds_and_training
+from segray.training.folds.run import FoldPlan, count_concurrent, join_reports, run_folds_and_training
 from segray.training.job import TrainJob, get_classes
 from segray.training.labels.inspect import SplitReport
 from segray.training.phases import Phase
@@ -58,8 +58,23 @@ def test_a_fold_is_a_run_on_the_other_folds_in_a_folder_of_its_own(
     assert not job.pauses_after_epoch
     assert job.class_weights is not None
     assert job.class_weights.tolist() == [1, 1, 1]  # Class 1 occurs only in the fold that is held out: no weight.
+    assert job.image_weights is None
     assert plan.build_config(0).bound_settings == config.bound_settings
     assert not plan.is_finished(1)
+
+
+def test_what_an_image_contains_stays_with_it_when_folds_are_joined() -> None:
+    folds = [[Sample("b", "m"), Sample("d", "m")], [Sample("a", "m"), Sample("c", "m"), Sample("e", "m")]]
+    zeros = np.zeros(9, np.int64)
+    # Two bytes for each image of nine classes: here its name.
+    reports = [
+        SplitReport(len(fold), [], [], zeros, zeros, zeros, 0, frozenset(), b"", b"", presence)
+        for fold, presence in zip(folds, (b"BbDd", b"AaCcEe"), strict=True)
+    ]
+    joined = join_reports(reports, folds)
+    assert joined.num_samples == len(join_folds(folds).train) == 5
+    assert joined.presence == b"AaBbCcDdEe"
+    assert "".join(sample.image_uri for sample in join_folds(folds).train) == "abcde"
 
 
 @pytest.mark.parametrize(

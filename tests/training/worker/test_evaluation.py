@@ -162,7 +162,7 @@ def test_the_loss_is_that_of_the_whole_split_as_one_batch(
 ) -> None:
     batch = next(iterate_evaluation(samples, SampleStore(PET_CLASSES, 0), SMALL, NUM_TEST, RankShare()))
     with torch.no_grad():
-        logits = model.eval()(Preprocessing().apply(torch.from_numpy(batch.images)))
+        logits = model.eval()(Preprocessing().apply(batch.images))
     truth = torch.from_numpy(np.stack(batch.truths)[:, 1::2, 1::2]).long()  # The pixels at the centres of the smaller.
     entropy = functional.cross_entropy(logits, truth, torch.tensor([1.0, 0.3, 2.0]), ignore_index=255)
     dices = []
