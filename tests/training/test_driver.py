@@ -10,7 +10,6 @@ import pytest
 from rich.console import Console
 
 from segray.config import TrainConfig, TrainSettings
-from segray.data.classes import ClassMap
 from segray.data.sample_list import Sample, Splits
 from segray.errors import ConfigError, TrainingError
 from segray.training import driver
@@ -83,9 +82,9 @@ def num_checks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of labels of each check, which counts one pixel of each class."""
     checks: list[int] = []
 
-    def check(splits: Splits, classes: ClassMap, console: Console) -> dict[str, SplitReport]:
+    def check(config: TrainConfig, splits: Splits, console: Console) -> dict[str, SplitReport]:
         checks.append(len(splits.train))
-        report = SplitReport.empty(classes.num_classes)
+        report = SplitReport.empty(len(config.data.class_names))
         return dict.fromkeys(("train", "val"), replace(report, num_samples=1, pixel_count=report.pixel_count + 1))
 
     monkeypatch.setattr(driver, "check_splits", check)
