@@ -5,7 +5,8 @@
 The images are drawn: 360x480 pixels, JPEG, with PNG masks. Each figure is the median over the rounds.
 
 - Waiting: a step stands for a GPU that takes 20 ms for a batch of 8, so 400 images/s; the host sleeps meanwhile. The
-  share of a step that it waits for the batch, with samples from the cache.
+  share of a step that it waits for the batch, with samples from the cache. It needs enough cores for the augmentation
+  (``--preset``), which is part of the feed.
 - Images/s without cache, compared with decoding and augmenting alone, in one process per core.
 - The same with decode processes instead of threads: one per core, which send their results to this process.
 """
@@ -146,10 +147,11 @@ def main() -> None:
             for name, measure in measured.items():
                 figures.setdefault(name, []).append(measure())
     median = {name: statistics.median(values) for name, values in figures.items()}
-    alone = median["decoding alone"]
+    alone, needed = median["decoding alone"], _BATCH_SIZE / _STEP_S
     rows = [
         ["waiting for a batch from the cache, share of a step of 20 ms", f"{median['waiting']:.1%}", ""],
         ["images/s from the cache", f"{median['cached']:.0f}", f"{median['cached'] / alone:.2f}"],
+        [f"cores for {needed:.0f} images/s from the cache", f"{needed * cores / median['cached']:.1f}", ""],
         [f"images/s, decoding alone, {cores} processes", f"{alone:.0f}", "1.00"],
         [
             f"images/s, the feed without cache, {cores} threads",

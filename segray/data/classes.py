@@ -60,7 +60,7 @@ class ClassMap:
         lookup = np.full(65_536, _UNDECLARED, np.int32)
         lookup[list(self.values)] = np.arange(self.num_classes)
         lookup[list(self.ignore_values)] = self.ignore_index
-        indices = lookup[raw]
+        indices = lookup.take(raw)
         undeclared = indices == _UNDECLARED
         if undeclared.any():
             found = np.unique(raw[undeclared])

@@ -7,7 +7,7 @@ them. So every rank takes the same number of full batches, no sample is dropped 
 run continues with the next sample. With class-balanced sampling, a pass instead has each sample as often as its weight
 says.
 
-Files are read by the threads of the sample store, and decoded and augmented by others, which write each sample into its
+Files in buckets are read by the threads of the sample store. Others decode and augment samples, and write each into its
 place in the batch. They are threads because decoders and Pillow's changes of images release the interpreter lock.
 Processes would copy every sample once more; ``benchmarks/feed.py`` compares them. A torch DataLoader would also fork
 the Ray worker, which is unsafe because the worker already has threads.
@@ -269,20 +269,23 @@ def _load_ahead(
         start: Starts to load a batch; returns it with the tasks that fill it.
         share: Number of threads, and of batches to load ahead.
     """
-    with ThreadPoolExecutor(share.num_threads, "decode-sample") as pool:
-        waiting: deque[tuple[BatchT, list[Future[None]]]] = deque()
-        try:
-            for key in keys:
-                waiting.append(start(pool, key))
-                if len(waiting) > share.num_batches_ahead:
-                    yield _wait(*waiting.popleft())
-            while waiting:
-                yield _wait(*waiting.popleft())
-        finally:
-            pool.shutdown(cancel_futures=True)
+    pool = ThreadPoolExecutor(share.num_threads, "decode-sample")
+    starter = ThreadPoolExecutor(1, "start-batch")  # Starting a batch here would take 1 ms of the caller's time.
+    waiting: deque[Future[tuple[BatchT, list[Future[None]]]]] = deque()
+    try:
+        for key in keys:
+            waiting.append(starter.submit(start, pool, key))
+            if len(waiting) > share.num_batches_ahead:
+                yield _wait(waiting.popleft())
+        while waiting:
+            yield _wait(waiting.popleft())
+    finally:
+        for executor in (starter, pool):
+            executor.shutdown(cancel_futures=True)
 
 
-def _wait(batch: BatchT, tasks: Sequence[Future[None]]) -> BatchT:
+def _wait(started: Future[tuple[BatchT, list[Future[None]]]]) -> BatchT:
+    batch, tasks = started.result()
     for task in tasks:
         task.result()
     return batch

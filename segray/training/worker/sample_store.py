@@ -12,6 +12,7 @@ from segray.data.sample_list import Sample
 from segray.data.samples import decode_truth, fetch_image, fetch_mask
 from segray.errors import DataError, ImageFault
 from segray.runtime.failures import named_failure
+from segray.storage import is_local
 from segray.training.worker.sample_file import (
     LabelledImage,
     SampleFile,
@@ -92,8 +93,11 @@ class SampleStore:
         self._shared = [file for path in paths if (file := open_shared(path))]
 
     def request(self, sample: Sample, size: SampleSize) -> EncodedSample | None:
-        """Start to read the files of a sample, both at a time, unless the sample is kept."""
-        if self._find(_hash(sample, size)):
+        """Start to read the files of a sample, both at a time, unless it is kept or on a disk.
+
+        Files on disks are read where they are decoded, which is faster than handing them over to another thread.
+        """
+        if is_local(sample.image_uri) or self._find(_hash(sample, size)):
             return None
         return EncodedSample(
             self._readers.submit(fetch_image, sample.image_uri), self._readers.submit(fetch_mask, sample.mask_uri)

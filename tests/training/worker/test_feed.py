@@ -234,7 +234,9 @@ def test_from_the_second_epoch_on_the_ranks_of_a_node_open_no_file(
         }
 
 
-def test_a_sample_is_kept_at_the_size_that_it_is_trained_at_if_no_bit_changes(samples: list[Sample]) -> None:
+def test_a_sample_is_kept_at_the_size_that_it_is_trained_at_if_no_bit_changes(
+    samples: list[Sample], monkeypatch: pytest.MonkeyPatch
+) -> None:
     small, stream = (32, 48), StreamSettings(global_batch_size=18, seed=7)
     flips = {"preset": "strong", "scale": [1, 1], "aspect": [1, 1]}
     assert build_augmentation(flips, small).takes_whole_images
@@ -245,7 +247,9 @@ def test_a_sample_is_kept_at_the_size_that_it_is_trained_at_if_no_bit_changes(sa
     store = SampleStore(PET_CLASSES, num_bytes)
     augmentation = build_augmentation(flips, small)
     ((batch,),) = iterate_training(samples, store, augmentation, range(1), stream, SHARE)
-    assert all(store.request(sample, SampleSize(small, small)) is None for sample in samples)
+    monkeypatch.setattr(sample_store, "fetch_image", None)  # The samples are kept.
+    assert all(store.load(sample, SampleSize(small, small))[0].shape == (*small, 3) for sample in samples)
+    monkeypatch.undo()
     for row, index in enumerate(compute_step_order(0, 18, 18, 7)):
         original = load_labelled_image(samples[index], PET_CLASSES)
         generator = np.random.default_rng(np.random.SeedSequence([7, row], spawn_key=(1,)))
@@ -256,15 +260,16 @@ def test_a_sample_is_kept_at_the_size_that_it_is_trained_at_if_no_bit_changes(sa
 def test_both_files_of_a_sample_are_read_at_the_same_time(
     samples: list[Sample], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    both = threading.Barrier(2, timeout=10)
+    both, prefix = threading.Barrier(2, timeout=10), "s3://bucket"
+    remote = [Sample(prefix + sample.image_uri, prefix + sample.mask_uri) for sample in samples]
 
     def fetch(uri: str) -> bytes:
         both.wait()  # Raises an error if the other file is read only later.
-        return Path(uri).read_bytes()
+        return Path(uri.removeprefix(prefix)).read_bytes()
 
     for name in ("fetch_image", "fetch_mask"):
         monkeypatch.setattr(sample_store, name, fetch)
-    assert len(train(samples, range(1), stream=StreamSettings(global_batch_size=1), share=RankShare())) == 1
+    assert len(train(remote, range(1), stream=StreamSettings(global_batch_size=1), share=RankShare())) == 1
 
 
 def test_the_error_for_an_unwritable_folder_names_the_setting_and_tmpdir(
