@@ -14,6 +14,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from segray.config import TrainSettings
 from segray.data.augmentation import Augmentation
+from segray.errors import TrainingError
 from segray.models.build import SegmentationModel, build_model
 from segray.models.losses import SegmentationLoss
 from segray.training.checkpoint import TrainingState
@@ -159,7 +160,11 @@ def set_up(job: TrainJob, heartbeat: Heartbeat) -> Trainer:
     heartbeat.update(0, "setting up")
     without_weights = config.model.model_copy(update={"encoder_weights": None})
     model = build_model(without_weights, job.classes.num_classes, config.image_size)
-    load_pretrained(config, model)
+    missing = None
+    try:
+        load_pretrained(config, model)  # Before it is sharded, when no checkpoint can be read yet.
+    except TrainingError as error:
+        missing = error
     heartbeat.update(0, "setting up")
     precision = resolve_precision(settings.precision, device, poster)
     replica = build_replica(model, settings, device, precision)
@@ -167,6 +172,8 @@ def set_up(job: TrainJob, heartbeat: Heartbeat) -> Trainer:
     learner = _build_learner(job, model, replica, device, precision)
     average = WeightAverage(model, settings.ema_decay) if settings.ema_decay else None
     found = load_newest_state(job.run_uri, poster, device, find_rows(model))
+    if missing and not found:  # A checkpoint has all weights.
+        raise missing
     heartbeat.update(found.num_steps_done if found else 0, "setting up")
     if found:
         restore_state(found, model, learner, average)
