@@ -244,7 +244,8 @@ def iterate_evaluation(
         image_rows, target_rows, truths = images.numpy(), targets.numpy(), [_NO_TRUTH] * len(numbers)
 
         def load(row: int, encoded: EncodedSample | None) -> None:
-            image_rows[row], truths[row] = store.load(samples[numbers[row]], size, encoded)
+            image_rows[row], truth = store.load(samples[numbers[row]], size, encoded)
+            truths[row] = np.require(truth, requirements="W")  # torch warns about the read-only memory of the cache.
             target_rows[row] = resize_mask(truths[row], image_size)
 
         futures = [pool.submit(load, row, store.request(samples[n], size)) for row, n in enumerate(numbers)]
