@@ -40,7 +40,7 @@ test-all: test docs .venv-swift/installed
 
 # every fault of docs/guides/faults.md, on a real object store
 test-faults: setup .venv-swift/installed .venv-azurite/installed
-	$(BIN)/pytest tests/faults --durations=0
+	$(BIN)/pytest $(PARALLEL) tests/faults --durations=0
 	$(BIN)/pytest $(PARALLEL) --ignore tests/faults --ignore tests/cluster -m slow --durations=0
 
 # cluster.yaml and clusters/onprem.yaml launched, on hosts that are network namespaces: Linux, and root, or all are skipped
