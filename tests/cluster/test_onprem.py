@@ -30,6 +30,7 @@ HEAD, *WORKERS = NAMES = ("n1", "n2", "n3")
 @pytest.fixture(scope="module")
 def cluster(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     config = yaml.safe_load((ROOT / "clusters" / "onprem.yaml").read_text())
+    config["cluster_name"] += "-onprem"  # Ray's SSH connections are shared by all clusters of a name.
     config["provider"] |= {
         "head_ip": hosts.get_address(HEAD),
         "worker_ips": [hosts.get_address(name) for name in WORKERS],
