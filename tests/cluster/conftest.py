@@ -69,7 +69,8 @@ def build_home_files(store: ObjectStore) -> dict[str, str]:
         ".aws/config": f"[default]\nregion = {REGION}\nservices = here\n"
         f"[services here]\ns3 =\n  endpoint_url = {store.endpoint}\nec2 =\n  endpoint_url = {CLOUD}\n",
         # Replaces the installation by the tree that `ray up` has copied; a job's working directory takes precedence.
-        ".bashrc": "export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$HOME/segray\n",
+        ".bashrc": "export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$HOME/segray\n"
+        "export RAY_worker_niceness=0\n",  # As in tests/conftest.py.
     }
 
 
