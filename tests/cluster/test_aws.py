@@ -99,7 +99,7 @@ def watch_workers(cloud: Cloud, job: Job) -> set[frozenset[str]]:
         seen.add(frozenset(cloud.find_workers()))
         return job.process.poll() is not None
 
-    wait_until(look, "the end of the job", timeout_s=300)
+    wait_until(look, "the end of the job", timeout_s=600)
     return seen
 
 
