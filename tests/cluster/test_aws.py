@@ -119,8 +119,8 @@ def test_a_segmentation_starts_workers_from_none_and_they_are_terminated_afterwa
 
 
 def test_a_training_run_starts_exactly_its_workers(cluster: Launcher, cloud: Cloud, training_data: str) -> None:
-    changes = (f"output=s3://{BUCKET}/trained-on-aws", "train.num_epochs=3")
-    job = cluster.submit("jobs/train.py", training_data, *(part for change in changes for part in ("--set", change)))
+    output = f"output=s3://{BUCKET}/trained-on-aws"
+    job = cluster.submit("jobs/train.py", training_data, "--set", output, "--set", "train.num_epochs=3")
     seen = watch_workers(cloud, job)
     assert job.process.returncode == 0, job.text
     assert max(map(len, seen)) == 2, seen
