@@ -52,7 +52,11 @@ def cluster(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 def wait_for_raylets(hosts: Hosts) -> None:
-    wait_until(lambda: all(hosts.find_processes(name, "raylet/raylet") for name in NAMES), "Ray on all hosts")
+    try:
+        wait_until(lambda: all(hosts.find_processes(name, "raylet/raylet") for name in NAMES), "Ray on all hosts")
+    except AssertionError as error:
+        logs = hosts.run(HEAD, "bash", "-c", "tail -n 60 /tmp/ray/session_latest/logs/monitor.*", check=False)
+        raise AssertionError(f"{error}\n{logs.stdout}") from error
 
 
 def find_worker_with(hosts: Hosts, title: str) -> str:
