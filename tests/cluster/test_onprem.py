@@ -15,7 +15,7 @@ import yaml
 from pyarrow import csv
 
 from tests.cluster.calls import NUM_EPOCHS, build_segment_call, list_keys
-from tests.cluster.conftest import ENVIRONMENT, NEEDS_HOSTS, shrink_nodes
+from tests.cluster.conftest import ENVIRONMENT, FAIL_NEXT_START, NEEDS_HOSTS, shrink_nodes
 from tests.cluster.hosts import Hosts
 from tests.cluster.launcher import ROOT, Launcher, wait_until
 from tests.faults.buckets import BUCKET, S3Bucket
@@ -95,13 +95,16 @@ def test_segmentation_loses_and_duplicates_no_rows_when_a_node_dies(
 ) -> None:
     job = cluster.submit(*build_segment_call("segmented/killed"))
     wait_until(lambda: list_keys(store, "segmented/killed/images/"), "the first fragment", job=job)
-    hosts.kill_raylet(find_worker_with(hosts, "FragmentPredictor"))
+    name = find_worker_with(hosts, "FragmentPredictor")
+    hosts.run(name, "bash", "-c", f"touch {FAIL_NEXT_START}")
+    hosts.kill_raylet(name)
     assert len(list_keys(store, "segmented/killed/images/")) < len(clean) - 2, (
         "the node was killed before the run was nearly complete"
     )
     assert job.wait() == 0, job.text
     require_invariant(read_files(S3Bucket(store), "segmented/killed"), clean)
-    wait_for_raylets(hosts)
+    wait_for_raylets(hosts)  # Started by the second attempt.
+    assert hosts.run(name, "bash", "-c", f"test -e {FAIL_NEXT_START}", check=False).returncode == 1
 
 
 def test_segmentation_loses_and_duplicates_no_rows_when_a_node_is_disconnected(
