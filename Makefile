@@ -40,13 +40,13 @@ test-all: test docs .venv-swift/installed
 
 # every fault of docs/guides/faults.md, on a real object store
 test-faults: setup .venv-swift/installed .venv-azurite/installed
-	$(BIN)/pytest tests/faults --durations=0
-	$(BIN)/pytest --ignore tests/faults --ignore tests/cluster -m slow --durations=0
+	$(BIN)/pytest $(PARALLEL) tests/faults --durations=0
+	$(BIN)/pytest $(PARALLEL) --ignore tests/faults --ignore tests/cluster -m slow --durations=0
 
 # cluster.yaml and clusters/onprem.yaml launched, on hosts that are network namespaces: Linux, and root, or all are skipped
 test-cluster: setup .venv-swift/installed .venv-moto/installed
 	tests/cluster/install.sh
-	$(BIN)/pytest tests/cluster tests/test_jobs.py --durations=0
+	$(BIN)/pytest $(PARALLEL) tests/cluster tests/test_jobs.py --durations=0
 
 # Packs the packages that `make gpu-run` needs on a machine with a GPU but without a network into gpu-pack/ (40 MiB). GPU_PYTHON
 # is the Python version of that machine; the default is 3.12.

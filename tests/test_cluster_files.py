@@ -4,6 +4,9 @@ import copy
 import gzip
 import json
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -116,6 +119,26 @@ def test_ray_requires_a_token_and_the_dashboard_listens_on_loopback(name: str) -
         for option in ("--dashboard-host=127.0.0.1", "--disable-usage-stats"):
             assert (option in start) == (kind == "head")
     assert "~/.ray/auth_token" in config["file_mounts"].values()
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("name", LAUNCHED)
+def test_the_mounted_files_can_be_installed(name: str, tmp_path: Path) -> None:
+    """Install what a node receives as its set-up does, but without dependencies."""
+    tree, target = tmp_path / "segray", tmp_path / "installed"
+    tree.mkdir()
+    for remote, local in load(name)["file_mounts"].items():
+        _, found, path = remote.partition("/segray/")
+        if found:
+            (shutil.copytree if (ROOT / local).is_dir() else shutil.copyfile)(ROOT / local, tree / path)
+    assert (tree / "requirements.txt").read_bytes() == (ROOT / "requirements.txt").read_bytes()
+    uv = Path(sys.executable).parent / "uv"
+    subprocess.run([uv, "pip", "install", "--quiet", "--no-deps", f"--target={target}", tree], check=True)
+    for path in ("cli.py", "py.typed", "training/model_card.md.j2"):
+        assert (target / "segray" / path).exists()
+    (metadata,) = target.glob("segray-*.dist-info")
+    assert (metadata / "licenses" / "LICENSE").exists()
+    assert (ROOT / "README.md").read_text() in (metadata / "METADATA").read_text()
 
 
 # Access

@@ -8,7 +8,7 @@ from tests.faults.object_store import ObjectStore
 from tests.faults.scene import SETTINGS
 
 BUCKET_URI = S3Bucket.uri
-NUM_EPOCHS = 20
+NUM_EPOCHS = 10
 
 
 def build_segment_call(output: str, **settings: object) -> list[str]:

@@ -19,6 +19,7 @@ ENVIRONMENT = ROOT / ".venv"  # Every host has a link to it, which avoids instal
 # The hosts share one machine, so each gives Ray one CPU and little memory.
 LITTLE_MEMORY = " --object-store-memory=200000000 --memory=4000000000"
 ONE_CPU = " --num-cpus=1"
+FAIL_NEXT_START = "~/fail-next-start"  # If a host has this file, its next `ray start` removes it and fails.
 
 SKIP_REASON = find_skip_reason()
 NEEDS_HOSTS = [pytest.mark.slow, pytest.mark.skipif(bool(SKIP_REASON), reason=SKIP_REASON)]
@@ -69,10 +70,12 @@ def build_home_files(store: ObjectStore) -> dict[str, str]:
         ".aws/config": f"[default]\nregion = {REGION}\nservices = here\n"
         f"[services here]\ns3 =\n  endpoint_url = {store.endpoint}\nec2 =\n  endpoint_url = {CLOUD}\n",
         # Replaces the installation by the tree that `ray up` has copied; a job's working directory takes precedence.
-        ".bashrc": "export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$HOME/segray\n",
+        ".bashrc": "export PYTHONPATH=${PYTHONPATH:+$PYTHONPATH:}$HOME/segray\n"
+        "export RAY_worker_niceness=0\n"  # As in tests/conftest.py.
+        f"ray() {{ test $1 = start && rm {FAIL_NEXT_START} 2> /dev/null && return 1; command ray $*; }}\n",
     }
 
 
 def shrink_nodes(commands: list[str], options: str = ONE_CPU + LITTLE_MEMORY) -> list[str]:
-    """Return the commands with the limits of a small node appended to those that start Ray."""
-    return [command + options if "ray start" in command else command for command in commands]
+    """Return the commands with the limits of a small node added to those that start Ray."""
+    return [command.replace("ray start", "ray start" + options) for command in commands]

@@ -20,7 +20,7 @@ import yaml
 ROOT = Path(__file__).parents[2]
 DASHBOARD = "http://127.0.0.1:8265"
 _BIN = Path(sys.executable).parent
-_UP_TIMEOUT_S = 120
+_UP_TIMEOUT_S = 300
 _JOB_TIMEOUT_S = 420
 
 
@@ -72,7 +72,7 @@ class Launcher:
         """Launch the cluster and open the tunnel to its dashboard."""
         self._run("up", "--yes", "--no-config-cache", str(self._config), timeout_s=_UP_TIMEOUT_S)
         self._start("dashboard", [str(_BIN / "ray"), "dashboard", str(self._config)], self.environment)
-        wait_until(_is_dashboard_open, "the tunnel to the dashboard", timeout_s=30)
+        wait_until(_is_dashboard_open, "the tunnel to the dashboard")
 
     def run_on_head(self, command: str) -> str:
         """Run a command on the head with `ray exec` and return what it printed."""

@@ -99,7 +99,7 @@ def watch_workers(cloud: Cloud, job: Job) -> set[frozenset[str]]:
         seen.add(frozenset(cloud.find_workers()))
         return job.process.poll() is not None
 
-    wait_until(look, "the end of the job", timeout_s=300)
+    wait_until(look, "the end of the job", timeout_s=600)
     return seen
 
 
@@ -119,7 +119,8 @@ def test_a_segmentation_starts_workers_from_none_and_they_are_terminated_afterwa
 
 
 def test_a_training_run_starts_exactly_its_workers(cluster: Launcher, cloud: Cloud, training_data: str) -> None:
-    job = cluster.submit("jobs/train.py", training_data, "--set", f"output=s3://{BUCKET}/trained-on-aws")
+    output = f"output=s3://{BUCKET}/trained-on-aws"
+    job = cluster.submit("jobs/train.py", training_data, "--set", output, "--set", "train.num_epochs=3")
     seen = watch_workers(cloud, job)
     assert job.process.returncode == 0, job.text
     assert max(map(len, seen)) == 2, seen

@@ -15,7 +15,7 @@ import yaml
 from pyarrow import csv
 
 from tests.cluster.calls import NUM_EPOCHS, build_segment_call, list_keys
-from tests.cluster.conftest import ENVIRONMENT, NEEDS_HOSTS, shrink_nodes
+from tests.cluster.conftest import ENVIRONMENT, FAIL_NEXT_START, NEEDS_HOSTS, shrink_nodes
 from tests.cluster.hosts import Hosts
 from tests.cluster.launcher import ROOT, Launcher, wait_until
 from tests.faults.buckets import BUCKET, S3Bucket
@@ -30,6 +30,7 @@ HEAD, *WORKERS = NAMES = ("n1", "n2", "n3")
 @pytest.fixture(scope="module")
 def cluster(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Launcher]:
     config = yaml.safe_load((ROOT / "clusters" / "onprem.yaml").read_text())
+    config["cluster_name"] += "-onprem"  # Ray's SSH connections are shared by all clusters of a name.
     config["provider"] |= {
         "head_ip": hosts.get_address(HEAD),
         "worker_ips": [hosts.get_address(name) for name in WORKERS],
@@ -51,7 +52,11 @@ def cluster(hosts: Hosts, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
 
 
 def wait_for_raylets(hosts: Hosts) -> None:
-    wait_until(lambda: all(hosts.find_processes(name, "raylet/raylet") for name in NAMES), "Ray on all hosts")
+    try:
+        wait_until(lambda: all(hosts.find_processes(name, "raylet/raylet") for name in NAMES), "Ray on all hosts")
+    except AssertionError as error:
+        logs = hosts.run(HEAD, "bash", "-c", "tail -n 60 /tmp/ray/session_latest/logs/monitor.*", check=False)
+        raise AssertionError(f"{error}\n{logs.stdout}") from error
 
 
 def find_worker_with(hosts: Hosts, title: str) -> str:
@@ -61,7 +66,8 @@ def find_worker_with(hosts: Hosts, title: str) -> str:
 
 @pytest.fixture(scope="module")
 def clean(cluster: Launcher, store: ObjectStore) -> dict[str, bytes]:
-    job = cluster.run(*build_segment_call("segmented/clean"))
+    """Files of a run in which nothing fails. Its one predictor shows that their bytes do not depend on the number."""
+    job = cluster.run(*build_segment_call("segmented/clean", num_predictors=1))
     assert job.process.returncode == 0, job.text
     return read_files(S3Bucket(store), "segmented/clean")
 
@@ -90,13 +96,16 @@ def test_segmentation_loses_and_duplicates_no_rows_when_a_node_dies(
 ) -> None:
     job = cluster.submit(*build_segment_call("segmented/killed"))
     wait_until(lambda: list_keys(store, "segmented/killed/images/"), "the first fragment", job=job)
-    hosts.kill_raylet(find_worker_with(hosts, "FragmentPredictor"))
+    name = find_worker_with(hosts, "FragmentPredictor")
+    hosts.run(name, "bash", "-c", f"touch {FAIL_NEXT_START}")
+    hosts.kill_raylet(name)
     assert len(list_keys(store, "segmented/killed/images/")) < len(clean) - 2, (
         "the node was killed before the run was nearly complete"
     )
     assert job.wait() == 0, job.text
     require_invariant(read_files(S3Bucket(store), "segmented/killed"), clean)
-    wait_for_raylets(hosts)
+    wait_for_raylets(hosts)  # Started by the second attempt.
+    assert hosts.run(name, "bash", "-c", f"test -e {FAIL_NEXT_START}", check=False).returncode == 1
 
 
 def test_segmentation_loses_and_duplicates_no_rows_when_a_node_is_disconnected(

@@ -115,12 +115,11 @@ def unet_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize(
     "model",
     [
-        {"arch": "fcn8s", "encoder_name": "vgg11"},
-        {"arch": "deeplabv3plus", "encoder_name": "tu-test_resnet"},
-        {"arch": "segnet", "encoder_name": "vgg11_bn"},
-        {"arch": "segformer", "encoder_name": "mit_b0"},  # A transformer.
+        pytest.param({"arch": "deeplabv3plus", "encoder_name": "tu-test_resnet"}, id="deeplabv3plus"),
+        pytest.param({"arch": "fcn8s", "encoder_name": "vgg11"}, id="fcn8s", marks=pytest.mark.slow),
+        pytest.param({"arch": "segnet", "encoder_name": "vgg11_bn"}, id="segnet", marks=pytest.mark.slow),
+        pytest.param({"arch": "segformer", "encoder_name": "mit_b0"}, id="segformer", marks=pytest.mark.slow),
     ],
-    ids=lambda model: model["arch"],
 )
 def test_every_kind_of_architecture_gives_the_original_masks(
     short_lived_folder: Path, model: dict[str, object], monkeypatch: pytest.MonkeyPatch

@@ -160,8 +160,9 @@ def test_training_continues_while_a_checkpoint_uploads_to_slow_storage(
     assert "epoch 3/3" in completed.stdout
 
 
+@pytest.mark.slow  # tests/training/test_ranks.py compares ranks without Ray.
 @pytest.mark.usefixtures("ray_session")
-@pytest.mark.parametrize("sharding", ["none", pytest.param("fsdp", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("sharding", ["none", "fsdp"])
 def test_two_workers_learn_the_same_as_one(sharding: str, make_train_config: MakeConfig, tmp_path: Path) -> None:
     settings = {"sync_batchnorm": True, "precision": "fp32", "ema_decay": 0.5, "max_gradient_norm": 1.0}
     train(make_train_config(tmp_path / "one", num_train_workers=1, **settings))
