@@ -12,7 +12,7 @@ from segray.data.preprocessing import Preprocessing
 from segray.models.build import build_model
 from segray.models.losses import SegmentationLoss
 from segray.models.precision import has_bf16
-from segray.training.worker.evaluation import evaluate
+from segray.training.worker.evaluation import compute_loss, evaluate
 from segray.training.worker.feed import EvalBatch
 from tests.conftest import PET_CLASSES
 from tests.gpu.conftest import needs_cuda
@@ -92,21 +92,24 @@ def test_each_loss_and_its_gradient_equal_those_of_the_cpu(term: str, device: to
     torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-3, atol=1e-6)
 
 
-def test_evaluation_counts_equal_those_of_the_cpu(device: torch.device, on_cpu: Trained) -> None:
+def test_evaluation_counts_and_loss_equal_those_of_the_cpu(device: torch.device, on_cpu: Trained) -> None:
     batch = draw_batch()
     split = EvalBatch(batch.images, list(batch.truth.numpy()), batch.truth, list(range(len(batch.images))))
-    confusions = []
+    confusions, losses = [], []
     for where in (CPU, device):
         model = build_model(MODEL, PET_CLASSES.num_classes)
         model.load_state_dict({name: torch.from_numpy(value) for name, value in on_cpu.weights.items()})
+        loss = SegmentationLoss(LossSettings(), PET_CLASSES.ignore_index, None, where)
         counts = evaluate(
             model.to(where),
             [split],
             classes=PET_CLASSES,
             preprocessing=Preprocessing(),
-            loss=SegmentationLoss(LossSettings(), PET_CLASSES.ignore_index, None, where),
+            loss=loss,
             precision="fp32",
         )
         confusions.append(counts.confusion.cpu())
+        losses.append(compute_loss(counts, loss))
     assert confusions[1].sum() == batch.truth.numel()
     assert (confusions[1] - confusions[0]).abs().sum() < 0.01 * batch.truth.numel()
+    assert losses[1] == pytest.approx(losses[0], rel=1e-2)

@@ -180,7 +180,7 @@ def compute_loss(counts: EvaluationCounts, loss: SegmentationLoss) -> float | No
 
     The sums are exact, so it does not depend on the order of the images or on the rank that processed each.
     """
-    whole, fraction, num_infinite = counts.loss.cpu()
+    whole, fraction, num_infinite = counts.loss  # On the device of the loss.
     if num_infinite.any():
         return None
     sums, divisors = whole.double() + fraction.double() / _LOSS_FRACTION
