@@ -211,7 +211,9 @@ def _divide(batch: TrainBatch, num_parts: int, ignore_index: int) -> list[TrainB
     parts = []
     for rows in np.array_split(np.arange(len(batch.images)), num_parts):
         taken = slice(rows[0], rows[-1] + 1) if len(rows) else slice(-1, None)
-        truth = batch.truth[taken] if len(rows) else torch.full_like(batch.truth[taken], ignore_index)
+        truth = batch.truth[taken]
+        if not len(rows):
+            truth = torch.from_numpy(np.full_like(truth.numpy(), ignore_index))
         parts.append(TrainBatch(batch.images[taken], truth, batch.image_uris[taken]))
     return parts
 
@@ -239,9 +241,10 @@ def iterate_evaluation(
     size, truth_dtype = SampleSize(image=image_size), _get_truth_dtype(store)
 
     def start(pool: ThreadPoolExecutor, numbers: Sequence[int]) -> tuple[EvalBatch, list[Future[None]]]:
-        images = torch.zeros((batch_size, *image_size, 3), dtype=torch.uint8, pin_memory=share.pin_memory)
+        images = torch.empty((batch_size, *image_size, 3), dtype=torch.uint8, pin_memory=share.pin_memory)
         targets = torch.empty((len(numbers), *image_size), dtype=truth_dtype, pin_memory=share.pin_memory)
         image_rows, target_rows, truths = images.numpy(), targets.numpy(), [_NO_TRUTH] * len(numbers)
+        image_rows[len(numbers) :] = 0
 
         def load(row: int, encoded: EncodedSample | None) -> None:
             image_rows[row], truth = store.load(samples[numbers[row]], size, encoded)
@@ -267,7 +270,8 @@ def _load_ahead(
 
     Args:
         keys: What the batches are made of.
-        start: Starts to load a batch; returns it with the tasks that fill it.
+        start: Starts to load a batch; returns it with the tasks that fill it. It fills arrays by numpy, because a torch
+            operation in another thread may start more OpenMP threads than there are cores.
         share: Number of threads, and of batches to load ahead.
     """
     pool = ThreadPoolExecutor(share.num_threads, "decode-sample")

@@ -313,6 +313,7 @@ def test_evaluation_sees_every_image_exactly_once(samples: list[Sample], world_s
         for batch in batches:
             assert batch.images.shape == (2, *SIZE, 3)
             assert len(batch.truths) == len(batch.numbers)
+            assert not batch.images[len(batch.numbers) :].any()  # Padding.
             seen.update(batch.numbers)
             for image, number in zip(batch.images, batch.numbers, strict=False):
                 expected, _ = load_labelled_image(samples[number], PET_CLASSES)
