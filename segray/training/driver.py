@@ -11,7 +11,7 @@ from rich.console import Console
 from segray.config import TrainConfig, TrainSettings
 from segray.data.manifest import describe_groups, load_splits
 from segray.data.sample_list import Splits
-from segray.errors import TrainingError
+from segray.errors import ConfigError, TrainingError
 from segray.models.build import check_model, check_size
 from segray.models.bundle import has_bundle, load_manifest
 from segray.models.gradient_checkpointing import recompute_encoder
@@ -53,7 +53,8 @@ class Validated:
 def run_training(config: TrainConfig, console: Console) -> str:
     """Train a model and return the URI of its bundle; an interrupted run is resumed, a complete one is not repeated.
 
-    A complete run goes on if ``train.num_epochs`` is higher than before; its bundle is replaced at the end.
+    A complete run goes on if ``train.num_epochs`` is higher than before; its bundle is replaced at the end. A run that
+    was started with ``train.num_epochs`` does not go on with ``train.time_budget_min``.
 
     Raises:
         ConfigError: A setting is wrong.
@@ -89,6 +90,8 @@ def train_to_bundle(config: TrainConfig, splits: Splits, console: Console, valid
     if is_bundled(config):
         console.print("this run is complete; nothing to do", highlight=False)
         return bundle_uri
+    if splits.val:
+        require_evaluated(config.train, run_uri)
     num_workers = config.train.num_train_workers
     with connect_ray(num_workers, num_workers if config.train.use_gpu else 0), reported_shortage(console):
         print_wait(config, console)
@@ -165,6 +168,20 @@ def is_complete(settings: TrainSettings, bundle_uri: str, run_uri: str) -> bool:
             f"checkpoints under {run_uri} were removed; restore them, or choose another output"
         )
     return True
+
+
+def require_evaluated(settings: TrainSettings, run_uri: str) -> None:
+    """Check that a run does not end, by a lowered ``train.num_epochs``, at an epoch that was not evaluated.
+
+    Raises:
+        ConfigError: It does.
+    """
+    history, num_epochs = find_newest_history(run_uri), settings.num_epochs
+    if len(history) >= num_epochs and all("val_mean_iou" not in metrics for metrics in history[num_epochs - 1 :]):
+        raise ConfigError(
+            f"train.num_epochs: expected more than the {len(history)} epochs that the run has, because none from epoch "
+            f"{num_epochs} on was evaluated, got {num_epochs}; set at least {len(history) + 1}"
+        )
 
 
 def print_wait(config: TrainConfig, console: Console) -> None:

@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from rich.console import Console
 
 from segray.config import TrainConfig
-from segray.errors import MissingFileError
+from segray.errors import ConfigError, MissingFileError
 from segray.storage import join_uri, normalize_uri, read_bytes, write_bytes
 
 _NAME = "time_budget.json"
@@ -72,14 +72,20 @@ def apply_measured(config: TrainConfig, measured: Mapping[str, float], console: 
 
 
 def apply_recorded(config: TrainConfig, console: Console) -> TrainConfig:
-    """Return the configuration with the number of epochs that was computed when the run was started, if it was.
+    """Return the configuration with the number of epochs that was computed when the run was started.
 
     With another budget than then, the number is computed again from the speed that was measured then.
+
+    Raises:
+        ConfigError: None was computed, because the run was started with ``train.num_epochs``, or it is lost.
     """
     try:
         budget = TimeBudget.model_validate_json(read_bytes(_get_uri(config)))
-    except (MissingFileError, ValidationError):
-        return config
+    except (MissingFileError, ValidationError) as error:
+        raise ConfigError(
+            f"train.time_budget_min: the run in {config.output} was started with train.num_epochs, or its {_NAME} was "
+            f"removed or damaged, got {config.train.time_budget_min:g}; set train.num_epochs, or choose another output"
+        ) from error
     if budget.time_budget_min == config.train.time_budget_min:
         return _apply(config, budget, console)
     return apply_measured(config, budget.model_dump(include={"s_per_epoch", "s_per_evaluation"}), console)

@@ -77,6 +77,14 @@ def test_more_epochs_without_checkpoints_are_an_error(checkpoints: list[dict[str
         is_complete(num_epochs=9)
 
 
+def test_a_run_does_not_end_at_an_epoch_that_was_not_evaluated(checkpoints: list[dict[str, Any]]) -> None:
+    del checkpoints[2]["val_mean_iou"]
+    with pytest.raises(ConfigError, match=r"^train\.num_epochs: .* the 3 epochs .* got 3; set at least 4$"):
+        driver.require_evaluated(TrainSettings(num_epochs=3), "out/ray_train")
+    driver.require_evaluated(TrainSettings(num_epochs=4), "out/ray_train")
+    driver.require_evaluated(TrainSettings(num_epochs=2), "out/ray_train")  # The scores of epoch 2 are kept.
+
+
 @pytest.fixture
 def num_checks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of labels of each check, which counts one pixel of each class."""

@@ -47,7 +47,6 @@ def test_a_resumed_run_keeps_its_number_of_epochs(make_budget: Callable[..., Tra
     text = io.StringIO()
     console = Console(file=text, width=300)
     config = make_budget(time_budget_min=2)
-    assert apply_recorded(config, console) is config
     started = apply_measured(config, SPEED, console)
     assert (started.train.num_epochs, started.train.time_budget_min) == (8, None)
     resumed = apply_recorded(make_budget(time_budget_min=2, eval_every_epochs=4), console)
@@ -59,6 +58,17 @@ def test_a_resumed_run_keeps_its_number_of_epochs(make_budget: Callable[..., Tra
     assert lines[0] == lines[1]
     assert lines[0].startswith("train.time_budget_min 2: train.num_epochs is 8, at 10 s per epoch and 4 s per eval")
     assert len(lines) == 4
+
+
+@pytest.mark.parametrize("content", [None, "{"])
+def test_a_run_whose_number_of_epochs_was_not_recorded_does_not_take_a_budget(
+    make_budget: Callable[..., TrainConfig], console: Console, tmp_path: Path, content: str | None
+) -> None:
+    if content:
+        (tmp_path / "time_budget.json").write_text(content)
+    message = r"^train\.time_budget_min: the run in .* started with train\.num_epochs, .* got 2; set train\.num_epochs"
+    with pytest.raises(ConfigError, match=message):
+        apply_recorded(make_budget(time_budget_min=2), console)
 
 
 def test_a_budget_and_a_number_of_epochs_exclude_each_other(make_budget: Callable[..., TrainConfig]) -> None:
