@@ -82,12 +82,13 @@ def run_loop(job: TrainJob, measure: Callable[[Trainer], dict[str, float]] | Non
     heartbeat.start()
     try:
         trainer = set_up(job, heartbeat)
-        if measure:
-            return {"error": None, "measured": measure(trainer)}
-        num_steps = job.config.train.num_epochs * trainer.steps_per_epoch
-        with closing(iterate_batches(trainer, num_steps)) as batches:
-            while not is_finished(trainer.history, job.config.train) and _may_continue(trainer):
-                _run_epoch(trainer, batches)
+        with closing(trainer.store):
+            if measure:
+                return {"error": None, "measured": measure(trainer)}
+            num_steps = job.config.train.num_epochs * trainer.steps_per_epoch
+            with closing(iterate_batches(trainer, num_steps)) as batches:
+                while not is_finished(trainer.history, job.config.train) and _may_continue(trainer):
+                    _run_epoch(trainer, batches)
     except NonFiniteLossError as error:  # Raised on every rank, so none is left waiting for another.
         return {"error": error}
     finally:

@@ -92,6 +92,10 @@ class SampleStore:
         """Read the samples of other ranks of the node, too, whose ``paths`` these are."""
         self._shared = [file for path in paths if (file := open_shared(path))]
 
+    def close(self) -> None:
+        """Read no more of the requested files, except those that are being read."""
+        self._readers.shutdown(wait=False, cancel_futures=True)
+
     def request(self, sample: Sample, size: SampleSize) -> EncodedSample | None:
         """Start to read the files of a sample, both at a time, unless it is kept or on a disk.
 

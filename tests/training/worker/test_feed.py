@@ -272,6 +272,27 @@ def test_both_files_of_a_sample_are_read_at_the_same_time(
     assert len(train(remote, range(1), stream=StreamSettings(global_batch_size=1), share=RankShare())) == 1
 
 
+def test_a_closed_store_reads_no_more_of_the_requested_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    is_closed = threading.Event()
+    fetched: list[str] = []
+
+    def fetch(uri: str) -> bytes:
+        fetched.append(uri)
+        is_closed.wait(10)
+        return b""
+
+    for name in ("fetch_image", "fetch_mask"):
+        monkeypatch.setattr(sample_store, name, fetch)
+    store = SampleStore(PET_CLASSES, 0)
+    requests = [store.request(Sample(f"s3://bucket/{number}.png", "mask"), SampleSize()) for number in range(100)]
+    store.close()
+    is_closed.set()
+    assert requests[-1] is not None
+    assert requests[-1].mask.cancelled()
+    store._readers.shutdown()
+    assert len(fetched) <= sample_store._NUM_READERS
+
+
 def test_the_error_for_an_unwritable_folder_names_the_setting_and_tmpdir(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
