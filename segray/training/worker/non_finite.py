@@ -8,6 +8,7 @@ from segray.training.worker.feed import compute_step_order
 
 # The scaler starts at 2^16 and halves its factor at each skipped step, so after 17 in a row it is no longer the cause.
 MAX_SKIPPED_STEPS = 20
+_MAX_SHOWN = 20  # Images in a message.
 
 
 SKIPPED = math.nan  # Stands for the loss of a step that was skipped in fp16.
@@ -57,11 +58,12 @@ def explain_non_finite_loss(job: TrainJob, step: int, error: NonFiniteLossError)
     order = compute_step_order(
         step, len(job.splits.train), settings.global_batch_size, settings.seed, job.image_weights
     )
-    uris = ", ".join(job.splits.train[index].image_uri for index in order)
+    uris = ", ".join(job.splits.train[index].image_uri for index in order[:_MAX_SHOWN])
+    more = f" and {len(order) - _MAX_SHOWN:,} more" if len(order) > _MAX_SHOWN else ""
     fp32 = "" if settings.precision == "fp32" else f", or with train.precision: fp32 (now {settings.precision})"
     return NonFiniteLossError(
         f"{error} at step {step + 1} (the weights were not updated); to go on from the newest checkpoint, rerun with a "
         f"lower train.max_gradient_norm (now {settings.max_gradient_norm or 'null'}){fp32}; or lower "
         f"train.learning_rate ({settings.learning_rate}) and choose another output; or check the images of this step: "
-        f"{uris}"
+        f"{uris}{more}"
     )

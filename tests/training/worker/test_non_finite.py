@@ -42,12 +42,22 @@ def test_many_skipped_steps_in_a_row_end_the_run() -> None:
         count_skipped(MAX_SKIPPED_STEPS - 1, math.nan)
 
 
-def test_the_error_names_the_images_and_only_advises_what_a_rerun_accepts() -> None:
-    settings = TrainSettings(global_batch_size=2)
+def explain(global_batch_size: int) -> str:
+    settings = TrainSettings(global_batch_size=global_batch_size)
     splits = SimpleNamespace(train=[Sample("a.png", "a"), Sample("b.png", "b")])
     job = SimpleNamespace(config=SimpleNamespace(train=settings), splits=splits, image_weights=None)
-    message = str(explain_non_finite_loss(job, 4, NonFiniteLossError("loss is nan")))  # type: ignore[arg-type]
+    return str(explain_non_finite_loss(job, 4, NonFiniteLossError("loss is nan")))  # type: ignore[arg-type]
+
+
+def test_the_error_names_the_images_and_only_advises_what_a_rerun_accepts() -> None:
+    message = explain(2)
     assert message.startswith("loss is nan at step 5 (the weights were not updated); to go on from the newest")
     assert "rerun with a lower train.max_gradient_norm (now null), or with train.precision: fp32 (now bf16)" in message
     assert "train.learning_rate (0.001) and choose another output" in message
     assert sorted(message.rpartition(": ")[2].split(", ")) == ["a.png", "b.png"]
+
+
+def test_the_error_names_at_most_twenty_images() -> None:
+    assert explain(20).count(".png") == explain(1024).count(".png") == 20
+    assert explain(20).endswith(".png")
+    assert explain(1024).endswith(".png and 1,004 more")
