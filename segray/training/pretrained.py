@@ -21,6 +21,10 @@ from segray.storage import join_uri, normalize_uri, read_bytes, write_bytes
 _FOLDER = "pretrained"
 
 
+class WeightsError(TrainingError):
+    """Raised if the pretrained weights in the output are missing or damaged; restarting the workers does not help."""
+
+
 class PretrainedIndex(BaseModel):
     """Content of ``pretrained/NAME.json``; it is written after the weights, so it marks them as complete.
 
@@ -69,7 +73,7 @@ def load_pretrained(config: TrainConfig, model: SegmentationModel) -> None:
     """Load the pretrained weights, if the configuration has any, from its output into a model, in place.
 
     Raises:
-        TrainingError: The weights are missing or damaged.
+        WeightsError: The weights are missing or damaged.
         StorageError: Permissions, network or disk error.
     """
     if config.model.encoder_weights is None:
@@ -82,13 +86,13 @@ def load_pretrained(config: TrainConfig, model: SegmentationModel) -> None:
     except MissingFileError:
         index = None
     if index is None:
-        raise TrainingError(f"{uri}: the pretrained weights are missing; {remedy}")
+        raise WeightsError(f"{uri}: the pretrained weights are missing; {remedy}")
     found = hashlib.sha256(content).hexdigest()
     if found != index.weights_sha256:
-        raise TrainingError(f"{uri}: sha256 is {found[:12]}…, expected {index.weights_sha256[:12]}…; {remedy}")
+        raise WeightsError(f"{uri}: sha256 is {found[:12]}…, expected {index.weights_sha256[:12]}…; {remedy}")
     missing, unexpected = model.load_state_dict(load_safetensors(content), strict=False)
     if unexpected or set(missing) & model.get_pretrained().keys():
-        raise TrainingError(f"{uri}: the weights are of another version of {config.model.encoder_name}; {remedy}")
+        raise WeightsError(f"{uri}: the weights are of another version of {config.model.encoder_name}; {remedy}")
 
 
 def _read_index(config: TrainConfig) -> PretrainedIndex | None:

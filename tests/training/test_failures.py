@@ -3,8 +3,11 @@
 import queue
 import threading
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
+import ray
+import ray.train
 from ray.train import Checkpoint, WorkerGroupError
 
 from segray.data.sample_list import Sample
@@ -12,8 +15,10 @@ from segray.errors import ClusterError
 from segray.training import fit
 from segray.training.checkpoint import TrainingState
 from segray.training.labels import inspect
+from segray.training.pretrained import WeightsError
 from segray.training.tuning.trial import TrialRun
 from segray.training.worker import loop, sample_store
+from segray.training.worker.non_finite import NonFiniteLossError
 from tests.conftest import PET_CLASSES
 
 SAMPLE = Sample("a.png", "b.png")
@@ -54,6 +59,15 @@ def test_in_a_trial() -> None:
     threading.Thread(target=trial._train).start()
     with pytest.raises(ClusterError, match=r"^the trial failed: ValueError: odd; rerun with"):
         trial.step()
+
+
+@pytest.mark.parametrize("error", [NonFiniteLossError("loss is nan"), WeightsError("missing")])
+def test_an_error_that_a_restart_would_not_fix_is_returned(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ray, "get", lambda reference: None)
+    monkeypatch.setattr(ray.train, "get_context", MagicMock())
+    monkeypatch.setattr(loop, "Heartbeat", MagicMock())
+    monkeypatch.setattr(loop, "set_up", MagicMock(side_effect=error))
+    assert loop.run_loop(MagicMock()) == {"error": error}
 
 
 def test_in_training_workers() -> None:

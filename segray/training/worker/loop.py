@@ -28,6 +28,7 @@ from segray.training.checkpoint import (
     save_state,
 )
 from segray.training.job import TrainJob, is_finished
+from segray.training.pretrained import WeightsError
 from segray.training.watchdog import Heartbeat
 from segray.training.worker.device import count_cores_per_rank
 from segray.training.worker.evaluation import add_over_ranks, compute_loss, compute_scores, evaluate
@@ -89,7 +90,7 @@ def run_loop(job: TrainJob, measure: Callable[[Trainer], dict[str, float]] | Non
             with closing(iterate_batches(trainer, num_steps)) as batches:
                 while not is_finished(trainer.history, job.config.train) and _may_continue(trainer):
                     _run_epoch(trainer, batches)
-    except NonFiniteLossError as error:  # Raised on every rank, so none is left waiting for another.
+    except (NonFiniteLossError, WeightsError) as error:  # Raised on every rank, so none waits for another.
         return {"error": error}
     finally:
         heartbeat.stop()

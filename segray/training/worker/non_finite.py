@@ -8,10 +8,8 @@ from segray.training.worker.feed import compute_step_order
 
 # The scaler starts at 2^16 and halves its factor at each skipped step, so after 17 in a row it is no longer the cause.
 MAX_SKIPPED_STEPS = 20
-_MAX_SHOWN = 20  # Images in a message.
-
-
 SKIPPED = math.nan  # Stands for the loss of a step that was skipped in fp16.
+_MAX_SHOWN = 20  # Images in a message.
 
 
 class NonFiniteLossError(TrainingError):

@@ -1,7 +1,7 @@
 """Find the newest checkpoint, and load its state into the objects that a rank trains with."""
 
 from collections.abc import Mapping
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import distributed, nn
@@ -24,6 +24,7 @@ from segray.training.worker.steps import Learner
 
 # Whole tensors, in the memory of rank 0.
 FULL_STATE = StateDictOptions(full_state_dict=True, cpu_offload=True)
+ValueT = TypeVar("ValueT")
 
 
 def find_rows(model: nn.Module) -> dict[str, Rows]:
@@ -55,7 +56,7 @@ def load_newest_state(
             state = load_state(uri, rows)
         except ValueError as error:
             problem = str(error)
-        problems = [found for found in _gather(problem) if found]
+        problems = [found for found in gather(problem) if found]
         if state and not problems:
             if poster:
                 poster.post_line(f"resuming after {_describe_progress(state)}, from {uri}")
@@ -74,13 +75,13 @@ def _broadcast(uri: str | None, device: torch.device) -> str | None:
     return chosen[0]
 
 
-def _gather(problem: str | None) -> list[str | None]:
-    """Return the values of all ranks."""
-    problems = [problem]
+def gather(value: ValueT) -> list[ValueT]:
+    """Return the values of all ranks; collective."""
+    values = [value]
     if distributed.is_initialized():
-        problems = [None] * distributed.get_world_size()
-        distributed.all_gather_object(problems, problem)
-    return problems
+        values *= distributed.get_world_size()
+        distributed.all_gather_object(values, value)
+    return values
 
 
 def _describe_progress(state: TrainingState) -> str:

@@ -14,13 +14,12 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from segray.config import TrainSettings
 from segray.data.augmentation import Augmentation
-from segray.errors import TrainingError
 from segray.models.build import SegmentationModel, build_model
 from segray.models.losses import SegmentationLoss
 from segray.training.checkpoint import TrainingState
 from segray.training.job import TrainJob
 from segray.training.phases import Phase, add_phase, describe_phases, have_same_schedule
-from segray.training.pretrained import load_pretrained
+from segray.training.pretrained import WeightsError, load_pretrained
 from segray.training.progress_board import ProgressPoster
 from segray.training.watchdog import Heartbeat
 from segray.training.worker.device import configure_torch, resolve_precision
@@ -35,7 +34,7 @@ from segray.training.worker.optimisation import (
     load_schedule,
 )
 from segray.training.worker.replica import build_replica
-from segray.training.worker.restore import FULL_STATE, find_rows, load_newest_state, restore_state
+from segray.training.worker.restore import FULL_STATE, find_rows, gather, load_newest_state, restore_state
 from segray.training.worker.sample_store import SampleStore
 from segray.training.worker.steps import Learner
 
@@ -147,7 +146,12 @@ def _copy_tensors(value: Any) -> Any:
 
 
 def set_up(job: TrainJob, heartbeat: Heartbeat) -> Trainer:
-    """Build a rank's objects, and restore the newest intact checkpoint if there is one."""
+    """Build a rank's objects, and restore the newest intact checkpoint if there is one.
+
+    Raises:
+        WeightsError: A rank cannot read the weights to start from; raised on every rank.
+        SegrayError: A setting is wrong, or the checkpoints cannot be read.
+    """
     config, settings = job.config, job.config.train
     context = ray.train.get_context()
     world_rank = context.get_world_rank()
@@ -160,11 +164,11 @@ def set_up(job: TrainJob, heartbeat: Heartbeat) -> Trainer:
     heartbeat.update(0, "setting up")
     without_weights = config.model.model_copy(update={"encoder_weights": None})
     model = build_model(without_weights, job.classes.num_classes, config.image_size)
-    missing = None
+    problem = None
     try:
         load_pretrained(config, model)  # Before it is sharded, when no checkpoint can be read yet.
-    except TrainingError as error:
-        missing = error
+    except WeightsError as error:
+        problem = error
     heartbeat.update(0, "setting up")
     precision = resolve_precision(settings.precision, device, poster)
     replica = build_replica(model, settings, device, precision)
@@ -172,8 +176,9 @@ def set_up(job: TrainJob, heartbeat: Heartbeat) -> Trainer:
     learner = _build_learner(job, model, replica, device, precision)
     average = WeightAverage(model, settings.ema_decay) if settings.ema_decay else None
     found = load_newest_state(job.run_uri, poster, device, find_rows(model))
-    if missing and not found:  # A checkpoint has all weights.
-        raise missing
+    problems = [other for other in gather(problem) if other]
+    if problems and not found:  # A checkpoint has all weights.
+        raise problems[0]
     heartbeat.update(found.num_steps_done if found else 0, "setting up")
     if found:
         restore_state(found, model, learner, average)
