@@ -32,9 +32,9 @@ from segray.data.sample_list import Sample
 from segray.models.build import SegmentationModel, build_model
 from segray.models.losses import SegmentationLoss
 from segray.models.precision import autocast, has_bf16
-from segray.training.job import get_classes
+from segray.training.job import compute_num_steps, get_classes
 from segray.training.worker.device import count_cores_per_rank
-from segray.training.worker.feed import RankShare, StreamSettings, TrainBatch, compute_num_steps, iterate_training
+from segray.training.worker.feed import RankShare, StreamSettings, TrainBatch, iterate_training
 from segray.training.worker.optimisation import WeightAverage, build_optimizer, build_schedule
 from segray.training.worker.sample_store import SampleStore, load_labelled_image
 from segray.training.worker.steps import Learner, train_step

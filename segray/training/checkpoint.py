@@ -23,6 +23,8 @@ from segray.training.checkpoint_parts import (
     Part,
     Rows,
     Tensors,
+    get_owner,
+    get_parameter,
     read_parts,
     read_verified,
     take_rows,
@@ -88,13 +90,13 @@ def save_state(uri: str, state: TrainingState) -> None:
     Raises:
         StorageError: Permissions, network or disk error.
     """
-    tensors, _ = _flatten(state)
+    tensors, scalars = _flatten(state)
     if sum(tensor.nbytes for tensor in tensors.values()) > _MAX_STATE_BYTES:
-        write_index(uri, _build_index(state, parts=[write_part(uri, tensors, {})]))
+        write_index(uri, _build_index(state, scalars, parts=[write_part(uri, tensors, {})]))
         return
     content = pack_tensors(tensors)
     write_bytes(join_uri(uri, _STATE_NAME), content)
-    write_index(uri, _build_index(state, hashlib.sha256(content).hexdigest()))
+    write_index(uri, _build_index(state, scalars, hashlib.sha256(content).hexdigest()))
 
 
 def save_sharded_state(uri: str, state: TrainingState, rank: int, num_ranks: int) -> None:
@@ -105,10 +107,10 @@ def save_sharded_state(uri: str, state: TrainingState, rank: int, num_ranks: int
     Raises:
         StorageError: Permissions, network or disk error.
     """
-    tensors, _ = _flatten(state)
+    tensors, scalars = _flatten(state)
     write_part(uri, tensors, state.rows, rank)
     if rank == 0:
-        write_index(uri, _build_index(state, parts=wait_for_parts(uri, num_ranks)))
+        write_index(uri, _build_index(state, scalars, parts=wait_for_parts(uri, num_ranks)))
 
 
 def _flatten(state: TrainingState) -> tuple[Tensors, dict[str, Any]]:
@@ -123,8 +125,9 @@ def _flatten(state: TrainingState) -> tuple[Tensors, dict[str, Any]]:
     return tensors, scalars
 
 
-def _build_index(state: TrainingState, state_sha256: str = "", parts: list[Part] | None = None) -> CheckpointIndex:
-    _, scalars = _flatten(state)
+def _build_index(
+    state: TrainingState, scalars: dict[str, Any], state_sha256: str = "", parts: list[Part] | None = None
+) -> CheckpointIndex:
     return CheckpointIndex(
         state_sha256=state_sha256,
         num_steps_done=state.num_steps_done,
@@ -166,12 +169,11 @@ def load_state(uri: str, rows: Mapping[str, Rows] | None = None, *, only_weights
     # Sorted, because safetensors returns tensors in an order that differs between processes, and ranks shard the
     # weights tensor by tensor.
     for key, value in sorted({**tensors, **index.optimizer_scalars}.items()):
-        owner, _, name = key.partition(".")
+        owner, parameter = get_owner(key), get_parameter(key)
         if owner == OPTIMIZER:
-            parameter, _, name = name.rpartition(".")
-            parameters.setdefault(parameter, {})[name] = value
+            parameters.setdefault(parameter, {})[key.rpartition(".")[2]] = value
         else:
-            parts[owner][name] = value
+            parts[owner][parameter] = value
     return TrainingState(
         num_steps_done=index.num_steps_done,
         model=parts[_MODEL],

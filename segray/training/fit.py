@@ -26,7 +26,6 @@ from segray.training.job import TrainJob
 from segray.training.placement import get_worker_needs, place_on_cluster
 from segray.training.progress_board import TrackEpochs, TrackSteps, show_training
 from segray.training.worker.entry import train_loop_per_worker
-from segray.training.worker.feed import compute_num_steps
 
 # Timeouts of Ray and torch, relative to the stall timeout. They are longer so that segray reports a stalled worker
 # first: Ray and torch would stop the workers without saying where each of them was.
@@ -34,12 +33,8 @@ _TIMEOUT_FACTOR = 2
 _MAX_SHOWN_FAILURES = 3
 
 
-def ignore_steps(rows: list[dict[str, Any]]) -> None:
-    """Do not log steps."""
-
-
 def fit(
-    job: TrainJob, output: str, console: Console, track: TrackEpochs, track_steps: TrackSteps = ignore_steps
+    job: TrainJob, output: str, console: Console, track: TrackEpochs, track_steps: TrackSteps = lambda rows: None
 ) -> dict[str, float]:
     """Train from the newest intact checkpoint under ``output``, if any, to the last epoch. Ray must be connected.
 
@@ -67,9 +62,8 @@ def fit(
     remove_file(join_uri(job.run_uri, CHECKPOINT_MANAGER_SNAPSHOT_FILENAME))
     remove_surplus(job.run_uri, settings.num_best_checkpoints)
     os.environ[WORKER_HEALTH_CHECK_TIMEOUT_S_ENV_VAR] = str(_TIMEOUT_FACTOR * settings.stall_timeout_s)
-    num_steps = compute_num_steps(len(job.splits.train), settings.global_batch_size) * settings.num_epochs
     num_workers, _ = place_on_cluster(settings)
-    with show_training(console, num_steps, settings.stall_timeout_s, track, track_steps) as board:
+    with show_training(console, job.num_steps, settings.stall_timeout_s, track, track_steps) as board:
         trainer = _build_trainer(replace(job, board=board), num_workers, filesystem, storage_path)
         try:
             with translated_ray_errors("training"):

@@ -45,6 +45,21 @@ class TrainJob:
     pauses_after_epoch: bool = False
     only_measures: bool = False
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """The number of training steps in an epoch."""
+        return compute_num_steps(len(self.splits.train), self.config.train.global_batch_size)
+
+    @property
+    def num_steps(self) -> int:
+        """The number of training steps of the whole run."""
+        return self.steps_per_epoch * self.config.train.num_epochs
+
+
+def compute_num_steps(num_samples: int, global_batch_size: int) -> int:
+    """Return the number of steps in an epoch: the smallest number that takes at least ``num_samples`` samples."""
+    return -(-num_samples // global_batch_size)
+
 
 def get_classes(config: TrainConfig) -> ClassMap:
     """Return the classes that a configuration declares, in the order of the model's output channels."""

@@ -104,11 +104,6 @@ class RankShare:
     pin_memory: bool = False
 
 
-def compute_num_steps(num_samples: int, global_batch_size: int) -> int:
-    """Return the number of steps in an epoch: the smallest number that takes at least ``num_samples`` samples."""
-    return -(-num_samples // global_batch_size)
-
-
 def compute_num_parts(global_batch_size: int, micro_batch_size: int, world_size: int) -> int:
     """Return how many parts, of at most ``micro_batch_size`` images, each rank divides its share of a step into.
 

@@ -86,8 +86,7 @@ def run_loop(job: TrainJob, measure: Callable[[Trainer], dict[str, float]] | Non
         with closing(trainer.store):
             if measure:
                 return {"error": None, "measured": measure(trainer)}
-            num_steps = job.config.train.num_epochs * trainer.steps_per_epoch
-            with closing(iterate_batches(trainer, num_steps)) as batches:
+            with closing(iterate_batches(trainer, job.num_steps)) as batches:
                 while not is_finished(trainer.history, job.config.train) and _may_continue(trainer):
                     _run_epoch(trainer, batches)
     except (NonFiniteLossError, WeightsError) as error:  # Raised on every rank, so none waits for another.
@@ -113,7 +112,7 @@ def _run_epoch(trainer: Trainer, batches: Iterator[list[TrainBatch]]) -> None:
     started_s, num_steps_before = time.perf_counter(), trainer.num_steps_done
     trainer.learner.replica.train()
     step_log = StepLog(trainer)
-    for _ in train_steps(trainer, batches, epoch * trainer.steps_per_epoch):
+    for _ in train_steps(trainer, batches, epoch * trainer.job.steps_per_epoch):
         step_log.record(trainer.unread[-1])
         if not _is_read_due(trainer):
             continue
@@ -174,7 +173,7 @@ def _is_read_due(trainer: Trainer) -> bool:
     """
     every = 1 if trainer.learner.device.type == "cpu" else _READ_EVERY_STEPS
     done = trainer.num_steps_done
-    return done % every == 0 or done % trainer.steps_per_epoch == 0 or _is_checkpoint_due(trainer)
+    return done % every == 0 or done % trainer.job.steps_per_epoch == 0 or _is_checkpoint_due(trainer)
 
 
 def read_results(trainer: Trainer) -> None:
@@ -272,7 +271,7 @@ def _is_checkpoint_due(trainer: Trainer) -> bool:
     """Return whether to save a checkpoint in the middle of an epoch; its end is always saved."""
     every = trainer.job.config.train.checkpoint_every_steps
     done = trainer.num_steps_done
-    return every is not None and done % every == 0 and done % trainer.steps_per_epoch != 0
+    return every is not None and done % every == 0 and done % trainer.job.steps_per_epoch != 0
 
 
 def _save(trainer: Trainer, metrics: dict[str, Any]) -> None:

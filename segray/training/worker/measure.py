@@ -42,7 +42,7 @@ def measure_speed(trainer: Trainer) -> dict[str, float]:
     started_s = time.perf_counter()
     evaluate_split(replace(trainer, job=replace(trainer.job, splits=Splits(trainer.job.splits.train, some))))
     s_per_image = (time.perf_counter() - started_s) / len(some)
-    return {"s_per_epoch": s_per_step * trainer.steps_per_epoch, "s_per_evaluation": s_per_image * len(val)}
+    return {"s_per_epoch": s_per_step * trainer.job.steps_per_epoch, "s_per_evaluation": s_per_image * len(val)}
 
 
 def _agree(trainer: Trainer, is_over: bool) -> bool:

@@ -23,7 +23,7 @@ from segray.training.pretrained import WeightsError, load_pretrained
 from segray.training.progress_board import ProgressPoster
 from segray.training.watchdog import Heartbeat
 from segray.training.worker.device import configure_torch, resolve_precision
-from segray.training.worker.feed import compute_num_parts, compute_num_steps
+from segray.training.worker.feed import compute_num_parts
 from segray.training.worker.optimisation import (
     WeightAverage,
     advance_schedule,
@@ -82,11 +82,6 @@ class Trainer:
     num_skipped: int
     phases: list[Phase]
     unread: list[torch.Tensor] = field(default_factory=list)
-
-    @property
-    def steps_per_epoch(self) -> int:
-        """The number of steps in an epoch; see ``compute_num_steps``."""
-        return compute_num_steps(len(self.job.splits.train), self.job.config.train.global_batch_size)
 
     @property
     def num_parts(self) -> int:
@@ -247,13 +242,11 @@ def _build_schedule(
     job: TrainJob, optimizer: torch.optim.Optimizer, found: TrainingState | None, phases: Sequence[Phase]
 ) -> LRScheduler:
     """Build the schedule of all epochs and bring it to the step of the checkpoint, if there is one."""
-    settings = job.config.train
-    num_steps = compute_num_steps(len(job.splits.train), settings.global_batch_size) * settings.num_epochs
-    schedule = build_schedule(optimizer, settings, num_steps)
+    schedule = build_schedule(optimizer, job.config.train, job.num_steps)
     if found and found.phases and have_same_schedule(found.phases[-1], phases[-1]):
         load_schedule(schedule, found.schedule)
     elif found:  # A checkpoint of an earlier version has no phases; for the same settings the rates are the same.
-        advance_schedule(schedule, min(found.num_steps_done, num_steps))
+        advance_schedule(schedule, min(found.num_steps_done, job.num_steps))
     return schedule
 
 

@@ -21,13 +21,13 @@ from segray.data.images import resize_mask
 from segray.data.manifest import load_splits
 from segray.data.sample_list import Sample
 from segray.errors import DataError, StorageError
+from segray.training.job import compute_num_steps
 from segray.training.worker import sample_store
 from segray.training.worker.feed import (
     RankShare,
     StreamSettings,
     TrainBatch,
     compute_num_parts,
-    compute_num_steps,
     compute_step_order,
     iterate_evaluation,
     iterate_training,
