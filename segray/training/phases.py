@@ -49,7 +49,8 @@ def describe_phases(phases: Sequence[Phase]) -> list[str]:
 
 def _describe_change(before: Phase, after: Phase) -> str:
     changes = find_differences(before.settings, after.settings)
-    if before.num_workers != after.num_workers:
+    if before.num_workers != after.num_workers:  # Instead of the configured number, which is an upper limit.
+        changes = [change for change in changes if not change.startswith("train.num_train_workers:")]
         changes.append(f"number of workers: the run has {before.num_workers}, got {after.num_workers}")
     line = f"changed after step {after.num_steps_done} (epoch {after.epoch}): {'; '.join(changes)}"
     if not have_same_schedule(before, after):

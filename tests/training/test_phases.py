@@ -31,9 +31,14 @@ def test_more_epochs_are_a_new_phase_with_a_new_schedule() -> None:
 
 
 def test_fewer_workers_and_another_precision_keep_the_schedule() -> None:
-    phases = add_phase([build()], build(30, num_workers=4, precision="fp32"))
+    phases = add_phase([build(num_train_workers=8)], build(30, 4, precision="fp32", num_train_workers=4))
     assert describe_phases(phases) == [
         "changed after step 30 (epoch 2): train.precision: the run has 'bf16', got 'fp32'; "
         "number of workers: the run has 8, got 4"
     ]
     assert have_same_schedule(*phases)
+
+
+def test_a_change_of_the_configured_workers_alone_is_named_because_it_changes_the_accumulation() -> None:
+    phases = add_phase([build(num_workers=2, num_train_workers=4)], build(30, 2, num_train_workers=2))
+    assert describe_phases(phases) == ["changed after step 30 (epoch 2): train.num_train_workers: the run has 4, got 2"]
