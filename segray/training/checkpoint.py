@@ -250,12 +250,12 @@ def find_best_state(run_uri: str, warn: Callable[[str], None]) -> TrainingState:
 
 
 def find_last_state(run_uri: str, warn: Callable[[str], None]) -> TrainingState:
-    """Return the intact checkpoint at the end of the last epoch, for a run without a validation split.
+    """Return the intact checkpoint at the end of the last epoch, to use its weights; for a run without validation.
 
     Raises:
         TrainingError: No checkpoint of the run is intact, or the last epoch's is damaged.
     """
-    found = find_newest_state(run_uri, warn)
+    found = _load_first_intact(rank_checkpoints(run_uri, warn), warn, only_weights=True)
     if found is None or len(found[1].history) < len(find_newest_history(run_uri)):
         raise TrainingError(f"no intact checkpoint of the last epoch under {run_uri}; rerun the same command")
     return found[1]
