@@ -154,7 +154,7 @@ class TrainSettings(Section):
         None,
         ge=1,
         description="Steps between rows of ``steps.csv``, which go to TensorBoard and MLflow too: loss, learning rate, "
-        "gradient norm (with ``max_gradient_norm``) and speed of single steps. ``null``: only epochs are logged.",
+        "gradient norm and speed of single steps. ``null``: only epochs are logged.",
     )
     num_best_checkpoints: int = Field(
         1, ge=1, description="Checkpoints with the highest scores to keep, besides the newest two."

@@ -77,7 +77,7 @@ def train_step(learner: Learner, parts: Sequence[TrainBatch], announce: Callable
         announce: Called with the name of each stage as it begins, for stall detection.
 
     Returns:
-        (2,) float32 on the learner's device, the same on every rank: the loss of the global batch, and the norm of the
+        (2,) float64 on the learner's device, the same on every rank: the loss of the global batch, and the norm of the
         gradient before clipping. If either is not finite, the step was skipped.
     """
     learner.optimizer.zero_grad(set_to_none=True)
