@@ -205,12 +205,14 @@ def list_checkpoints(run_uri: str) -> list[str]:
     return [join_uri(run_uri, name) for name in names]
 
 
-def find_newest_state(run_uri: str, warn: Callable[[str], None]) -> tuple[str, TrainingState] | None:
+def find_newest_state(
+    run_uri: str, warn: Callable[[str], None], *, only_weights: bool = False
+) -> tuple[str, TrainingState] | None:
     """Return the intact checkpoint with the most steps, as (URI, state), or None if there is none.
 
-    ``warn`` is called with a message for each damaged checkpoint.
+    ``warn`` is called with a message for each damaged checkpoint. ``only_weights`` is as in ``load_state``.
     """
-    return _load_first_intact(rank_checkpoints(run_uri, warn), warn)
+    return _load_first_intact(rank_checkpoints(run_uri, warn), warn, only_weights=only_weights)
 
 
 def rank_checkpoints(
@@ -255,7 +257,7 @@ def find_last_state(run_uri: str, warn: Callable[[str], None]) -> TrainingState:
     Raises:
         TrainingError: No checkpoint of the run is intact, or the last epoch's is damaged.
     """
-    found = _load_first_intact(rank_checkpoints(run_uri, warn), warn, only_weights=True)
+    found = find_newest_state(run_uri, warn, only_weights=True)
     if found is None or len(found[1].history) < len(find_newest_history(run_uri)):
         raise TrainingError(f"no intact checkpoint of the last epoch under {run_uri}; rerun the same command")
     return found[1]
