@@ -1,7 +1,9 @@
 """Unexpected exceptions in each kind of worker of training: the error names the cause and the file. Without Ray."""
 
 import queue
+import tempfile
 import threading
+from pathlib import Path
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -41,15 +43,20 @@ def test_while_a_sample_is_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
         sample_store.load_labelled_image(SAMPLE, PET_CLASSES)
 
 
-def test_while_a_checkpoint_is_written(monkeypatch: pytest.MonkeyPatch) -> None:
-    class Job:
-        run_uri = "s3://bucket/run"
-
+def test_while_a_checkpoint_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray repeats an upload after some errors; then the error must be the same again."""
+    report = MagicMock()
+    monkeypatch.setattr(ray.train, "report", report)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(loop, "save_state", fail)
-    loop._upload_slots.acquire()
+    trainer = MagicMock(num_steps_done=8, world_rank=0, world_size=1)
+    trainer.job.run_uri = "s3://bucket/run"
+    trainer.gather_state.return_value = TrainingState(8, {}, {}, {})
+    loop._save(trainer, {})
     expected = "^writing the checkpoint s3://bucket/run/checkpoint_8 failed: ValueError: odd; rerun with"
-    with pytest.raises(ClusterError, match=expected):
-        loop._upload(Job(), TrainingState(8, {}, {}, {}), (0, 1), Checkpoint("/folder"), "checkpoint_8")  # type: ignore[arg-type]
+    for _ in range(2):
+        with pytest.raises(ClusterError, match=expected):
+            report.call_args.kwargs["checkpoint_upload_fn"](Checkpoint("/folder"), "checkpoint_8")
 
 
 def test_in_a_trial() -> None:

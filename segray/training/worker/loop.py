@@ -5,7 +5,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, nullcontext
-from functools import partial
+from functools import cache, partial
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,7 @@ import torch
 from ray.train import Checkpoint
 from ray.train.v2.api.report_config import CheckpointUploadMode
 from torch import distributed
+from torch.distributed.fsdp import FSDPModule
 
 from segray.errors import TrainingError
 from segray.metrics import compute_defined_mean
@@ -58,6 +59,7 @@ _LAST_EPOCH_ONLY = (
 # At most two checkpoints wait in memory to be uploaded; a step that would create a third one waits.
 _upload_slots = threading.BoundedSemaphore(2)
 _UPLOAD_POLL_S = 5.0
+_MAX_UPLOAD_S = 3600.0  # Waiting longer counts as a stall.
 _READ_EVERY_STEPS = 20  # On a GPU, the host waits once in so many steps.
 _PERMISSION_POLL_S = 0.2
 
@@ -235,6 +237,8 @@ def evaluate_split(trainer: Trainer) -> dict[str, Any]:
             loss=trainer.learner.loss,
             precision=trainer.learner.precision,
         )
+        if isinstance(trainer.model, FSDPModule):  # Or the next forward pass would use the gathered averaged weights.
+            trainer.model.reshard()
     total = add_over_ranks(counts)
     return {"val_loss": compute_loss(total, trainer.learner.loss), **compute_scores(total)}
 
@@ -282,28 +286,38 @@ def _save(trainer: Trainer, metrics: dict[str, Any]) -> None:
     """
     trainer.heartbeat.update(trainer.num_steps_done, "saving")
     if trainer.saves_state:
-        while not _upload_slots.acquire(timeout=_UPLOAD_POLL_S):  # Slow storage must not count as a stall.
-            trainer.heartbeat.update(trainer.num_steps_done, "saving")
+        deadline_s = time.monotonic() + _MAX_UPLOAD_S
+        while not _upload_slots.acquire(timeout=_UPLOAD_POLL_S):
+            if time.monotonic() < deadline_s:  # Slow storage must not count as a stall.
+                trainer.heartbeat.update(trainer.num_steps_done, "saving")
     state = trainer.gather_state()
     if state is None:
         ray.train.report(metrics)
         return
+    release = cache(_upload_slots.release)  # Only the first call releases the slot: Ray repeats some failed uploads.
     ray.train.report(
         metrics,
         # Ray requires a folder to upload. It stays empty, because _upload writes the checkpoint directly to storage.
         checkpoint=Checkpoint.from_directory(tempfile.mkdtemp(prefix="segray-checkpoint-")),
         checkpoint_dir_name=name_checkpoint(trainer.num_steps_done),  # Ray takes that of rank 0.
         checkpoint_upload_mode=CheckpointUploadMode.ASYNC,
-        checkpoint_upload_fn=partial(_upload, trainer.job, state, (trainer.world_rank, trainer.world_size)),
+        delete_local_checkpoint_after_upload=True,
+        checkpoint_upload_fn=partial(_upload, trainer.job, state, (trainer.world_rank, trainer.world_size), release),
     )
 
 
 def _upload(
-    job: TrainJob, state: TrainingState, rank_of: tuple[int, int], checkpoint: Checkpoint, folder_name: str
+    job: TrainJob,
+    state: TrainingState,
+    rank_of: tuple[int, int],
+    release: Callable[[], None],
+    checkpoint: Checkpoint,
+    folder_name: str,
 ) -> Checkpoint:
     """Write a checkpoint, or this rank's part of it; rank 0 also removes those that are no longer needed.
 
-    Ray calls this in a single thread for all uploads of a rank. ``rank_of`` is the rank, and the number of ranks.
+    Ray calls this in a single thread for all uploads of a rank. ``rank_of`` is the rank, and the number of ranks;
+    ``release`` releases the upload slot.
     """
     rank, num_ranks = rank_of
     try:
@@ -316,6 +330,6 @@ def _upload(
             if rank == 0:
                 remove_surplus(job.run_uri, job.config.train.num_best_checkpoints)
     finally:
-        _upload_slots.release()
+        release()
     storage = ray.train.get_context().get_storage()
     return Checkpoint(storage.build_checkpoint_path_from_name(folder_name), storage.storage_filesystem)
