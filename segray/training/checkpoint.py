@@ -143,13 +143,20 @@ def _build_index(
     )
 
 
-def load_state(uri: str, rows: Mapping[str, Rows] | None = None, *, only_weights: bool = False) -> TrainingState:
+def load_state(
+    uri: str,
+    rows: Mapping[str, Rows] | None = None,
+    *,
+    only_weights: bool = False,
+    announce: Callable[[], None] = lambda: None,
+) -> TrainingState:
     """Read the checkpoint in the folder ``uri`` and verify its checksums.
 
     Args:
         uri: The folder.
         rows: The rows of sharded parameters that this rank holds. None: whole tensors.
         only_weights: Read only the tensors that ``TrainingState.weights`` needs, if they are in several files.
+        announce: Called before each file of tensors is read.
 
     Raises:
         ValueError: The checkpoint is incomplete or damaged.
@@ -160,8 +167,9 @@ def load_state(uri: str, rows: Mapping[str, Rows] | None = None, *, only_weights
         owners = {file.owner for part in index.parts for file in part.files}
         if only_weights:
             owners = {_AVERAGE if _AVERAGE in owners else _MODEL}
-        tensors = read_parts(uri, index.parts, wanted, owners)
+        tensors = read_parts(uri, index.parts, wanted, owners, announce)
     else:
+        announce()
         tensors = load_safetensors(read_verified(join_uri(uri, _STATE_NAME), index.state_sha256))
         tensors = {key: take_rows(key, tensor, wanted) for key, tensor in tensors.items()}
     parts: dict[str, Tensors] = {_MODEL: {}, _AVERAGE: {}}

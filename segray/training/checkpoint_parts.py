@@ -7,7 +7,7 @@ because their sha256 can only be verified from all bytes.
 
 import hashlib
 import time
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from itertools import groupby
 from typing import NamedTuple
 
@@ -167,7 +167,13 @@ def read_verified(uri: str, sha256: str) -> bytes:
     return content
 
 
-def read_parts(uri: str, parts: Sequence[Part], wanted: Mapping[str, Rows], owners: Collection[str]) -> Tensors:
+def read_parts(
+    uri: str,
+    parts: Sequence[Part],
+    wanted: Mapping[str, Rows],
+    owners: Collection[str],
+    announce: Callable[[], None] = lambda: None,
+) -> Tensors:
     """Read the tensors that a rank needs.
 
     Args:
@@ -176,6 +182,7 @@ def read_parts(uri: str, parts: Sequence[Part], wanted: Mapping[str, Rows], owne
         wanted: The rows to return of some parameters; of all others, the whole tensors are returned. A tensor without
             rows is left out.
         owners: Owners whose tensors are returned.
+        announce: Called before each file is read.
 
     Raises:
         ValueError: A file or a row is missing, or a file is damaged.
@@ -189,6 +196,7 @@ def read_parts(uri: str, parts: Sequence[Part], wanted: Mapping[str, Rows], owne
         for file in part.files:
             if file.owner not in owners or (file.is_sharded and not has_rows):
                 continue
+            announce()
             for key, tensor in load_safetensors(read_verified(join_uri(uri, file.name), file.sha256)).items():
                 if not file.is_sharded:
                     tensors[key] = take_rows(key, tensor, wanted)

@@ -115,7 +115,9 @@ def test_a_large_state_is_divided_into_files(tmp_path: Path, monkeypatch: pytest
     files = list(tmp_path.glob("*.safetensors"))
     assert len(files) > 3
     assert max(file.stat().st_size for file in files) < 10_000
-    loaded = load_state(str(tmp_path))
+    reads: list[None] = []
+    loaded = load_state(str(tmp_path), announce=lambda: reads.append(None))
+    assert len(reads) == len(files)
     assert state.average is not None
     assert loaded.average is not None
     assert_equal(loaded.model, state.model)

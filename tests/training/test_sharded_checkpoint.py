@@ -151,7 +151,7 @@ def run_rank(rank: int, folder: Path) -> None:
         poster = Poster()
         rows = find_rows(Run(optimizer, meshes[-1], 1).model)
         state = load_newest_state(
-            f"{folder}/{optimizer}", cast(ProgressPoster, poster) if rank == 0 else None, CPU, rows
+            f"{folder}/{optimizer}", cast(ProgressPoster, poster) if rank == 0 else None, CPU, rows, lambda: None
         )
         results[f"{optimizer} newest"] = (state.num_steps_done if state else None, poster.lines)
     torch.save(results, folder / f"{rank}.pt")

@@ -1,6 +1,6 @@
 """Find the newest checkpoint, and load its state into the objects that a rank trains with."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar, cast
 
 import torch
@@ -39,7 +39,11 @@ def find_rows(model: nn.Module) -> dict[str, Rows]:
 
 
 def load_newest_state(
-    run_uri: str, poster: ProgressPoster | None, device: torch.device, rows: Mapping[str, Rows]
+    run_uri: str,
+    poster: ProgressPoster | None,
+    device: torch.device,
+    rows: Mapping[str, Rows],
+    announce: Callable[[], None],
 ) -> TrainingState | None:
     """Return the newest checkpoint that is intact on all ranks, or None; rank 0 chooses it. Collective.
 
@@ -48,12 +52,13 @@ def load_newest_state(
         poster: Posts which checkpoint it is; None on ranks other than 0.
         device: Device of this rank.
         rows: The rows of sharded parameters that this rank holds; it loads nothing else.
+        announce: Called before each file is read, for stall detection.
     """
     uris = rank_checkpoints(run_uri, poster.post_line) if poster else []
     while uri := _broadcast(uris.pop(0) if uris else None, device):
         state, problem = None, None
         try:
-            state = load_state(uri, rows)
+            state = load_state(uri, rows, announce=announce)
         except ValueError as error:
             problem = str(error)
         problems = [found for found in gather(problem) if found]

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import ray.train
@@ -156,7 +157,8 @@ def set_up(job: TrainJob, heartbeat: Heartbeat) -> Trainer:
     device = ray.train.torch.get_device()
     configure_torch(settings.deterministic, device, context.get_local_world_size())
     torch.manual_seed(settings.seed)  # For the same initial weights on every rank.
-    heartbeat.update(0, "setting up")
+    announce = partial(heartbeat.update, 0, "setting up")
+    announce()
     without_weights = config.model.model_copy(update={"encoder_weights": None})
     model = build_model(without_weights, job.classes.num_classes, config.image_size)
     problem = None
@@ -164,13 +166,13 @@ def set_up(job: TrainJob, heartbeat: Heartbeat) -> Trainer:
         load_pretrained(config, model)  # Before it is sharded, when no checkpoint can be read yet.
     except WeightsError as error:
         problem = error
-    heartbeat.update(0, "setting up")
+    announce()
     precision = resolve_precision(settings.precision, device, poster)
     replica = build_replica(model, settings, device, precision)
-    heartbeat.update(0, "setting up")
+    announce()
     learner = _build_learner(job, model, replica, device, precision)
     average = WeightAverage(model, settings.ema_decay) if settings.ema_decay else None
-    found = load_newest_state(job.run_uri, poster, device, find_rows(model))
+    found = load_newest_state(job.run_uri, poster, device, find_rows(model), announce)
     problems = [other for other in gather(problem) if other]
     if problems and not found:  # A checkpoint has all weights.
         raise problems[0]
