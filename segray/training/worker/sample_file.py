@@ -20,6 +20,7 @@ from segray.errors import StorageError, flatten_message
 
 LabelledImage = tuple[npt.NDArray[np.uint8], npt.NDArray[np.integer]]
 _HEADER = struct.Struct("<16s5I")  # Key, height and width of image and truth, bytes per truth pixel.
+_FLAG_BYTES = 4  # The last field, which is not 0 once the sample is written.
 
 
 @dataclass(frozen=True)
@@ -78,13 +79,13 @@ class SampleFile:
             self._free_bytes -= num_bytes
             offset, self._end = self._end, self._end + num_bytes
         content = image.tobytes() + truth.tobytes()
-        try:  # The header last: only then do readers see the sample.
-            num_written = os.pwrite(self._file.fileno(), content, offset + len(header))
-            if num_written == len(content):
-                num_written += os.pwrite(self._file.fileno(), header, offset)
+        flag = len(header) - _FLAG_BYTES
+        parts = ((offset + len(header), content), (offset, header[:flag]), (offset + flag, header[flag:]))
+        try:  # The flag last: a reader that sees it finds the rest complete.
+            is_written = all(os.pwrite(self._file.fileno(), part, position) == len(part) for position, part in parts)
         except OSError:  # The disk is full: samples already written stay, all others are decoded again.
-            num_written = 0
-        if num_written < num_bytes:
+            is_written = False
+        if not is_written:
             self._free_bytes = 0
             return False
         self._locations[key] = _parse(header, offset)[1]
@@ -94,9 +95,10 @@ class SampleFile:
         """Find the samples that the process that owns the file has written since the last call."""
         with self._lock:
             while True:
-                header = os.pread(self._file.fileno(), _HEADER.size, self._end)
-                if len(header) < _HEADER.size or not any(header[-4:]):
+                flag = os.pread(self._file.fileno(), _FLAG_BYTES, self._end + _HEADER.size - _FLAG_BYTES)
+                if int.from_bytes(flag, "little") not in (1, 2, 4, 8):  # Nothing yet, or not a file of samples.
                     return
+                header = os.pread(self._file.fileno(), _HEADER.size, self._end)
                 key, location = _parse(header, self._end)
                 self._end = location.offset + location.num_bytes
                 self._locations[key] = location

@@ -200,6 +200,38 @@ for line in sys.stdin:
         reader.stdin.close()
 
 
+def test_a_reader_takes_no_header_that_is_not_complete(samples: list[Sample], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The reader looks before each write, and when only the second half of it has arrived."""
+    file = create_in_memory(2**20)
+    reader = open_shared(file.path)
+    assert reader
+    pwrite = os.pwrite
+    seen: list[bool] = []
+
+    def write(fd: int, content: bytes, offset: int) -> int:
+        for start in (len(content) // 2, 0):  # The second half first.
+            reader.refresh()
+            seen.append(KEYS[0] in reader)
+            pwrite(fd, content[start:], offset + start)
+        return len(content)
+
+    monkeypatch.setattr(os, "pwrite", write)
+    found = load_labelled_image(samples[0], PET_CLASSES)
+    assert file.write(KEYS[0], found)
+    assert not any(seen)
+    reader.refresh()
+    assert_same(reader.read(KEYS[0]), found)
+
+
+def test_a_file_of_another_kind_has_no_samples(tmp_path: Path) -> None:
+    path = tmp_path / "other"
+    path.write_bytes(bytes(range(1, 255)))
+    reader = open_shared(str(path))
+    assert reader
+    reader.refresh()
+    assert not reader._locations
+
+
 def test_a_file_that_cannot_be_opened_is_not_shared(tmp_path: Path) -> None:
     assert open_shared(str(tmp_path / "gone")) is None
 
