@@ -178,7 +178,8 @@ def add_over_ranks(counts: EvaluationCounts) -> EvaluationCounts:
 def compute_loss(counts: EvaluationCounts, loss: SegmentationLoss) -> float | None:
     """Return the loss of the whole split, computed as if it were one batch; None if it is not finite.
 
-    The sums are exact, so it does not depend on the order of the images or on the rank that processed each.
+    The sums over images are exact, so it does not depend on the order of the images or on the rank that processed each.
+    Only the sum over the pixels of an image is rounded, to float32, in an order that depends on the number of threads.
     """
     whole, fraction, num_infinite = counts.loss  # On the device of the loss.
     if num_infinite.any():
