@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,9 @@ from segray.models.build import build_model
 from segray.training.checkpoint import (
     TrainingState,
     find_best_state,
+    find_last_state,
     find_newest_history,
+    find_newest_phases,
     find_newest_state,
     list_checkpoints,
     load_state,
@@ -128,6 +131,19 @@ def test_the_best_of_equal_scores_is_the_latest(run: Path) -> None:
     for step in (1, 3):
         save_state(str(name_folder(run, step)), make_state(step, [0.1] * (step - 1) + [0.5]))
     assert find_best_state(str(run), print).num_steps_done == 3
+
+
+def test_the_last_state_is_that_of_the_last_epoch_or_an_error(run: Path) -> None:
+    assert find_last_state(str(run), print).num_steps_done == 3
+    damage(run, 3)
+    with pytest.raises(TrainingError, match=r"^no intact checkpoint of the last epoch under .*; rerun the same"):
+        find_last_state(str(run), print)
+
+
+def test_the_phases_are_those_of_the_checkpoint_with_the_most_steps(run: Path) -> None:
+    phases = [Phase(num_steps_done=3, epoch=2, num_workers=2, settings={})]
+    save_state(str(name_folder(run, 4)), replace(make_state(4, [0.1]), phases=phases))
+    assert find_newest_phases(str(run)) == phases
 
 
 def test_a_damaged_checkpoint_is_skipped_with_a_warning(run: Path) -> None:

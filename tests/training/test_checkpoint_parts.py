@@ -8,7 +8,14 @@ import pytest
 import torch
 
 from segray.training import checkpoint, checkpoint_parts
-from segray.training.checkpoint import find_best_state, find_newest_state, load_state, save_sharded_state, save_state
+from segray.training.checkpoint import (
+    find_best_state,
+    find_last_state,
+    find_newest_state,
+    load_state,
+    save_sharded_state,
+    save_state,
+)
 from segray.training.checkpoint_parts import Part, Rows, Tensors, read_parts, write_part
 from tests.training.test_checkpoint import make_state, name_folder
 
@@ -151,7 +158,8 @@ def test_a_checkpoint_is_complete_once_all_ranks_have_written_and_the_weights_ar
     assert found is not None
     assert found[1].num_steps_done == 2
     assert_equal(found[1].model, state.model)
-    best = find_best_state(str(tmp_path), print)
     assert state.average is not None
-    assert_equal(best.weights, state.average)
-    assert (best.model, best.optimizer["state"], best.history) == ({}, {}, state.history)
+    for find in (find_best_state, find_last_state):
+        chosen = find(str(tmp_path), print)
+        assert_equal(chosen.weights, state.average)
+        assert (chosen.model, chosen.optimizer["state"], chosen.history) == ({}, {}, state.history)

@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,14 +13,9 @@ from torch.distributed.checkpoint.state_dict import get_optimizer_state_dict
 from segray.config import ModelConfig, TrainSettings
 from segray.models.build import SegmentationModel, build_model
 from segray.training.checkpoint import TrainingState, load_state, save_state
-from segray.training.worker.optimisation import (
-    WeightAverage,
-    advance_schedule,
-    build_optimizer,
-    build_schedule,
-    load_schedule,
-)
+from segray.training.worker.optimisation import WeightAverage, build_optimizer
 from segray.training.worker.restore import restore_state
+from segray.training.worker.state import _build_schedule, _list_phases
 from segray.training.worker.steps import Learner, train_step
 from tests.training.worker.learner import make_batch, make_learner
 
@@ -27,18 +23,9 @@ NUM_STEPS = 8
 
 
 class Run:
-    """The objects that one rank trains with, new or restored from the checkpoint in a folder.
+    """The objects that one rank trains with, new or restored from the checkpoint in a folder; an epoch is 8 steps."""
 
-    ``advance`` computes the schedule again instead of loading its state.
-    """
-
-    def __init__(
-        self,
-        settings: TrainSettings,
-        folder: Path | None = None,
-        num_steps: int = NUM_STEPS,
-        advance: bool = False,
-    ) -> None:
+    def __init__(self, settings: TrainSettings, folder: Path | None = None) -> None:
         torch.manual_seed(0)
         self.model: SegmentationModel = build_model(ModelConfig(arch="classic_unet", widths=(4, 8)), 3).train()
         self.model.to(memory_format=torch.channels_last)  # As in training by default.
@@ -48,11 +35,10 @@ class Run:
         state = load_state(str(folder)) if folder else None
         if state:
             restore_state(state, self.model, self.learner, self.average)
-        self.schedule = build_schedule(optimizer, settings, num_steps)
-        if state and advance:
-            advance_schedule(self.schedule, state.num_steps_done)
-        elif state:
-            load_schedule(self.schedule, state.schedule)
+        config = SimpleNamespace(train=settings, phase_settings={"train": settings.model_dump(mode="json")})
+        job: Any = SimpleNamespace(config=config, num_steps=NUM_STEPS * settings.num_epochs)
+        self.phases = _list_phases(job, state, 1, None)
+        self.schedule = _build_schedule(job, optimizer, state, self.phases)
 
     def train(self, steps: range) -> list[float]:
         losses = []
@@ -72,10 +58,11 @@ class Run:
             schedule=self.schedule.state_dict(),
             scaler=self.learner.scaler.state_dict(),
             average=average,
+            phases=self.phases,
         )
 
 
-@pytest.mark.parametrize("advance", [False, True])
+@pytest.mark.parametrize("has_phases", [True, False], ids=["now", "by an earlier version"])
 @pytest.mark.parametrize(
     "settings",
     [
@@ -87,13 +74,14 @@ class Run:
     ],
     ids=str,
 )
-def test_a_restored_run_continues_identically(settings: dict[str, Any], advance: bool, tmp_path: Path) -> None:
-    chosen = TrainSettings(learning_rate=0.01, **settings)
+def test_a_restored_run_continues_identically(settings: dict[str, Any], has_phases: bool, tmp_path: Path) -> None:
+    chosen = TrainSettings(learning_rate=0.01, num_epochs=1, **settings)
     uninterrupted, interrupted = Run(chosen), Run(chosen)
     losses = uninterrupted.train(range(NUM_STEPS))
     interrupted.train(range(3))
-    save_state(str(tmp_path), interrupted.gather(3))
-    restored = Run(chosen, tmp_path, advance=advance)
+    state = interrupted.gather(3)
+    save_state(str(tmp_path), state if has_phases else replace(state, phases=[]))
+    restored = Run(chosen, tmp_path)
     assert restored.train(range(3, NUM_STEPS)) == losses[3:]
     for name, expected in uninterrupted.gather(NUM_STEPS).weights.items():
         assert torch.equal(restored.gather(NUM_STEPS).weights[name], expected), name
@@ -102,12 +90,16 @@ def test_a_restored_run_continues_identically(settings: dict[str, Any], advance:
 
 
 def test_a_run_with_more_epochs_continues_with_the_rates_of_the_longer_schedule(tmp_path: Path) -> None:
-    settings = TrainSettings(learning_rate=0.01, schedule="cosine", warm_up_fraction=0.25)
-    short, longer = Run(settings), Run(settings, num_steps=2 * NUM_STEPS)
+    once, twice = (
+        TrainSettings(learning_rate=0.01, schedule="cosine", warm_up_fraction=0.25, num_epochs=number)
+        for number in (1, 2)
+    )
+    short, longer = Run(once), Run(twice)
     short.train(range(NUM_STEPS))
     longer.train(range(NUM_STEPS))
     save_state(str(tmp_path), short.gather(NUM_STEPS))
-    continued = Run(settings, tmp_path, 2 * NUM_STEPS, advance=True)
+    continued = Run(twice, tmp_path)
+    assert [(phase.num_steps_done, phase.epoch) for phase in continued.phases] == [(0, 1), (NUM_STEPS, 1)]
     for step in range(NUM_STEPS, 2 * NUM_STEPS):
         assert continued.schedule.get_last_lr() == longer.schedule.get_last_lr()
         assert continued.learner.optimizer.param_groups[0]["lr"] == continued.schedule.get_last_lr()[0] > 0
@@ -115,13 +107,29 @@ def test_a_run_with_more_epochs_continues_with_the_rates_of_the_longer_schedule(
         longer.train(range(step, step + 1))
 
 
+def test_a_run_whose_epochs_are_lowered_below_those_done_stays_at_the_last_rate(tmp_path: Path) -> None:
+    run, ended = Run(TrainSettings(num_epochs=2)), Run(TrainSettings(num_epochs=1))
+    run.train(range(NUM_STEPS + 2))
+    ended.train(range(NUM_STEPS))
+    save_state(str(tmp_path), run.gather(NUM_STEPS + 2))
+    assert Run(TrainSettings(num_epochs=1), tmp_path).schedule.get_last_lr() == ended.schedule.get_last_lr()
+
+
 @pytest.mark.parametrize(("before", "after"), [("fp16", "bf16"), ("bf16", "fp16")])
 def test_a_run_continues_in_another_precision(before: str, after: str, tmp_path: Path) -> None:
     run = Run(TrainSettings(precision=before))
-    run.train(range(2))
-    save_state(str(tmp_path), run.gather(2))
-    continued = Run(TrainSettings(precision=after), tmp_path)
-    assert all(math.isfinite(loss) for loss in continued.train(range(2, 4)))
+    run.train(range(6))
+    save_state(str(tmp_path), run.gather(6))
+    saved, continued = run.gather(6), Run(TrainSettings(precision=after), tmp_path)
+    restored = continued.gather(6)
+    for name, value in saved.model.items():
+        assert torch.equal(restored.model[name], value), name
+    for parameter, values in saved.optimizer["state"].items():
+        for name, value in values.items():
+            assert torch.equal(restored.optimizer["state"][parameter][name], value), (parameter, name)
+    assert all(math.isfinite(loss) for loss in continued.train(range(6, 12)))
+    pairs = zip(continued.model.parameters(), run.model.parameters(), strict=True)
+    assert any(not torch.equal(new, old) for new, old in pairs)
 
 
 def test_a_moving_average_that_is_switched_on_later_starts_from_the_weights_of_the_checkpoint(tmp_path: Path) -> None:
