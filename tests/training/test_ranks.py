@@ -1,6 +1,7 @@
 """Several gloo ranks compared with a single process: equal losses, gradients and scores, and exact resumption."""
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from torch import distributed, multiprocessing, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from segray.config import LossSettings, ModelConfig, TrainSettings
@@ -29,6 +31,8 @@ from tests.training.worker.learner import CPU, build_network, make_batch, make_l
 pytestmark = pytest.mark.integration  # Starting the ranks takes half a minute.
 NUM_STEPS, GLOBAL_BATCH, NUM_IMAGES = 30, 8, 101
 TERMS: dict[str, object] = {"ce": 1.0, "dice": 0.5, "ohem": 0.5}
+SGD = TrainSettings(optimizer="sgd", momentum=0, learning_rate=0.05, weight_decay=0)
+ADAMW = TrainSettings(optimizer="adamw", learning_rate=0.01)
 LOSS = SegmentationLoss(LossSettings.model_validate(TERMS), PET_CLASSES.ignore_index)
 
 
@@ -39,16 +43,22 @@ def build_normalised_network() -> SegmentationModel:
     return network
 
 
-def train(network: nn.Module, steps: range, rank: int = 0, world_size: int = 1, num_parts: int = 1) -> list[float]:
+def train(
+    network: nn.Module,
+    steps: range,
+    rank: int = 0,
+    world_size: int = 1,
+    num_parts: int = 1,
+    optimizer: torch.optim.Optimizer | None = None,
+) -> list[float]:
     """Train on a rank's share of each global batch; shares are uneven if the batch cannot be divided evenly."""
     replica: nn.Module = network
     if world_size > 1:
         replica = DistributedDataParallel(network)
         rebuild_gradient_buckets(replica, CPU)
         replica.train()  # type: ignore[no-untyped-call]
-    learner = make_learner(
-        replica, torch.optim.SGD(network.parameters(), 0.05, fused=True), TERMS, max_gradient_norm=0.5
-    )
+    optimizer = optimizer or torch.optim.SGD(network.parameters(), 0.05, fused=True)
+    learner = make_learner(replica, optimizer, TERMS, max_gradient_norm=0.5)
     losses = []
     for step in steps:
         share = split(make_batch([step], GLOBAL_BATCH), world_size)[rank]
@@ -56,7 +66,9 @@ def train(network: nn.Module, steps: range, rank: int = 0, world_size: int = 1, 
     return losses
 
 
-def train_sharded(rank: int, world_size: int, precision: str) -> tuple[list[float], dict[str, torch.dtype]]:
+def train_sharded(
+    rank: int, world_size: int, precision: str, settings: TrainSettings
+) -> tuple[list[float], dict[str, torch.dtype]]:
     """Return the losses, and the data type of the weights in a forward pass by the class of their module."""
     network = build_normalised_network()
     shard(network, CPU, precision)
@@ -68,7 +80,6 @@ def train_sharded(rank: int, world_size: int, precision: str) -> tuple[list[floa
     for module in network.modules():
         if isinstance(module, nn.Conv2d | nn.BatchNorm2d):
             module.register_forward_hook(record)
-    settings = TrainSettings(optimizer="sgd", momentum=0, learning_rate=0.05, weight_decay=0)
     learner = make_learner(network, build_optimizer(network, settings), TERMS, 0.5, precision)
     losses = []
     for step in range(NUM_STEPS):
@@ -80,6 +91,50 @@ def train_sharded(rank: int, world_size: int, precision: str) -> tuple[list[floa
     train_step(learner, [make_batch([0, rank])], lambda stage: None)
     assert all(torch.equal(get_local(new), old) for new, old in zip(network.parameters(), before, strict=True))
     return losses, dtypes
+
+
+def overflow_on_one_rank(rank: int, world_size: int, is_sharded: bool) -> dict[str, Any]:
+    """Make a step in fp16 whose gradient overflows in one of two parts of the last rank, and then one that does not."""
+    network = build_normalised_network()
+    replica: nn.Module = network
+    if is_sharded:
+        shard(network, CPU, "fp16")
+    else:
+        replica = DistributedDataParallel(network)
+        rebuild_gradient_buckets(replica, CPU)
+    replica.train()
+    scaler = torch.amp.GradScaler("cpu", init_scale=256.0)
+    learner = replace(make_learner(replica, build_optimizer(network, ADAMW), TERMS, 0.5, "fp16"), scaler=scaler)
+    parts = split(make_batch([0, rank]), 2)
+    outputs: list[torch.Tensor] = []
+
+    def overflow(module: nn.Module, inputs: Any, output: torch.Tensor) -> None:
+        outputs.append(output)
+        if len(outputs) == 1:
+            output.register_hook(lambda gradient: gradient * float("inf"))  # type: ignore[no-untyped-call]
+
+    hooks = [network.register_forward_hook(overflow)] if rank == world_size - 1 else []
+    before = copy_tensors(network)
+    loss, norm = train_step(learner, parts, lambda stage: None)
+    is_unchanged = all(torch.equal(new, old) for new, old in zip(copy_tensors(network), before, strict=True))
+    scale = scaler.get_scale()
+    for hook in hooks:
+        hook.remove()
+    train_step(learner, parts, lambda stage: None)
+    return {
+        "is_finite": (bool(loss.isfinite()), bool(norm.isfinite())),
+        "is_unchanged": is_unchanged,
+        "scales": (scale, scaler.get_scale()),
+        "before": before,
+        "after": copy_tensors(network),
+    }
+
+
+def copy_tensors(network: nn.Module) -> list[torch.Tensor]:
+    """Return copies of the whole weights and of the buffers."""
+    tensors = [*network.parameters(), *network.buffers()]
+    whole = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for tensor in tensors)
+    return [tensor.detach().clone() for tensor in whole]
 
 
 def fail_on_one_rank(rank: int, world_size: int) -> tuple[bool, bool]:
@@ -138,7 +193,12 @@ def run_rank(rank: int, world_size: int, folder: Path) -> None:
         "normalised": normalised,
     }.items():
         result[name] = network.state_dict()
-    result["sharded"] = {precision: train_sharded(rank, world_size, precision) for precision in ("fp32", "bf16")}
+    result["sharded"] = {precision: train_sharded(rank, world_size, precision, SGD) for precision in ("fp32", "bf16")}
+    network = build_normalised_network()
+    optimizer = build_optimizer(network, ADAMW)
+    result["adamw_losses"] = train(network, range(NUM_STEPS), rank, world_size, optimizer=optimizer)
+    result["sharded"]["adamw"] = train_sharded(rank, world_size, "fp32", ADAMW)
+    result["overflow"] = [overflow_on_one_rank(rank, world_size, is_sharded) for is_sharded in (False, True)]
     result["scores"] = score(folder, rank, world_size)
     result["failure"] = fail_on_one_rank(rank, world_size)
     torch.save(result, folder / f"{world_size}-{rank}.pt")
@@ -210,6 +270,27 @@ def test_ranks_with_sharded_weights_learn_the_same_as_without(ranks: list[dict[s
         losses, dtypes = rank["sharded"]["bf16"]
         np.testing.assert_allclose(losses, rank["normalised_losses"], atol=0.05)
         assert dtypes == {"Conv2d": torch.bfloat16, "GlobalBatchNorm2d": torch.float32}
+
+
+def test_ranks_with_sharded_weights_learn_the_same_as_without_by_adamw(ranks: list[dict[str, Any]]) -> None:
+    for rank in ranks:
+        losses, _ = rank["sharded"]["adamw"]
+        np.testing.assert_allclose(losses, rank["adamw_losses"], atol=0.02)
+
+
+@pytest.mark.parametrize("is_sharded", [False, True])
+def test_in_fp16_all_ranks_skip_a_step_whose_gradient_overflows_on_one(
+    ranks: list[dict[str, Any]], is_sharded: bool
+) -> None:
+    """BatchNorm statistics stay as they were, too; the next step changes the weights."""
+    for rank in ranks:
+        found = rank["overflow"][is_sharded]
+        assert found["is_finite"] == (True, False)
+        assert found["is_unchanged"]
+        assert found["scales"] == (128, 128)
+        assert not torch.equal(found["after"][0], found["before"][0])
+        for new, first in zip(found["after"], ranks[0]["overflow"][is_sharded]["after"], strict=True):
+            assert torch.equal(new, first)
 
 
 def test_weights_are_identical_after_thirty_steps_with_the_same_seed_and_world_size(
