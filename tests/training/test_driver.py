@@ -77,6 +77,30 @@ def test_more_epochs_without_checkpoints_are_an_error(checkpoints: list[dict[str
         is_complete(num_epochs=9)
 
 
+def test_a_time_budget_in_a_finished_output_is_not_judged_by_the_default_number_of_epochs(
+    make_train_config: MakeConfig,
+    console: Console,
+    checkpoints: list[dict[str, Any]],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    class ConnectedError(Exception):
+        pass
+
+    def connect(*_: object) -> None:
+        raise ConnectedError
+
+    checkpoints.clear()  # Of the bundle's 3 epochs; the default is 15.
+    monkeypatch.setattr(driver, "has_bundle", lambda uri: True)
+    monkeypatch.setattr(driver, "bind_output", lambda *_: None)
+    monkeypatch.setattr(driver, "connect_ray", connect)
+    values = make_train_config(tmp_path).model_dump(mode="json")
+    del values["train"]["num_epochs"]
+    config = TrainConfig.model_validate({**values, "train": {**values["train"], "time_budget_min": 600}})
+    with pytest.raises(ConnectedError):
+        driver.train_to_bundle(config, Splits([], []), console)
+
+
 @pytest.fixture
 def num_checks(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of labels of each check, which counts one pixel of each class."""
