@@ -196,7 +196,7 @@ class Folds:
         return tuple(np.bincount(self.numbers).tolist())
 
     @property
-    def order(self) -> npt.NDArray[np.int64]:
+    def order(self) -> npt.NDArray[np.intp]:
         """(N,) indices of the images, one fold after the other, each sorted by image URI."""
         return np.argsort(self.numbers, kind="stable")
 

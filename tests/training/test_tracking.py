@@ -153,7 +153,8 @@ def test_steps_that_restarted_workers_repeat_are_in_tensorboard_once(tmp_path: P
 def test_steps_are_written_less_often_if_that_takes_long(
     tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    now_s, written_at_s = [100.0], []
+    now_s = [100.0]
+    written_at_s: list[float] = []
     monkeypatch.setattr("segray.training.tracking.time.monotonic", lambda: now_s[0])
 
     def write(uri: str, content: bytes) -> None:

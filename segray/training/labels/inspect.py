@@ -39,7 +39,7 @@ _MIN_CHUNKS_PER_CPU = 16
 _MIXED = "looks resized with interpolation or saved as JPEG"
 _MIXED_REMEDY = "resize masks with nearest neighbour, and save them as PNG"
 _TURN_REMEDY = "rotate the mask to match the image as viewers show it, or save the image without EXIF"
-_DUPLICATE_REMEDY = "keep one of the two: scores on training images are too high"
+_DUPLICATE_REMEDY = "keep it in one split or fold: scores on training images are too high"
 _NEAR_DUPLICATE_REMEDY = (
     "the validation score is too high, because it rewards memorising: keep such images together with data.val.group_by"
 )

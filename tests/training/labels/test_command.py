@@ -81,7 +81,7 @@ def test_findings_are_shown_although_the_output_cannot_be_written(
     fault = LabelFault("/d/masks/a.png", FaultKind.MASK_MISMATCH, "bad", "mend it")
     reports = {"train": report, "val": replace(report, faults=[] if num_px else [fault])}
     monkeypatch.setattr(command, "remove_record", fail)
-    monkeypatch.setattr(command.LabelRecord, "write", fail)
+    monkeypatch.setattr("segray.training.labels.record.LabelRecord.write", fail)
     monkeypatch.setattr(command, "check_splits", lambda *_: reports)
     monkeypatch.setattr(command, "load_splits", lambda *_: Splits([], []))
     monkeypatch.setattr(command, "connect_ray", nullcontext)
