@@ -23,8 +23,8 @@ from segray.models.bundle import load_bundle
 from segray.runtime.capacity import Capacity
 from segray.training.bundling import write_bundle
 from segray.training.checkpoint import TrainingState, save_state
-from segray.training.folds.estimate import Estimate
 from segray.training.folds import run
+from segray.training.folds.estimate import Estimate
 from segray.training.folds.run import FoldPlan, count_concurrent, run_folds_and_training
 from segray.training.job import TrainJob, get_classes
 from segray.training.labels.inspect import SplitReport, join_reports
