@@ -32,17 +32,22 @@ from pyarrow import parquet as pq
 
 from segray.config import DataConfig
 from segray.data import manifest
-from segray.data.classes import ClassMap
 from segray.data.sample_list import SampleList, Splits
 from segray.storage import StoredFile
-from segray.training.labels.inspect import ReportBuilder, SplitReport, complete_reports, compute_chunk_size
+from segray.training.labels.inspect import (
+    CheckedImages,
+    ReportBuilder,
+    SplitReport,
+    compute_chunk_size,
+    find_duplicates,
+)
+from segray.training.labels.near_duplicates import NO_THUMBPRINT
 from segray.training.worker.feed import compute_step_order
 
 _CHUNK = 100_000
 _STEP = 1_000_003  # A prime, so that its multiples modulo any smaller or larger number of images are a permutation.
 _NUM_CPUS = 704
 _GLOBAL_BATCH_SIZE = 1024
-_CLASSES = ClassMap(("a", "b"), (0, 1))
 _INPUTS = ("parquet", "csv", "sorted", "folders")
 ResultT = TypeVar("ResultT")
 
@@ -140,13 +145,22 @@ def check(splits: Splits) -> None:
     reports = {}
     rng = np.random.default_rng(0)
     for split, samples in splits._asdict().items():
-        builder = ReportBuilder(len(samples), 2)
+        builder = ReportBuilder(len(samples), 2, with_presence=True)
         size = compute_chunk_size(len(samples), _NUM_CPUS)
         for start in range(0, len(samples), size):
             num = min(size, len(samples) - start)
-            builder.add(start, replace(SplitReport.empty(2), num_samples=num, digests=rng.bytes(16 * num)))
+            report = replace(
+                SplitReport.empty(2),
+                num_samples=num,
+                digests=rng.bytes(16 * num),
+                thumbprints=rng.bytes(len(NO_THUMBPRINT) * num),
+                presence=rng.bytes(num),
+            )
+            builder.add(start, report)
         reports[split] = builder.build()
-    complete_reports(reports, splits, _CLASSES)
+    train = reports["train"]
+    others = CheckedImages(splits.train, train.digests, train.thumbprints, lambda _: "train")
+    find_duplicates(splits.val, reports["val"], others)
 
 
 def run_worker(folder: Path) -> None:

@@ -176,9 +176,12 @@ def check(
 ) -> None:
     """Check all images and masks of a training configuration and list every problem with its remedy.
 
-    Exit code 1 if there is any problem.
+    If there is none, labels.json in the configured output folder says so, and training does not check again. Exit code
+    1 if there is any problem.
     """
     settings = load_config(TrainConfig, config, overrides or [])
+    if is_submitted_job():
+        require_absolute(settings.uris)
     if draw_to and not draw:
         raise ConfigError("--draw-to requires --draw N, the number of samples to draw")
     console = build_console()

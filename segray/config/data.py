@@ -65,6 +65,8 @@ class SplitConfig(Section):
         given = {name for name in ("images", "masks", "manifest", "fraction") if getattr(self, name) is not None}
         if given not in ({"images", "masks"}, {"manifest"}, {"fraction"}):
             got = ", ".join(sorted(given)) or "none of them"
+            if not given and self.group_by is not None:
+                got = "group_by alone: if val has no images of its own, add fraction, which train.folds does not use"
             raise ValueError(f"expected images and masks, or manifest, or (val only) fraction; got {got}")
         return self
 

@@ -93,7 +93,9 @@ class TrainConfig(SegmentFile):
     @model_validator(mode="after")
     def _check_folds(self) -> Self:
         if self.train.folds == "groups" and (self.data.val is None or self.data.val.group_by is None):
-            raise ValueError("train.folds: groups needs data.val.group_by, the expression that says what a group is")
+            raise ValueError(
+                "train.folds: groups needs data.val.group_by, the expression that says what a group is; got null"
+            )
         return self
 
     @property

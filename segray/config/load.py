@@ -76,9 +76,10 @@ def _apply_override(values: dict[str, Any], override: str) -> None:
 
 
 def _describe(problem: Any, kind: type[SegmentFile]) -> str:
-    # For a union, pydantic adds the member that it tried (a class name, or a type with brackets), which is not part of
-    # the setting's name.
-    path = ".".join(str(part) for part in problem["loc"] if not str(part)[:1].isupper() and "[" not in str(part))
+    # For a union, pydantic adds the member that it tried (a class name, or a type), which is not part of the setting's
+    # name.
+    parts = [str(part) for part in problem["loc"] if part not in ("int", "constrained-int")]
+    path = ".".join(part for part in parts if not part[:1].isupper() and "[" not in part)
     if problem["type"] == "extra_forbidden":
         close = difflib.get_close_matches(path, list(_iterate_settings(kind)), n=1)
         return f"{path}: unknown setting" + (f"; did you mean {close[0]}?" if close else "; remove it")

@@ -13,8 +13,8 @@ class LossSettings(Section):
     """Training loss: a weighted sum of terms, as in ``loss: {ce: 1.0, dice: 1.0}``.
 
     ``ce`` and ``focal`` are means over the scored pixels of the global batch. The other terms are computed for each
-    image and averaged over the images. Ignored pixels do not contribute. ``dice``, ``jaccard`` and ``tversky`` are
-    means over the classes in the image's ground truth.
+    image and averaged over the images. Ignored pixels do not contribute. ``dice``, ``jaccard``, ``tversky`` and
+    ``lovasz`` are means over the classes in the image's ground truth.
     """
 
     ce: float = Field(0.0, ge=0, description="Weight of cross-entropy. It is 1 if no term is given.")

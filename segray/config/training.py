@@ -1,8 +1,8 @@
 """Settings of optimisation, of the training workers, and of metric tracking."""
 
-from typing import Annotated, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from segray.config.section import Section
 
@@ -193,6 +193,13 @@ class TrainSettings(Section):
         description="Disk space per worker, in bytes, in the folder ``TMPDIR``, for decoded images that do not fit "
         "into ``cache_bytes``.",
     )
+
+    @field_validator("folds", mode="before")
+    @classmethod
+    def _check_folds(cls, value: Any) -> Any:
+        if value is None or value == "groups" or (type(value) is int and 2 <= value <= MAX_FOLDS):
+            return value
+        raise ValueError(f"expected groups or a number from 2 to {MAX_FOLDS}, got {value!r}")
 
     @property
     def micro_batch_size(self) -> int:

@@ -1,9 +1,8 @@
 """Pair images with masks: from two folders, a Parquet or CSV manifest, or the Oxford-IIIT Pet layout."""
 
-import hashlib
 import posixpath
-from collections.abc import Callable, Iterable, Sequence
-from itertools import chain, islice
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import islice
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -12,8 +11,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from segray.config import IMAGE_EXTENSIONS, MASK_EXTENSIONS, MAX_FOLDS, DataConfig, OxfordPetLayout, SplitConfig
-from segray.data.groups import describe_draw, divide_groups, draw_groups, find_groups, number_groups, require_separate
-from segray.data.sample_list import Sample, SampleList, Splits
+from segray.data.groups import (
+    Groups,
+    describe_draw,
+    divide_groups,
+    draw_groups,
+    find_groups,
+    number_groups,
+    require_enough,
+    require_separate,
+)
+from segray.data.sample_list import Folds, Sample, SampleList, Splits, merge_samples
 from segray.data.table_files import open_table_file
 from segray.data.uri_columns import normalize_uris
 from segray.errors import DataError, flatten_message
@@ -72,14 +80,12 @@ def load_splits(data: DataConfig, unpaired: list[Unpaired] | None = None) -> Spl
         assert data.val is not None
         return Splits(*_draw_fraction(data, train, data.val))
     if data.val is not None and data.val.group_by is not None:
-        require_separate(*group_samples(data, train, val))
+        require_separate(_group_samples(data, train, val), len(train))
     return Splits(train, val)
 
 
-def load_folds(
-    data: DataConfig, folds: int | Literal["groups"], unpaired: list[Unpaired] | None = None
-) -> list[SampleList]:
-    """List the samples of each fold of a cross-validation over all images, those of train and of val.
+def load_folds(data: DataConfig, folds: int | Literal["groups"], unpaired: list[Unpaired] | None = None) -> Folds:
+    """List the samples of a cross-validation over all images, those of train and of val, and the fold of each.
 
     Args:
         data: Location of the labelled images, and what belongs together (``data.val.group_by``).
@@ -91,43 +97,14 @@ def load_folds(
         StorageError: A folder or manifest cannot be read.
     """
     train, val = _list_samples(data, unpaired)
-    samples = SampleList.of(sorted({sample.image_uri: sample for sample in chain(val or (), train)}.values()))
-    if data.val is not None and data.val.group_by is not None:
-        (groups,) = group_samples(data, samples)
-    else:
-        groups = name_images(data, samples)
+    samples = train if val is None else merge_samples(train, val)
+    seed = data.val.seed if data.val else 0
     if folds == "groups":
-        numbers = number_groups(groups, MAX_FOLDS)
-    else:
-        numbers = divide_groups(groups, folds, data.val.seed if data.val else 0)
-    return [samples.take(np.flatnonzero(np.equal(numbers, number))) for number in range(max(numbers) + 1)]
-
-
-def hold_out(folds: Sequence[Sequence[Sample]], number: int) -> Splits:
-    """Return the splits of a fold, given by its index: it is held out for validation, the others are for training."""
-    return Splits(_join([fold for index, fold in enumerate(folds) if index != number]), folds[number])
-
-
-def join_folds(folds: Sequence[Sequence[Sample]]) -> Splits:
-    """Return the splits of the run that follows a cross-validation: it trains on all images and validates on none."""
-    return Splits(_join(folds), [])
-
-
-def _join(folds: Sequence[Sequence[Sample]]) -> SampleList:
-    return SampleList.of(chain.from_iterable(folds)).take(sort_folds(folds))
-
-
-def sort_folds(folds: Sequence[Sequence[Sample]]) -> npt.NDArray[np.integer]:
-    """Return the indices that sort the samples of all folds, one fold after the other, by image URI."""
-    columns = SampleList.of(chain.from_iterable(folds)).read_columns()
-    indices: npt.NDArray[np.integer] = pc.sort_indices(pa.chunked_array([images for images, _ in columns])).to_numpy()
-    return indices
-
-
-def compute_folds_sha256(folds: Sequence[Sequence[Sample]]) -> str:
-    """Return the sha256 of all image and mask URIs and their fold."""
-    listings = [Splits(fold, []).compute_sha256() for fold in folds]
-    return hashlib.sha256("".join(listings).encode()).hexdigest()
+        return Folds(samples, number_groups(_group_samples(data, samples), MAX_FOLDS))
+    if data.val is not None and data.val.group_by is not None:
+        return Folds(samples, divide_groups(_group_samples(data, samples), folds, seed))
+    require_enough(len(samples), folds, "images")
+    return Folds(samples, (np.random.default_rng(seed).permutation(len(samples)) % folds).astype(np.uint8))
 
 
 def _list_samples(data: DataConfig, unpaired: list[Unpaired] | None) -> tuple[SampleList, SampleList | None]:
@@ -148,41 +125,36 @@ def _list_samples(data: DataConfig, unpaired: list[Unpaired] | None) -> tuple[Sa
     return train, val
 
 
-def name_images(data: DataConfig, samples: Sequence[Sample]) -> list[str]:
-    """Return the name of each image: its path below its folder, or the URI of a manifest, without the extension."""
+def name_images(data: DataConfig, samples: Sequence[Sample]) -> Iterator[pa.LargeStringArray]:
+    """Yield the name of each image, in batches: its path below its folder, or the URI of a manifest; no extension."""
     if isinstance(data.layout, OxfordPetLayout):
         roots = [join_uri(normalize_uri(data.layout.oxford_iiit_pet.root), "images")]
     else:
         roots = [normalize_uri(split.images) for split in (data.train, data.val) if split and split.images]
-    roots.sort(key=len, reverse=True)  # An image is below the deepest folder that contains it.
-    return [_name_image(sample.image_uri, roots) for sample in samples]
+    for images, _ in SampleList.of(samples).read_columns():
+        names = _get_keys(images, "")
+        for root in sorted(roots, key=len):  # An image is below the deepest folder that contains it.
+            is_below = pc.starts_with(images, f"{root.rstrip('/')}/")
+            names = pc.if_else(is_below, _get_keys(images, root), names)
+        yield names
 
 
-def _name_image(uri: str, roots: Sequence[str]) -> str:
-    for root in roots:
-        if uri.startswith(f"{root.rstrip('/')}/"):
-            return get_pairing_key(uri, root)
-    return posixpath.splitext(uri)[0]
-
-
-def group_samples(data: DataConfig, *splits: Sequence[Sample]) -> list[list[str]]:
-    """Return the group of each image of each split, as ``data.val.group_by`` defines it; it must be set.
+def _group_samples(data: DataConfig, *splits: Sequence[Sample]) -> Groups:
+    """Return the group of each image of all splits, as ``data.val.group_by`` defines it; it must be set.
 
     Raises:
         DataError: The expression does not match a name.
     """
     assert data.val is not None
     assert data.val.group_by is not None
-    groups = iter(find_groups(name_images(data, [s for split in splits for s in split]), data.val.group_by))
-    return [[next(groups) for _ in split] for split in splits]
+    return find_groups((batch for split in splits for batch in name_images(data, split)), data.val.group_by)
 
 
 def describe_groups(data: DataConfig, splits: Splits) -> list[str]:
     """Return lines that say how well whole groups fit ``data.val.fraction``; none without groups or fraction."""
     if data.val is None or data.val.group_by is None or data.val.fraction is None:
         return []
-    train, val = group_samples(data, *splits)
-    return describe_draw(train, val, data.val.fraction)
+    return describe_draw(_group_samples(data, *splits), len(splits.train), data.val.fraction)
 
 
 def _load_split(split: SplitConfig, name: str, unpaired: list[Unpaired]) -> SampleList:
@@ -204,17 +176,9 @@ def index_masks(masks_root: str) -> dict[str, StoredFile]:
     Raises:
         DataError: The paths of two masks differ only by their extension.
     """
-    return _index_by_key(list_files(masks_root, MASK_EXTENSIONS), masks_root)
-
-
-def _index_by_key(files: Iterable[StoredFile], root: str) -> dict[str, StoredFile]:
-    by_key: dict[str, StoredFile] = {}
-    for file in files:
-        other = by_key.setdefault(get_pairing_key(file.uri, root), file)
-        if other is not file:
-            first, second = sorted((other.uri, file.uri))
-            raise DataError(f"{first} and {second} have the same name; keep one, or use a manifest")
-    return by_key
+    files = list(list_files(masks_root, MASK_EXTENSIONS))
+    keys = _get_unique_keys(pa.array([file.uri for file in files], pa.large_string()), masks_root)
+    return dict(zip(keys.to_pylist(), files, strict=True))
 
 
 def _pair_folders(images_root: str, masks_root: str, unpaired: list[Unpaired]) -> SampleList:
@@ -250,18 +214,23 @@ def _list_uris(root: str, extensions: Iterable[str]) -> pa.LargeStringArray:
     return pa.chunked_array(chunks, pa.large_string()).combine_chunks()
 
 
+def _get_keys(uris: pa.LargeStringArray, root: str) -> pa.LargeStringArray:
+    """Return what ``get_pairing_key`` returns for each URI; an empty root leaves whole URIs, without extension."""
+    paths = pc.utf8_ltrim(pc.utf8_slice_codeunits(uris, len(root)), "/") if root else uris
+    return pc.replace_substring_regex(paths, _EXTENSION, r"\1")
+
+
 def _get_unique_keys(uris: pa.LargeStringArray, root: str) -> pa.LargeStringArray:
-    """Return what ``get_pairing_key`` returns for each URI.
+    """Return the pairing key of each URI.
 
     Raises:
         DataError: The paths of two files differ only by their extension.
     """
-    paths = pc.utf8_ltrim(pc.utf8_slice_codeunits(uris, len(root)), "/")
-    keys = pc.replace_substring_regex(paths, _EXTENSION, r"\1")
+    keys = _get_keys(uris, root)
     if pc.count_distinct(keys).as_py() < len(keys):
         numbers = keys.dictionary_encode().indices.to_numpy()
         twice = np.flatnonzero(np.bincount(numbers) > 1)[0]
-        first, second = (uris[index].as_py() for index in np.flatnonzero(numbers == twice)[:2])
+        first, second = sorted(uris[index].as_py() for index in np.flatnonzero(numbers == twice)[:2])
         raise DataError(f"{first} and {second} have the same name; keep one, or use a manifest")
     return keys
 
@@ -332,8 +301,10 @@ def _load_oxford_split(root: str, name: str) -> SampleList:
     if not names:
         raise DataError(f"{list_uri}: expected one image name per line, got an empty file")
     samples = sorted(
-        Sample(join_uri(root, "images", f"{name}.jpg"), join_uri(root, "annotations", "trimaps", f"{name}.png"))
-        for name in names
+        {
+            Sample(join_uri(root, "images", f"{name}.jpg"), join_uri(root, "annotations", "trimaps", f"{name}.png"))
+            for name in names
+        }
     )
     return SampleList.of(samples)
 
@@ -342,9 +313,7 @@ def _draw_fraction(data: DataConfig, samples: SampleList, split: SplitConfig) ->
     """Divide samples into those to train on and those to validate on."""
     assert split.fraction is not None
     if split.group_by is not None:
-        (groups,) = group_samples(data, samples)
-        drawn = draw_groups(groups, split.fraction, split.seed)
-        is_val = np.array([group in drawn for group in groups])
+        is_val = draw_groups(_group_samples(data, samples), split.fraction, split.seed)
     else:
         num_val = max(1, round(len(samples) * split.fraction))
         if num_val >= len(samples):

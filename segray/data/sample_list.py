@@ -7,6 +7,7 @@ import hashlib
 import operator
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import islice
 from typing import NamedTuple, overload
 
@@ -111,7 +112,7 @@ class SampleList(Sequence[Sample]):
     def __getitem__(self, index: slice) -> "SampleList": ...
     def __getitem__(self, index: int | slice) -> "Sample | SampleList":
         if isinstance(index, slice):
-            return self.take(np.arange(len(self))[index])
+            return self.take(np.arange(*index.indices(len(self))))
         number = range(len(self))[operator.index(index)]
         images, masks = self._columns
         return Sample(images.get(number), masks.get(number))
@@ -147,6 +148,16 @@ class SampleList(Sequence[Sample]):
             yield images.decode(start, _BATCH_ROWS), masks.decode(start, _BATCH_ROWS)
 
 
+def merge_samples(first: SampleList, other: SampleList) -> SampleList:
+    """Return the samples of two lists, sorted by image URI; of an image in both, that of the first list."""
+    pairs = [pair for samples in (first, other) for pair in samples.read_columns()]
+    images, masks = (pa.chunked_array(list(column), _STRING) for column in zip(*pairs, strict=True))
+    order = pc.sort_indices(images)  # The sort is stable, so that samples of the first list come first.
+    sorted_images = images.take(order).combine_chunks()
+    is_new = pc.not_equal(sorted_images[1:], sorted_images[:-1]).to_numpy(zero_copy_only=False)
+    return SampleList(images, masks).take(order.to_numpy()[np.concatenate([[True], is_new])])
+
+
 class Splits(NamedTuple):
     """The labelled images of a run; each split is sorted by image URI."""
 
@@ -165,3 +176,43 @@ class Splits(NamedTuple):
                 is_first = False
         digest.update(b"]]")
         return digest.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class Folds:
+    """The labelled images of a cross-validation, and the fold of each.
+
+    Attributes:
+        samples: All images, sorted by image URI.
+        numbers: (N,) uint8, the fold of each image, from 0.
+    """
+
+    samples: SampleList
+    numbers: npt.NDArray[np.uint8]
+
+    @cached_property
+    def sizes(self) -> tuple[int, ...]:
+        """Number of images of each fold."""
+        return tuple(np.bincount(self.numbers).tolist())
+
+    @property
+    def order(self) -> npt.NDArray[np.intp]:
+        """(N,) indices of the images, one fold after the other, each sorted by image URI."""
+        return np.argsort(self.numbers, kind="stable")
+
+    def select(self, number: int) -> SampleList:
+        """Return the samples of a fold, given by its index."""
+        return self.samples.take(np.flatnonzero(self.numbers == number))
+
+    def hold_out(self, number: int) -> Splits:
+        """Return the splits of a fold, given by its index: it is held out for validation, the others train."""
+        return Splits(self.samples.take(np.flatnonzero(self.numbers != number)), self.select(number))
+
+    def join(self) -> Splits:
+        """Return the splits of the run after a cross-validation: it trains on all images and validates on none."""
+        return Splits(self.samples, [])
+
+    def compute_sha256(self) -> str:
+        """Return the sha256 of all image and mask URIs and their fold."""
+        listings = [Splits(self.select(number), []).compute_sha256() for number in range(len(self.sizes))]
+        return hashlib.sha256("".join(listings).encode()).hexdigest()

@@ -22,14 +22,19 @@ def compute_layer_factors(model: SegmentationModel, decay: float) -> dict[int, f
     segmentation-models-pytorch that know their stages of strides 16 and 32 have three: these two, and what is before.
 
     Raises:
-        ConfigError: The encoder has neither, such as VGG.
+        ConfigError: The encoder has neither, such as VGG, or its layers are not known to timm.
     """
     encoder = model.encoder
     inner = getattr(encoder, "vit", encoder)
     if isinstance(name := getattr(inner, "name", None), str):
         factors = _list_timm_factors(name, decay)
-        named = [(_WRAPPERS.sub("", name), parameter) for name, parameter in encoder.named_parameters()]
-        return {id(parameter): factors.get(name.replace(".", "_"), decay) for name, parameter in named}
+        named = [(_WRAPPERS.sub("", name).replace(".", "_"), value) for name, value in encoder.named_parameters()]
+        if len(set(factors.values())) < 2 or 2 * sum(name in factors for name, _ in named) < len(named):
+            raise ConfigError(
+                "train.layer_decay: timm does not say which layers this encoder has; set null and use "
+                "train.encoder_lr_factor, or choose another encoder"
+            )
+        return {id(parameter): factors.get(name, decay) for name, parameter in named}
     try:
         stages = inner.get_stages()  # type: ignore[operator]
     except (AttributeError, NotImplementedError) as error:

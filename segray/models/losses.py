@@ -23,6 +23,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from torch.nn import functional
+from torch.utils.checkpoint import checkpoint
 
 from segray.config import LossSettings
 
@@ -160,20 +161,29 @@ class SegmentationLoss:
 
         That of segmentation-models-pytorch makes the host wait for a GPU once for each class of each image.
         """
-        classes = torch.arange(logits_nchw.shape[1], device=truth_nhw.device)[:, None]
-        losses = []
-        for logits_chw, truth_hw in zip(logits_nchw, truth_nhw, strict=True):  # One at a time, for less memory.
-            truth = truth_hw.flatten()
-            is_class = (truth == classes) & (truth != self._ignore_index)  # (C, pixels)
-            errors = (is_class.float() - logits_chw.softmax(0).flatten(1)).abs() * (truth != self._ignore_index)
-            errors, order = errors.sort(1, descending=True)
-            num_px, num_seen = is_class.sum(1, keepdim=True), is_class.gather(1, order).cumsum(1)
-            num_others = torch.arange(1, len(truth) + 1, device=truth.device) - num_seen
-            jaccard_loss = 1 - (num_px - num_seen) / (num_px + num_others)
-            present = num_px[:, 0] > 0
-            by_class = (errors * jaccard_loss.diff(prepend=jaccard_loss.new_zeros(len(classes), 1))).sum(1)
-            losses.append((by_class * present).sum() / present.sum().clamp(min=1))
+        # One image at a time, and again in the backward pass: otherwise about 20 bytes per pixel and class of the batch
+        # would be kept until then.
+        losses = [
+            checkpoint(self._compute_lovasz, *pair, use_reentrant=False, preserve_rng_state=False)
+            for pair in zip(logits_nchw, truth_nhw, strict=True)
+        ]
         return torch.stack(losses).sum()
+
+    def _compute_lovasz(self, logits_chw: torch.Tensor, truth_hw: torch.Tensor) -> torch.Tensor:
+        """Return the mean Lovász-Softmax loss of the classes in an image's truth."""
+        truth = truth_hw.flatten()
+        classes = torch.arange(len(logits_chw), device=truth.device)[:, None]
+        is_class = (truth == classes) & (truth != self._ignore_index)  # (C, pixels)
+        errors = (is_class.float() - logits_chw.softmax(0).flatten(1)).abs() * (truth != self._ignore_index)
+        errors, order = errors.sort(1, descending=True)
+        with torch.no_grad():
+            num_px = is_class.sum(1, keepdim=True, dtype=torch.int32)
+            num_seen = is_class.gather(1, order).cumsum(1, dtype=torch.int32)
+            num_others = torch.arange(1, len(truth) + 1, device=truth.device, dtype=torch.int32) - num_seen
+            jaccard_loss = 1 - (num_px - num_seen) / (num_px + num_others)
+            gradient = jaccard_loss.diff(prepend=jaccard_loss.new_zeros(len(classes), 1))
+            present = num_px[:, 0] > 0
+        return ((errors * gradient).sum(1) * present).sum() / present.sum().clamp(min=1)
 
 
 def compute_median_frequency_weights(

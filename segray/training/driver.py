@@ -30,7 +30,7 @@ from segray.training.labels.record import LabelRecord, find_record
 from segray.training.labels.report import print_warnings
 from segray.training.placement import place_on_cluster
 from segray.training.pretrained import find_preprocessing, save_pretrained
-from segray.training.sampling import compute_image_weights
+from segray.training.sampling import compute_image_weights, needs_presence
 from segray.training.time_budget import apply_measured, apply_recorded
 
 _BINDING_NAME = "train.json"
@@ -83,7 +83,7 @@ def train_to_bundle(config: TrainConfig, splits: Splits, console: Console, valid
     """
     output = normalize_uri(config.output)
     bundle_uri, run_uri = join_uri(output, "bundle"), join_uri(output, RUN_NAME)
-    binding = bind_output(config, splits)
+    binding = bind_output(config, splits.compute_sha256())
     console.print(describe_run(config, splits), highlight=False)
     if config.train.time_budget_min and _is_used(config):
         config = apply_recorded(config, console)
@@ -118,14 +118,16 @@ def train_to_bundle(config: TrainConfig, splits: Splits, console: Console, valid
     return bundle_uri
 
 
-def bind_output(config: TrainConfig, splits: Splits) -> Binding:
+def bind_output(config: TrainConfig, listing: str) -> Binding:
     """Return the binding of a run to its output, which is still to be written if the output is unused.
+
+    ``listing`` is the sha256 of the images that the run trains on and is scored with.
 
     Raises:
         RunMismatchError: The output belongs to a run with other settings or images.
     """
     output = normalize_uri(config.output)
-    binding = Binding(join_uri(output, _BINDING_NAME), config.bound_settings, splits.compute_sha256())
+    binding = Binding(join_uri(output, _BINDING_NAME), config.bound_settings, listing)
     if _is_used(config):
         binding.require_same()
     return binding
@@ -227,7 +229,7 @@ def check_once(
         StorageError: Permissions, network or disk error.
     """
     classes, output = get_classes(config), normalize_uri(config.output)
-    record = None if config.train.recheck_labels else find_record(output, listing, classes)
+    record = None if config.train.recheck_labels else find_record(output, listing, classes, needs_presence(config))
     if record:
         console.print(str(record), highlight=False)
     else:

@@ -69,6 +69,18 @@ def save_pretrained(config: TrainConfig) -> None:
     write_bytes(_name_file(config, "json"), index.model_dump_json(indent=2).encode())
 
 
+def copy_pretrained(source_output: str, config: TrainConfig) -> None:
+    """Copy the pretrained weights of a configuration from another output to its own, if they are there.
+
+    Raises:
+        StorageError: Permissions, network or disk error.
+    """
+    source = config.model_copy(update={"output": source_output})
+    if config.model.encoder_weights is not None and not _read_index(config) and _read_index(source):
+        for extension in ("safetensors", "json"):
+            write_bytes(_name_file(config, extension), read_bytes(_name_file(source, extension)))
+
+
 def load_pretrained(config: TrainConfig, model: SegmentationModel) -> None:
     """Load the pretrained weights, if the configuration has any, from its output into a model, in place.
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from segray.config import TrainConfig
 from segray.metrics import IntArray
 
 
@@ -57,6 +58,11 @@ def compute_image_weights(presence: bytes, image_count: IntArray) -> ImageWeight
         has_class = (bits[:, index // 8] >> (7 - index % 8)) & 1
         np.maximum(values, has_class * factor, out=values)
     return ImageWeights(values)
+
+
+def needs_presence(config: TrainConfig) -> bool:
+    """Return whether a run, or a trial of a search, needs to know which classes each training image contains."""
+    return config.train.sampling == "class_balanced" or "train.sampling" in config.tune.space
 
 
 def pack_presence(is_present: npt.NDArray[np.bool_]) -> bytes:

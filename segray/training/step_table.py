@@ -16,42 +16,32 @@ class StepTable:
     """All logged steps of a run, each once; a step that a resumed run repeats replaces the row of the first time."""
 
     def __init__(self) -> None:
-        self._rows: dict[float | None, StepRow] = {}
-
-    @property
-    def rows(self) -> list[StepRow]:
-        """The rows in the order of the steps."""
-        return [self._rows[step] for step in sorted(self._rows, key=float)]  # type: ignore[arg-type]
+        self._lines: dict[int, str] = {}  # Text takes a fraction of the memory of rows, of which there can be millions.
 
     def add(self, rows: Sequence[StepRow]) -> None:
         """Add rows."""
-        self._rows |= {row["step"]: row for row in rows}
+        for row in rows:
+            values = [row[name] for name in COLUMNS]
+            self._lines[int(row["step"] or 0)] = ",".join("" if value is None else str(value) for value in values)
 
     def format(self) -> bytes:
         """Return the table as CSV; an undefined value is an empty cell."""
-        buffer = io.StringIO()
-        writer = csv.DictWriter(buffer, COLUMNS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self.rows)
-        return buffer.getvalue().encode()
+        lines = [",".join(COLUMNS), *(self._lines[step] for step in sorted(self._lines)), ""]
+        return "\n".join(lines).encode()
 
 
-def read_steps(uri: str) -> StepTable:
-    """Read ``steps.csv``; the table is empty if there is no such file.
+def read_steps(uri: str) -> list[StepRow]:
+    """Return the rows of ``steps.csv``; none if there is no such file.
 
     Raises:
         StorageError: Permissions, network or disk error.
     """
-    table = StepTable()
     try:
         content = read_bytes(uri).decode()
     except MissingFileError:
-        return table
+        return []
     integers = ("step", "epoch")
-    table.add(
-        [
-            {name: (int if name in integers else float)(row[name]) if row[name] else None for name in COLUMNS}
-            for row in csv.DictReader(io.StringIO(content))
-        ]
-    )
-    return table
+    return [
+        {name: (int if name in integers else float)(row[name]) if row[name] else None for name in COLUMNS}
+        for row in csv.DictReader(io.StringIO(content))
+    ]

@@ -21,10 +21,11 @@ from segray.config import TrainConfig
 from segray.data.classes import ClassMap
 from segray.errors import ConfigError, SegrayError, flatten_message
 from segray.storage import exists, join_uri, read_bytes, remove_folder, write_bytes
-from segray.training.step_table import StepRow, read_steps
+from segray.training.step_table import StepRow, StepTable, read_steps
 
 _STEPS_NAME = "steps.csv"
 _FLUSH_INTERVAL_S = 30.0
+_MAX_FLUSH_SHARE = 0.05  # Of the time: with millions of steps, writing all of them takes longer.
 _STEP_PREFIX = "step/"  # Of the names of the metrics of single steps, which have the same names as those of epochs.
 _MLFLOW_BATCH = 1000  # Maximum number of metrics per request.
 _PER_EPOCH = ("epoch", "loss", "learning_rate", "images_per_s", "num_skipped_steps")
@@ -108,9 +109,10 @@ class Tracking:
             self._trackers.append(_open("tensorboard", lambda: TensorBoardTracker(output)))
         if config.tracking.mlflow_uri:
             self._trackers.append(_open("mlflow", lambda: MlflowTracker(config, output)))
-        self._steps = read_steps(join_uri(output, _STEPS_NAME))
-        self._new_steps = list(self._steps.rows)  # Trackers may have lost them.
+        self._steps = StepTable()
+        self._new_steps = read_steps(join_uri(output, _STEPS_NAME))  # Trackers may have lost them.
         self._last_flush_s = time.monotonic()
+        self._pause_s = 0.0  # At least, between two flushes.
 
     def log(self, epochs: Sequence[Mapping[str, Any]]) -> bool:
         """Log the metrics of epochs; always return True, as no metrics stop the training."""
@@ -121,23 +123,31 @@ class Tracking:
             flat = flatten_metrics(metrics, self._classes)
             scalars = {name: value for name, value in flat.items() if value is not None and name != "epoch"}
             self._call_trackers(lambda tracker: tracker.log(metrics["epoch"], scalars))  # noqa: B023
-        self._flush_steps()
+        self._flush_steps_after(self._pause_s)
         return True
 
     def log_steps(self, rows: Sequence[StepRow]) -> None:
-        """Log steps; they are written every half a minute, at the end of an epoch, and at the end of the run."""
+        """Log steps; they are written every half a minute, at the end of an epoch, and at the end of the run.
+
+        If that takes more than a twentieth of the time, they are written less often.
+        """
         self._new_steps += rows
-        if time.monotonic() - self._last_flush_s >= _FLUSH_INTERVAL_S:
+        self._flush_steps_after(max(_FLUSH_INTERVAL_S, self._pause_s))
+
+    def _flush_steps_after(self, pause_s: float) -> None:
+        if time.monotonic() - self._last_flush_s >= pause_s:
             self._flush_steps()
 
     def _flush_steps(self) -> None:
+        began_s = time.monotonic()
         rows = list({row["step"]: row for row in self._new_steps}.values())  # A resumed run repeats some.
         self._new_steps = []
-        self._last_flush_s = time.monotonic()
         if rows:
             self._steps.add(rows)
             self._try(_STEPS_NAME, lambda: write_bytes(join_uri(self._output, _STEPS_NAME), self._steps.format()))
             self._call_trackers(lambda tracker: tracker.log_steps(rows))
+        self._last_flush_s = time.monotonic()
+        self._pause_s = (self._last_flush_s - began_s) / _MAX_FLUSH_SHARE
 
     def write_csv(self, history: Sequence[Mapping[str, Any]]) -> None:
         """Write ``metrics.csv`` with the metrics of all epochs."""
@@ -178,6 +188,11 @@ def _split_row(row: StepRow) -> tuple[int, dict[str, float]]:
     return int(row["step"] or 0), {_STEP_PREFIX + name: float(row[name] or 0) for name in names}
 
 
+def _list_new(rows: Sequence[StepRow], last_step: int) -> list[tuple[int, dict[str, float]]]:
+    """Return ``_split_row`` of the rows after a step; workers that restart repeat the steps since the checkpoint."""
+    return [(step, scalars) for step, scalars in map(_split_row, rows) if step > last_step]
+
+
 def _open(extra: str, build: Callable[[], Tracker]) -> Tracker:
     try:
         return build()
@@ -199,6 +214,7 @@ class TensorBoardTracker:
         remove_folder(self._folder_uri)  # Every start logs the complete history again.
         self._spool = Path(tempfile.mkdtemp(prefix="segray-tensorboard-"))
         self._writer = SummaryWriter(str(self._spool))
+        self._last_step = 0
 
     def log(self, epoch: int, scalars: Mapping[str, float]) -> None:
         """See ``Tracker.log``."""
@@ -208,9 +224,11 @@ class TensorBoardTracker:
 
     def log_steps(self, rows: Sequence[StepRow]) -> None:
         """See ``Tracker.log_steps``."""
-        for step, scalars in map(_split_row, rows):
+        found = _list_new(rows, self._last_step)
+        for step, scalars in found:
             for name, value in scalars.items():
                 self._writer.add_scalar(name, value, step)
+        self._last_step = max([self._last_step, *(step for step, _ in found)])
         self._upload()
 
     def _upload(self) -> None:
@@ -261,7 +279,7 @@ class MlflowTracker:
 
     def log_steps(self, rows: Sequence[StepRow]) -> None:
         """See ``Tracker.log_steps``."""
-        found = [(step, scalars) for step, scalars in map(_split_row, rows) if step > self._last_step]
+        found = _list_new(rows, self._last_step)
         self._send(found)
         self._last_step = max([self._last_step, *(step for step, _ in found)])
 

@@ -12,7 +12,7 @@ from pyarrow import csv
 from pyarrow import parquet as pq
 
 from segray.config import DataConfig
-from segray.data.manifest import hold_out, join_folds, load_folds, load_splits
+from segray.data.manifest import index_masks, load_folds, load_splits
 from segray.data.sample_list import Sample, Splits
 from segray.errors import DataError, MissingFileError
 from segray.storage import normalize_uri
@@ -161,6 +161,21 @@ def test_samples_of_a_manifest_are_sorted_and_their_uris_normalized(tmp_path: Pa
         assert list(samples) == sorted(map(Sample._make, expected.items()))
 
 
+def test_masks_are_found_by_their_path_without_extension(tmp_path: Path) -> None:
+    for name in ("a.b.png", "c/d.tif", ".e.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).touch()
+    masks = index_masks(str(tmp_path))
+    assert {key: file.uri for key, file in masks.items()} == {
+        "a.b": f"{tmp_path}/a.b.png",
+        "c/d": f"{tmp_path}/c/d.tif",
+        ".e": f"{tmp_path}/.e.png",
+    }
+    (tmp_path / "c" / "d.png").touch()
+    with pytest.raises(DataError, match=r"c/d\.png and .*c/d\.tif have the same name"):
+        index_masks(str(tmp_path))
+
+
 @pytest.fixture
 def sequences(tmp_path: Path) -> dict[str, str]:
     """Folders of 6 sequences with 1 to 6 frames, in subfolders."""
@@ -225,16 +240,20 @@ def test_folds_divide_the_images_of_train_and_val_by_group(sequences: dict[str, 
     values = {"train": halves[0], "val": {**halves[1], "group_by": r"^(seq\d+)_"}, "class_names": ["a", "b"]}
     data = DataConfig.model_validate(values)
     for divided in (load_folds(data, 3), load_folds(data, "groups")):
-        assert len(divided) in (3, 6)
-        uris = [sample.image_uri for fold in divided for sample in fold]
+        folds = [list(divided.select(number)) for number in range(len(divided.sizes))]
+        assert len(folds) in (3, 6)
+        assert tuple(map(len, folds)) == divided.sizes
+        uris = [sample.image_uri for fold in folds for sample in fold]
         assert len(uris) == len(set(uris)) == 21
-        groups = [{Path(sample.image_uri).stem[:4] for sample in fold} for fold in divided]
+        groups = [{Path(sample.image_uri).stem[:4] for sample in fold} for fold in folds]
         assert len(set().union(*groups)) == sum(map(len, groups)) == 6
-        for number, fold in enumerate(divided):
-            splits = hold_out(divided, number)
-            assert splits.val == fold
-            assert sorted([*splits.train, *splits.val]) == list(join_folds(divided).train)
-    assert [len(fold) for fold in load_folds(data, "groups")] == [1, 2, 3, 4, 5, 6]
+        for number, fold in enumerate(folds):
+            splits = divided.hold_out(number)
+            assert splits.val == fold == sorted(fold)
+            assert sorted([*splits.train, *splits.val]) == list(divided.join().train)
+            assert splits.train == sorted(splits.train)
+        assert list(divided.samples.take(divided.order)) == [sample for fold in folds for sample in fold]
+    assert load_folds(data, "groups").sizes == (1, 2, 3, 4, 5, 6)
     with pytest.raises(DataError, match="7 folds need as many groups of images, found 6"):
         load_folds(data, 7)
 
@@ -242,8 +261,24 @@ def test_folds_divide_the_images_of_train_and_val_by_group(sequences: dict[str, 
 def test_folds_without_groups_divide_single_images_and_no_image_is_in_two(sequences: dict[str, str]) -> None:
     data = {"train": sequences, "val": sequences, "class_names": ["a", "b"]}  # Every image is in both splits.
     divided = load_folds(DataConfig.model_validate(data), 4)
-    assert sorted(map(len, divided)) == [5, 5, 5, 6]
-    assert len({sample for fold in divided for sample in fold}) == 21
+    assert sorted(divided.sizes) == [5, 5, 5, 6]
+    assert list(divided.samples) == sorted(set(divided.samples))
+    assert len(divided.samples) == 21
+    hashes = {load_folds(DataConfig.model_validate(data), num_folds).compute_sha256() for num_folds in (4, 4, 3)}
+    assert len(hashes) == 2
+    with pytest.raises(DataError, match="22 folds need as many images, found 21; set train.folds to at most 21$"):
+        load_folds(DataConfig.model_validate(data), 22)
+
+
+def test_of_an_image_in_train_and_val_the_mask_of_train_is_used(sequences: dict[str, str], tmp_path: Path) -> None:
+    path = tmp_path / "manifest.csv"
+    image = f"{sequences['images']}/day0/seq2_0000.png"
+    path.write_text(f"image_uri,mask_uri,split\n{image},other,val\ns3://b/last.png,last,val\n")
+    data = {"train": sequences, "val": {"manifest": str(path)}, "class_names": ["a", "b"]}
+    samples = list(load_folds(DataConfig.model_validate(data), 2).samples)
+    assert len(samples) == 22
+    assert samples == sorted(samples)
+    assert dict(samples)[image].startswith(sequences["masks"])
 
 
 def test_one_group_makes_no_folds(sequences: dict[str, str]) -> None:

@@ -7,6 +7,7 @@ from timm.optim import param_groups_layer_decay
 
 from segray.config import ModelConfig
 from segray.errors import ConfigError
+from segray.models import layer_decay
 from segray.models.build import check_model
 from segray.models.layer_decay import compute_layer_factors
 
@@ -69,4 +70,16 @@ def test_other_encoders_have_their_stages(encoder_name: str) -> None:
 def test_an_encoder_without_stages_is_refused(arch: str, encoder_name: str) -> None:
     model = check_model(ModelConfig(arch=arch, encoder_name=encoder_name), 2, SIZE)
     with pytest.raises(ConfigError, match=r"^train\.layer_decay: this encoder has no stages; .*encoder_lr_factor"):
+        compute_layer_factors(model, DECAY)
+
+
+@pytest.mark.parametrize("share", [0, 0.4, 1])
+def test_a_timm_encoder_whose_layers_are_not_known_is_refused(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = check_model(ModelConfig(arch="unet", encoder_name="tu-test_resnet"), 2, SIZE)
+    factors = layer_decay._list_timm_factors("test_resnet", DECAY)
+    known = dict(list(factors.items())[: int(share * len(factors))])
+    if share == 1:  # All parameters are in one layer.
+        known = dict.fromkeys(known, 1.0)
+    monkeypatch.setattr(layer_decay, "_list_timm_factors", lambda *_: known)
+    with pytest.raises(ConfigError, match=r"^train\.layer_decay: timm does not say which layers this encoder has; "):
         compute_layer_factors(model, DECAY)

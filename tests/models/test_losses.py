@@ -120,6 +120,21 @@ def test_lovasz_loss_is_the_lovasz_extension_of_the_jaccard_loss() -> None:
     assert compute(build({"lovasz": 1.0}), logits, truth).item() == pytest.approx(np.mean(image_losses), rel=1e-5)
 
 
+def test_lovasz_loss_keeps_nothing_of_each_class_and_pixel_for_the_backward_pass() -> None:
+    logits = torch.randn(2, 40, 32, 32, requires_grad=True)
+    truth = torch.randint(0, 40, (2, 32, 32))
+    saved: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = compute(build({"lovasz": 1.0}), logits, truth)
+    assert sum(saved.values()) < logits.nbytes  # Without recomputation several times as much.
+    assert compute_gradient(loss, logits).any()
+
+
 @pytest.mark.parametrize(
     ("term", "build_reference"),
     [

@@ -14,7 +14,7 @@ from segray.config import TrainConfig
 from segray.data.preprocessing import Preprocessing
 from segray.errors import ConfigError, TrainingError
 from segray.models.build import build_model
-from segray.training.pretrained import find_preprocessing, load_pretrained, save_pretrained
+from segray.training.pretrained import copy_pretrained, find_preprocessing, load_pretrained, save_pretrained
 
 MakeConfig = Callable[..., TrainConfig]
 EXPECTED = Preprocessing(mean=(0.0, 51.0, 102.0), std=(255.0, 255.0, 255.0))
@@ -63,6 +63,24 @@ def test_only_the_driver_accesses_the_hub(
     assert all(torch.equal(loaded[name], value) for name, value in weights.items())
     save_pretrained(config)  # As when the run is resumed.
     assert find_preprocessing(config) == EXPECTED
+
+
+def test_folds_and_trials_get_a_copy_without_the_hub(
+    weights: dict[str, torch.Tensor], config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save_pretrained(config)
+    forbid_hub(monkeypatch)
+    fold = config.model_copy(update={"output": f"{config.output}/folds/1"})
+    copy_pretrained(config.output, fold)
+    assert find_preprocessing(fold) == EXPECTED
+    save_pretrained(fold)
+    loaded = build_on_rank(fold)
+    assert all(torch.equal(loaded[name], value) for name, value in weights.items())
+    other = fold.model_copy(
+        update={"output": f"{config.output}/2", "model": fold.model.model_copy(update={"encoder_name": "resnet34"})}
+    )
+    copy_pretrained(config.output, other)  # A trial of another encoder.
+    assert not (Path(config.output) / "2").exists()
 
 
 def test_the_file_holds_the_encoder_only(weights: dict[str, torch.Tensor], config: TrainConfig) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -138,6 +139,38 @@ def test_steps_are_not_written_one_by_one(tmp_path: Path, console: Console, monk
     assert len(read_csv((tmp_path / "steps.csv").read_text())) == 3
     Tracking(make_config(tmp_path / "other"), CLASSES, str(tmp_path / "other"), console).log([NOT_EVALUATED])
     assert not (tmp_path / "other" / "steps.csv").exists()
+
+
+def test_steps_that_restarted_workers_repeat_are_in_tensorboard_once(tmp_path: Path, console: Console) -> None:
+    with Tracking(make_config(tmp_path, tensorboard=True), CLASSES, str(tmp_path), console) as tracking:
+        tracking.log_steps(STEPS[:2])
+        tracking.log([NOT_EVALUATED])
+        tracking.log_steps(STEPS[1:])
+    found = read_tensorboard(tmp_path / "tensorboard")
+    assert [step for step, _ in found["step/learning_rate"]] == [10, 20, 30]
+
+
+def test_steps_are_written_less_often_if_that_takes_long(
+    tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now_s = [100.0]
+    written_at_s: list[float] = []
+    monkeypatch.setattr("segray.training.tracking.time.monotonic", lambda: now_s[0])
+
+    def write(uri: str, content: bytes) -> None:
+        if uri.endswith("steps.csv"):
+            written_at_s.append(now_s[0])
+            now_s[0] += 10
+
+    monkeypatch.setattr("segray.training.tracking.write_bytes", write)
+    tracking = Tracking(make_config(tmp_path), CLASSES, str(tmp_path), console)
+    for _ in range(100):
+        now_s[0] += 10
+        tracking.log_steps(STEPS)
+        tracking.log([NOT_EVALUATED])
+    pauses_s = np.diff(written_at_s)
+    assert len(pauses_s) >= 3
+    assert (pauses_s >= 210).all()
 
 
 @pytest.mark.integration  # It takes ten seconds.

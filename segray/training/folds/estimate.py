@@ -40,12 +40,14 @@ class Estimate:
         num_images: Number of images held out in each fold.
         folds: Scores of each fold's model on the images it held out, as ``compute_scores`` returns them.
         pooled: The same of all images, from counts summed over the folds.
+        changes: A line for each fold that was trained with other settings than those of the run.
     """
 
     class_names: tuple[str, ...]
     num_images: tuple[int, ...]
     folds: tuple[Mapping[str, Any], ...]
     pooled: Mapping[str, Any]
+    changes: tuple[str, ...] = ()
 
     @cached_property
     def rows(self) -> list[tuple[str, dict[str, Spread]]]:

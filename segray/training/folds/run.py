@@ -6,21 +6,21 @@ the images that the fold holds out would make it too high. To resume, the same c
 finished, each from its newest checkpoint.
 """
 
+import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
 from ray import tune
 from ray.tune.experiment import Trial
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from segray.config import TrainConfig, TrainSettings
-from segray.data.manifest import compute_folds_sha256, hold_out, join_folds, load_folds, sort_folds
-from segray.data.sample_list import Sample
+from segray.config import TrainConfig, TrainSettings, find_differences
+from segray.data.manifest import load_folds
+from segray.data.sample_list import Folds
 from segray.errors import TrainingError
 from segray.progress import build_bar
 from segray.runtime.autoscaling import find_capacity, reported_shortage
@@ -28,7 +28,7 @@ from segray.runtime.capacity import Capacity
 from segray.runtime.connect import connect_ray
 from segray.runtime.failures import describe_cause, find_segray_error, translated_ray_errors
 from segray.storage import join_uri, normalize_uri, write_bytes
-from segray.training.checkpoint import RUN_NAME, find_newest_history
+from segray.training.checkpoint import RUN_NAME, find_newest_history, find_newest_phases
 from segray.training.driver import (
     Validated,
     bind_output,
@@ -43,9 +43,9 @@ from segray.training.driver import (
 from segray.training.folds.estimate import Estimate, describe_spread
 from segray.training.job import TrainJob, get_classes, is_finished
 from segray.training.labels.command import check_folds
-from segray.training.labels.inspect import SplitReport, sum_reports
+from segray.training.labels.inspect import SplitReport, join_reports
 from segray.training.placement import get_worker_needs
-from segray.training.pretrained import find_preprocessing
+from segray.training.pretrained import copy_pretrained, find_preprocessing, save_pretrained
 from segray.training.tuning.trial import METRIC, TIME, run_trials
 
 
@@ -59,8 +59,8 @@ def run_folds_and_training(config: TrainConfig, console: Console) -> str:
         return run_training(config, console)
     check_network(config)
     folds = load_folds(config.data, config.train.folds)
-    splits = join_folds(folds)
-    bind_output(config, splits)
+    splits = folds.join()
+    bind_output(config, splits.compute_sha256())
     validated = None if is_bundled(config) else _cross_validate(config, folds, console)
     return train_to_bundle(config, splits, console, validated)
 
@@ -71,12 +71,12 @@ class FoldPlan:
 
     Attributes:
         config: The configuration, which each fold uses with an output of its own.
-        folds: Labelled images of each fold.
+        folds: The labelled images, and the fold of each.
         reports: Label report of each fold.
     """
 
     config: TrainConfig
-    folds: Sequence[Sequence[Sample]]
+    folds: Folds
     reports: Sequence[SplitReport]
 
     def build_config(self, number: int) -> TrainConfig:
@@ -88,9 +88,9 @@ class FoldPlan:
     def build_trial_job(self, number: int) -> TrainJob:
         """Return the training job of a fold, given by its index from 0; it has the class weights of its own images."""
         config = self.build_config(number)
-        others = [index for index in range(len(self.folds)) if index != number]
-        report = join_reports([self.reports[index] for index in others], [self.folds[index] for index in others])
-        return build_job(config, hold_out(self.folds, number), report, join_uri(config.output, RUN_NAME))
+        copy_pretrained(self.config.output, config)
+        report = join_reports(self.reports, self.folds, held_out=number)
+        return build_job(config, self.folds.hold_out(number), report, join_uri(config.output, RUN_NAME))
 
     def read_history(self, number: int) -> list[dict[str, Any]]:
         """Return the metrics of the finished epochs of a fold, given by its index from 0."""
@@ -109,7 +109,7 @@ class FoldBoard(tune.Callback):  # type: ignore[misc]
         self._scores: dict[int, dict[str, Any]] = {}
         self._num_finished = num_finished
         self._bar = bar
-        total = len(plan.folds) * self._num_epochs
+        total = len(plan.folds.sizes) * self._num_epochs
         self._task = bar.add_task("folds", total=total, completed=num_finished * self._num_epochs, note="starting")
 
     def __getstate__(self) -> dict[str, Any]:
@@ -136,56 +136,52 @@ class FoldBoard(tune.Callback):  # type: ignore[misc]
         self._bar.console.print(f"fold {trial.config['number'] + 1}: failed", highlight=False)
 
 
-def _cross_validate(config: TrainConfig, folds: Sequence[Sequence[Sample]], console: Console) -> Validated:
+def _cross_validate(config: TrainConfig, folds: Folds, console: Console) -> Validated:
     """Run the folds that are not finished, and write ``cross_validation.csv`` and ``.json`` under the output."""
     num_workers = config.train.num_train_workers
     with connect_ray(num_workers, num_workers if config.train.use_gpu else 0), reported_shortage(console):
         print_wait(config, console)
         find_preprocessing(config)
-        check = partial(check_folds, config, folds, console)
-        counts = list(check_once(config, compute_folds_sha256(folds), check, console).values())
-        plan = FoldPlan(config, folds, counts)
-        _run_folds(plan, count_concurrent(config.train, len(folds), find_capacity()), console)
-    estimate = _collect(plan)
+        listing = folds.compute_sha256()
+        reports = list(check_once(config, listing, partial(check_folds, config, folds, console), console).values())
+        save_pretrained(config)
+        plan = FoldPlan(config, folds, reports)
+        _run_folds(plan, listing, count_concurrent(config.train, len(folds.sizes), find_capacity()), console)
+    estimate = _collect(plan, console)
     output = normalize_uri(config.output)
     write_bytes(join_uri(output, "cross_validation.json"), estimate.format_json())
     write_bytes(join_uri(output, "cross_validation.csv"), estimate.format_csv())
     console.print(_build_table(estimate))
-    return Validated(estimate, join_reports(counts, folds))
-
-
-def join_reports(reports: Sequence[SplitReport], folds: Sequence[Sequence[Sample]]) -> SplitReport:
-    """Return the counts of all samples of some folds, sorted by image URI as training has them."""
-    report = sum_reports(reports)
-    presence = np.frombuffer(report.presence, np.uint8).reshape(report.num_samples, -1)
-    return replace(report, presence=presence[sort_folds(folds)].tobytes())
+    return Validated(estimate, join_reports(reports, folds))
 
 
 def count_concurrent(settings: TrainSettings, num_folds: int, capacity: Capacity) -> int:
-    """Return how many folds run at the same time: as many as the cluster has GPUs for, or whole nodes without GPUs.
+    """Return how many folds run at the same time: as many as the cluster has GPUs for, or nodes without GPUs.
 
-    A worker without a GPU uses all cores of its node, so a second fold beside it would gain nothing.
+    A worker without a GPU uses all cores of its node, so a second fold beside it would gain nothing. Ray may still
+    place the workers of two folds on one node, because each requests only one CPU.
     """
     needs = get_worker_needs(settings)
     num_places = capacity.count(needs) if settings.use_gpu else capacity.count_nodes(needs)
     return int(max(1, min(num_folds, num_places / settings.num_train_workers)))
 
 
-def _run_folds(plan: FoldPlan, max_concurrent: int, console: Console) -> None:
-    """Run the folds that are not finished.
+def _run_folds(plan: FoldPlan, listing: str, max_concurrent: int, console: Console) -> None:
+    """Run the folds that are not finished; ``listing`` is the sha256 of all folds.
 
     Raises:
         RunMismatchError: The folder of a fold belongs to a run with other settings or images.
         TrainingError: A fold failed; the others have ended.
     """
+    sizes = plan.folds.sizes
     bindings = [
-        bind_output(plan.build_config(number), hold_out(plan.folds, number)) for number in range(len(plan.folds))
+        bind_output(plan.build_config(number), hashlib.sha256(f"{number} {listing}".encode()).hexdigest())
+        for number in range(len(sizes))
     ]
-    numbers = [number for number in range(len(plan.folds)) if not plan.is_finished(number)]
-    sizes = ", ".join(str(len(fold)) for fold in plan.folds)
+    numbers = [number for number in range(len(sizes)) if not plan.is_finished(number)]
     console.print(
-        f"cross-validation: {len(plan.folds)} folds of {sizes} images, {len(plan.folds) - len(numbers)} finished, "
-        f"{max_concurrent} at a time",
+        f"cross-validation: {len(sizes)} folds of {', '.join(map(str, sizes))} images, {len(sizes) - len(numbers)} "
+        f"finished, {max_concurrent} at a time",
         highlight=False,
     )
     if not numbers:
@@ -193,36 +189,40 @@ def _run_folds(plan: FoldPlan, max_concurrent: int, console: Console) -> None:
     for number in numbers:
         bindings[number].write()
     with build_bar(console, "epochs") as bar, translated_ray_errors("the cross-validation"):
-        board = FoldBoard(plan, len(plan.folds) - len(numbers), bar)
+        board = FoldBoard(plan, len(sizes) - len(numbers), bar)
         results = run_trials(plan, numbers, board, max_concurrent=max_concurrent)
     failed = [result for result in results if result.error is not None]
     if failed:
         error = failed[0].error
         first = (failed[0].config or {}).get("number", 0) + 1
         raise TrainingError(
-            f"{len(failed)} of {len(plan.folds)} folds failed; to resume, rerun the same command. Fold {first}: "
+            f"{len(failed)} of {len(sizes)} folds failed; to resume, rerun the same command. Fold {first}: "
             f"{find_segray_error(error) or describe_cause(error)}"
         ) from error
 
 
-def _collect(plan: FoldPlan) -> Estimate:
-    """Return the scores of all folds, of the last epoch of each."""
+def _collect(plan: FoldPlan, console: Console) -> Estimate:
+    """Return the scores of all folds, of the last epoch of each; warn of folds that had other settings at the end."""
     from segray.training.tracking import format_metrics_csv
     from segray.training.worker.evaluation import pool_scores
 
-    scores = []
-    for number in range(len(plan.folds)):
-        history = plan.read_history(number)
-        if not is_finished(history, plan.config.train) or METRIC not in history[-1]:
+    scores, changes = [], []
+    for number in range(len(plan.folds.sizes)):
+        config, history = plan.build_config(number), plan.read_history(number)
+        if not is_finished(history, config.train) or METRIC not in history[-1]:
             raise TrainingError(
                 f"fold {number + 1} has no scores of its last epoch; to train the fold again, rerun the same command "
-                f"after removing {plan.build_config(number).output}"
+                f"after removing {config.output}"
             )
-        config = plan.build_config(number)
+        phases = find_newest_phases(join_uri(config.output, RUN_NAME))
+        if phases and (differences := find_differences(phases[-1].settings, config.phase_settings)):
+            changes.append(f"fold {number + 1} was trained with other settings: {'; '.join(differences)}")
+            remedy = f"to train it again, remove {config.output} and rerun the same command"
+            console.print(f"warning: {changes[-1]}; {remedy}", highlight=False)
         write_bytes(join_uri(config.output, "metrics.csv"), format_metrics_csv(history, get_classes(config)))
         scores.append({name: value for name, value in history[-1].items() if not name.endswith("_images")})
-    sizes = tuple(len(fold) for fold in plan.folds)
-    return Estimate(plan.config.data.class_names, sizes, tuple(scores), pool_scores(scores))
+    pooled = pool_scores(scores)
+    return Estimate(plan.config.data.class_names, plan.folds.sizes, tuple(scores), pooled, tuple(changes))
 
 
 def _build_table(estimate: Estimate) -> Table:

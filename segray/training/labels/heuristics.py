@@ -59,7 +59,7 @@ def compute_pixel_digest(image_hwc: npt.NDArray[np.uint8]) -> bytes:
     return digest.digest()
 
 
-def find_shared_images(digests: bytes, others: bytes) -> list[tuple[int, int]]:
+def find_shared_images(digests: bytes | memoryview, others: bytes | memoryview) -> list[tuple[int, int]]:
     """Return pairs of image numbers: each image that is also among the others, and the first equal image there.
 
     Args:
@@ -74,6 +74,6 @@ def find_shared_images(digests: bytes, others: bytes) -> list[tuple[int, int]]:
     return list(zip(numbers.tolist(), found.take(pa.array(numbers)).to_pylist(), strict=True))
 
 
-def _view_digests(digests: bytes) -> pa.FixedSizeBinaryArray:
+def _view_digests(digests: bytes | memoryview) -> pa.FixedSizeBinaryArray:
     num_digests = len(digests) // _DIGEST_BYTES
     return pa.Array.from_buffers(pa.binary(_DIGEST_BYTES), num_digests, [None, pa.py_buffer(digests)])

@@ -6,7 +6,7 @@ file.
 
 import functools
 import operator
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any
@@ -17,7 +17,7 @@ import ray
 
 from segray.data.classes import ClassMap
 from segray.data.image_files import swaps_sides
-from segray.data.sample_list import Sample, SampleList, Splits
+from segray.data.sample_list import Folds, Sample, SampleList
 from segray.data.samples import describe_size_fault, read_image, read_mask
 from segray.errors import DataError, FaultKind, ImageFault
 from segray.metrics import IntArray
@@ -39,11 +39,12 @@ _MIN_CHUNKS_PER_CPU = 16
 _MIXED = "looks resized with interpolation or saved as JPEG"
 _MIXED_REMEDY = "resize masks with nearest neighbour, and save them as PNG"
 _TURN_REMEDY = "rotate the mask to match the image as viewers show it, or save the image without EXIF"
-_DUPLICATE_REMEDY = "keep it in one split: scores on training images are too high"
+_DUPLICATE_REMEDY = "keep it in one split or fold: scores on training images are too high"
 _NEAR_DUPLICATE_REMEDY = (
-    "the validation score is too high, because it rewards memorising: keep such images in one split, with "
-    "data.val.group_by"
+    "the validation score is too high, because it rewards memorising: keep such images together with data.val.group_by"
 )
+_INCOMPLETE_REMEDY = "keep images that look alike together with data.val.group_by"
+_MAX_DUPLICATES = 10_000  # Warnings of each kind: of a video, nearly all images may be near-duplicates.
 
 
 class WarningKind(StrEnum):
@@ -54,6 +55,7 @@ class WarningKind(StrEnum):
     DUPLICATE = "duplicate"
     NEAR_DUPLICATE = "near_duplicate"
     SHARED_GROUP = "shared_group"
+    NOT_COMPARED = "not_compared"
 
 
 @dataclass(frozen=True)
@@ -65,7 +67,7 @@ class LabelFault:
         kind: Kind of fault or warning.
         message: What is wrong with the file.
         remedy: How to fix it; the same for all files with the same problem. It is empty for undeclared values until
-            ``complete_reports`` has seen all masks.
+            ``suggest_declarations`` has seen all masks.
     """
 
     uri: str
@@ -92,7 +94,8 @@ class SplitReport:
         values: Raw values of all masks, except masks that look resized with interpolation or saved as JPEG.
         digests: 16 bytes for each image, equal for equal pixels; zeros for an image that cannot be decoded.
         thumbprints: ``THUMBPRINT.itemsize`` bytes for each image, similar for similar images.
-        presence: The classes in each image, as bits (``pack_presence``); zeros for an image with a fault.
+        presence: The classes in each image, as bits (``pack_presence``); zeros for an image with a fault. Empty if it
+            is not collected, because only ``train.sampling: class_balanced`` needs it.
     """
 
     num_samples: int
@@ -122,6 +125,11 @@ class SplitReport:
             self.presence + other.presence,
         )
 
+    @property
+    def counts(self) -> "SplitReport":
+        """The report without findings and without what is stored for each image."""
+        return replace(self, faults=[], warnings=[], digests=b"", thumbprints=b"", presence=b"")
+
     @classmethod
     def empty(cls, num_classes: int) -> "SplitReport":
         """Return a report on no samples."""
@@ -129,9 +137,25 @@ class SplitReport:
         return cls(0, [], [], zeros, zeros, zeros, 0, frozenset(), b"", b"", b"")
 
 
-def sum_reports(reports: Sequence[SplitReport]) -> SplitReport:
-    """Return the report on the samples of all reports, of which there is at least one, in their order."""
-    return functools.reduce(operator.add, reports)
+def sum_counts(reports: Iterable[SplitReport]) -> SplitReport:
+    """Return the counts of all reports, of which there is at least one."""
+    return functools.reduce(operator.add, (report.counts for report in reports))
+
+
+def join_reports(reports: Sequence[SplitReport], folds: Folds, held_out: int | None = None) -> SplitReport:
+    """Return the counts of the samples of all folds but one, and what each contains, in the order of the samples.
+
+    Args:
+        reports: Report of each fold.
+        folds: The folds.
+        held_out: Index of the fold that is left out, or None.
+    """
+    counts = sum_counts(report for number, report in enumerate(reports) if number != held_out)
+    presence = np.frombuffer(b"".join(report.presence for report in reports), np.uint8)
+    rows = np.argsort(folds.order, kind="stable")  # Of each sample, in the reports one after the other.
+    if held_out is not None:
+        rows = rows[folds.numbers != held_out]
+    return replace(counts, presence=presence.reshape(len(folds.samples), -1)[rows].tobytes())
 
 
 def check_samples(samples: Sequence[Sample], classes: ClassMap) -> SplitReport:
@@ -226,14 +250,13 @@ class ReportBuilder:
     Args:
         num_samples: Number of samples of the split.
         num_classes: Number of classes.
+        with_presence: Whether to keep which classes each image contains.
     """
 
-    def __init__(self, num_samples: int, num_classes: int) -> None:
-        self._widths = {
-            "digests": len(NO_DIGEST),
-            "thumbprints": len(NO_THUMBPRINT),
-            "presence": count_presence_bytes(num_classes),
-        }
+    def __init__(self, num_samples: int, num_classes: int, with_presence: bool = False) -> None:
+        self._widths = {"digests": len(NO_DIGEST), "thumbprints": len(NO_THUMBPRINT)}
+        if with_presence:
+            self._widths["presence"] = count_presence_bytes(num_classes)
         self._bytes = {name: bytearray(width * num_samples) for name, width in self._widths.items()}
         self._findings: dict[int, tuple[list[LabelFault], list[LabelFault]]] = {}
         self._counts = SplitReport.empty(num_classes)
@@ -247,7 +270,7 @@ class ReportBuilder:
             self._bytes[name][width * start : width * start + len(values)] = values
         if report.faults or report.warnings:
             self._findings[start] = (report.faults, report.warnings)
-        self._counts += replace(report, faults=[], warnings=[], digests=b"", thumbprints=b"", presence=b"")
+        self._counts += report.counts
         self.num_samples += report.num_samples
         self.num_faults += len(report.faults)
 
@@ -255,25 +278,21 @@ class ReportBuilder:
         """Return the report of all samples."""
         found = [self._findings[start] for start in sorted(self._findings)]
         faults, warnings = ([fault for pair in found for fault in pair[side]] for side in (0, 1))
-        digests, thumbprints, presence = (bytes(self._bytes[name]) for name in ("digests", "thumbprints", "presence"))
-        return replace(
-            self._counts,
-            faults=faults,
-            warnings=warnings,
-            digests=digests,
-            thumbprints=thumbprints,
-            presence=presence,
-        )
+        stored = {name: bytes(values) for name, values in self._bytes.items()}
+        return replace(self._counts, faults=faults, warnings=warnings, **stored)
 
 
 def check_dataset(
-    samples: Sequence[Sample], classes: ClassMap, progress: Callable[[ReportBuilder], None]
+    samples: Sequence[Sample],
+    classes: ClassMap,
+    progress: Callable[[ReportBuilder], None],
+    with_presence: bool = False,
 ) -> SplitReport:
     """Check samples on all CPUs of the cluster; ``progress`` is called after each chunk."""
     check = ray.remote(num_cpus=1, max_retries=3)(_check_range)
     # Each task gets the whole list, of which Ray keeps one copy per node, and a range.
     samples_ref, classes_ref = ray.put(SampleList.of(samples)), ray.put(classes)
-    builder = ReportBuilder(len(samples), classes.num_classes)
+    builder = ReportBuilder(len(samples), classes.num_classes, with_presence)
     running: dict[Any, int] = {}
     chunk_size = compute_chunk_size(len(samples), _count_cpus())
     for start in range(0, len(samples), chunk_size):
@@ -308,48 +327,66 @@ def _collect(running: dict[Any, int], builder: ReportBuilder) -> None:
         builder.add(running.pop(done), ray.get(done))
 
 
-def complete_reports(reports: Mapping[str, SplitReport], splits: Splits, classes: ClassMap) -> dict[str, SplitReport]:
-    """Return the reports, by split name, completed with the findings that require all files.
-
-    These are how to declare undeclared values, and which images of ``val`` are also, or nearly, in ``train``.
-    """
+def suggest_declarations(reports: Mapping[str, SplitReport], classes: ClassMap) -> dict[str, SplitReport]:
+    """Return the reports with the remedy for undeclared values, which depends on the values of all masks."""
     values = frozenset[int]().union(*(report.values for report in reports.values()))
     remedy = classes.suggest_declaration(values)
-    shared = _find_duplicates(reports, splits)
-    return {
-        name: replace(
-            report,
-            faults=[fault if fault.remedy else replace(fault, remedy=remedy) for fault in report.faults],
-            warnings=report.warnings + (shared if name == "val" else []),
-        )
-        for name, report in reports.items()
-    }
+
+    def complete(fault: LabelFault) -> LabelFault:
+        return fault if fault.remedy else replace(fault, remedy=remedy)
+
+    return {name: replace(report, faults=list(map(complete, report.faults))) for name, report in reports.items()}
 
 
-def _find_duplicates(reports: Mapping[str, SplitReport], splits: Splits) -> list[LabelFault]:
-    """Return warnings about images of ``val`` that are also in ``train``, and about those that look nearly the same."""
-    train, val = reports["train"], reports["val"]
-    equal = find_shared_images(val.digests, train.digests)
-    near = find_near_duplicates(val.thumbprints, train.thumbprints)
+@dataclass(frozen=True)
+class CheckedImages:
+    """Images that were checked, and that others are compared with.
+
+    Attributes:
+        samples: The samples.
+        digests: As in ``SplitReport``.
+        thumbprints: As in ``SplitReport``.
+        name_place: Returns where the image at an index is: the name of its split or fold.
+    """
+
+    samples: Sequence[Sample]
+    digests: bytes | memoryview
+    thumbprints: bytes | memoryview
+    name_place: Callable[[int], str]
+
+
+def find_duplicates(samples: Sequence[Sample], report: SplitReport, others: CheckedImages) -> list[LabelFault]:
+    """Return warnings about images that are also among the others, and about those that look nearly the same."""
+    equal = find_shared_images(report.digests, others.digests)
+    near, incomplete = find_near_duplicates(report.thumbprints, others.thumbprints)
     are_equal = {number for number, _ in equal}
-    return [
+    near = [pair for pair in near if pair[0] not in are_equal]
+
+    def name(other: int) -> str:
+        return f"{others.samples[other].image_uri} in {others.name_place(other)}"
+
+    warnings = [
         LabelFault(
-            splits.val[number].image_uri,
-            WarningKind.DUPLICATE,
-            f"same pixels as {splits.train[other].image_uri} in train",
-            _DUPLICATE_REMEDY,
+            samples[number].image_uri, WarningKind.DUPLICATE, f"same pixels as {name(other)}", _DUPLICATE_REMEDY
         )
-        for number, other in equal
+        for number, other in equal[:_MAX_DUPLICATES]
     ] + [
         LabelFault(
-            splits.val[number].image_uri,
+            samples[number].image_uri,
             WarningKind.NEAR_DUPLICATE,
-            f"looks like {splits.train[other].image_uri} in train ({distance} of {NUM_BITS} bits of the hashes differ)",
+            f"looks like {name(other)} ({distance} of {NUM_BITS} bits of the hashes differ)",
             _NEAR_DUPLICATE_REMEDY,
         )
-        for number, other, distance in near
-        if number not in are_equal
+        for number, other, distance in near[:_MAX_DUPLICATES]
     ]
+    if num_more := len(equal) + len(near) - len(warnings):
+        last = warnings[-1]
+        warnings[-1] = replace(last, message=f"{last.message}; {num_more:,} more such images are not listed")
+    if len(incomplete):
+        message = f"one of {len(incomplete):,} images that look in part like too many others to be compared with all"
+        uri = samples[int(incomplete[0])].image_uri
+        warnings.append(LabelFault(uri, WarningKind.NOT_COMPARED, message, _INCOMPLETE_REMEDY))
+    return warnings
 
 
 def require_learnable(report: SplitReport, split: str) -> None:

@@ -2,8 +2,10 @@
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
+
+import pyarrow as pa
 
 # From the largest groups to the smallest: names without all their last numbers (the tiles of a scene), without the last
 # one (the frames of a video, also in a folder of their own), and without its digits.
@@ -27,13 +29,13 @@ class SharedGroups(NamedTuple):
     first: int
 
 
-def suspect_groups(train: Sequence[str], val: Sequence[str]) -> SharedGroups | None:
+def suspect_groups(train: Sequence[pa.Array], val: Sequence[pa.Array]) -> SharedGroups | None:
     """Return the groups of names that differ only in the numbers at their end, if some are in train and in val.
 
     None is returned if no expression that makes groups matches every name, or if hardly any group is in both.
 
     Args:
-        train: Names of the training images, without extension.
+        train: Names of the training images, without extension, as Arrow arrays of strings.
         val: Names of the validation images.
     """
     for expression in _EXPRESSIONS:
@@ -42,10 +44,10 @@ def suspect_groups(train: Sequence[str], val: Sequence[str]) -> SharedGroups | N
             continue
         shared = train_sizes.keys() & val_sizes.keys()
         num_val = sum(val_sizes[group] for group in shared)
-        if num_val < _MIN_SHARE * len(val) or not shared:
+        if num_val < _MIN_SHARE * sum(map(len, val)) or not shared:
             return None
         group = max(shared, key=lambda group: (val_sizes[group], group))
-        first = next(number for number, name in enumerate(val) if _get_group(name, expression) in shared)
+        first = next(number for number, name in enumerate(_iterate(val)) if _get_group(name, expression) in shared)
         return SharedGroups(expression, (group, train_sizes[group], val_sizes[group]), num_val, first)
     return None
 
@@ -55,10 +57,15 @@ def _get_group(name: str, expression: str) -> str | None:
     return None if match is None else match[1]
 
 
-def _count_groups(names: Sequence[str], expression: str) -> Counter[str] | None:
+def _iterate(names: Sequence[pa.Array]) -> Iterator[str]:
+    for batch in names:
+        yield from batch.to_pylist()
+
+
+def _count_groups(names: Sequence[pa.Array], expression: str) -> Counter[str] | None:
     """Return the number of images of each group, or None if the expression does not match every name."""
     sizes: Counter[str] = Counter()
-    for name in names:
+    for name in _iterate(names):
         group = _get_group(name, expression)
         if group is None:
             return None

@@ -9,11 +9,18 @@ from segray.data.sample_list import Sample
 from segray.plots import LabelledPicture, draw_samples
 from segray.runtime.connect import count_cores
 from segray.storage import get_file_name
+from segray.training.sampling import ImageWeights
 from segray.training.worker.feed import RankShare, StreamSettings, iterate_training
 from segray.training.worker.sample_store import SampleStore
 
 
-def draw_training(config: TrainConfig, samples: Sequence[Sample], classes: ClassMap, num_drawn: int) -> bytes:
+def draw_training(
+    config: TrainConfig,
+    samples: Sequence[Sample],
+    classes: ClassMap,
+    num_drawn: int,
+    image_weights: ImageWeights | None = None,
+) -> bytes:
     """Draw the first samples of a run, image and truth, augmented as the run will augment them; return a PNG file.
 
     The sample and its augmentation at a position in the stream do not depend on the batch size or the number of
@@ -28,7 +35,7 @@ def draw_training(config: TrainConfig, samples: Sequence[Sample], classes: Class
         SampleStore(classes, max_bytes=0),
         Augmentation(config.augmentation, config.image_size, classes.ignore_index),
         range(1),
-        StreamSettings(num_drawn, seed=config.train.seed),
+        StreamSettings(num_drawn, seed=config.train.seed, image_weights=image_weights),
         RankShare(num_threads=config.train.num_decode_threads or count_cores()),
     )
     ((batch,),) = steps

@@ -16,6 +16,7 @@ from segray.errors import RunMismatchError
 from segray.runs.fingerprint import Record, read_record
 from segray.storage import join_uri, remove_file, write_bytes
 from segray.training.labels.inspect import SplitReport
+from segray.training.sampling import count_presence_bytes
 
 _RECORD_NAME = "labels.json"
 _FORMAT_VERSION = 1  # Raise it if the check finds more, so that labels of earlier records are checked again.
@@ -24,7 +25,7 @@ _FORMAT_VERSION = 1  # Raise it if the check finds more, so that labels of earli
 class SplitCounts(Record):
     """What a label check counted in one split; see ``SplitReport``.
 
-    ``presence`` is compressed with zlib, and text in base64.
+    ``presence`` is compressed with zlib, and text in base64; it is empty if it was not collected.
     """
 
     num_samples: int
@@ -111,19 +112,35 @@ class LabelRecord(Record):
         )
 
 
-def find_record(output: str, listing: str, classes: ClassMap) -> LabelRecord | None:
+def find_record(output: str, listing: str, classes: ClassMap, with_presence: bool = False) -> LabelRecord | None:
     """Return the record in an output folder, if it is one of the same images, masks, splits and class values.
+
+    Args:
+        output: URI of the folder.
+        listing: sha256 of the list of images, their masks and splits.
+        classes: The classes that the masks are read with.
+        with_presence: Whether the record must say which classes each image contains.
 
     Raises:
         StorageError: Permissions, network or disk error.
     """
-    record = None
-    with suppress(RunMismatchError):  # A damaged record, or one of a newer version: the labels are checked again.
-        record = read_record(join_uri(output, _RECORD_NAME), LabelRecord)
     expected = (_FORMAT_VERSION, listing, list(classes.values), list(classes.ignore_values))
-    if record and (record.format_version, record.listing, record.class_values, record.ignore_values) == expected:
-        return record
+    # A damaged record, or one of a newer version: the labels are checked again.
+    with suppress(RunMismatchError, ValueError, zlib.error):
+        record = read_record(join_uri(output, _RECORD_NAME), LabelRecord)
+        if record is None:
+            return None
+        if (record.format_version, record.listing, record.class_values, record.ignore_values) != expected:
+            return None
+        if all(_is_complete(split, classes.num_classes, with_presence) for split in record.splits.values()):
+            return record
     return None
+
+
+def _is_complete(counts: SplitCounts, num_classes: int, with_presence: bool) -> bool:
+    report = counts.build_report()
+    num_bytes = report.num_samples * count_presence_bytes(num_classes)
+    return len(report.presence) == num_bytes or (not with_presence and not report.presence)
 
 
 def remove_record(output: str) -> None:

@@ -9,7 +9,7 @@ from rich.table import Table
 
 from segray.data.classes import ClassMap
 from segray.data.manifest import Unpaired
-from segray.training.labels.inspect import LabelFault, SplitReport, sum_reports
+from segray.training.labels.inspect import LabelFault, SplitReport, sum_counts
 
 _MAX_LISTED = 100  # Findings of one kind with one remedy.
 _MAX_TRAIN_WARNINGS = 3  # At least; more if there are more kinds.
@@ -104,7 +104,7 @@ def _list(findings: Sequence[Finding], prefix: str, limit: int | None, console: 
 
 def _build_table(reports: Mapping[str, SplitReport], classes: ClassMap) -> Table:
     if reports.keys() != {"train", "val"}:  # There may be a hundred folds.
-        reports = {"": sum_reports(list(reports.values()))}
+        reports = {"": sum_counts(reports.values())}
     table = Table("class", "raw value")
     for name in reports:
         for what in ("pixels", "share", "images"):

@@ -35,6 +35,7 @@ from segray.training.driver import check_network, check_run, describe_run, print
 from segray.training.job import get_classes
 from segray.training.labels.record import find_record
 from segray.training.pretrained import save_pretrained
+from segray.training.sampling import needs_presence
 from segray.training.tuning.search_space import check_space, draw_values, format_values, set_values
 from segray.training.tuning.trial import METRIC, TIME, Search, run_trials
 
@@ -68,7 +69,7 @@ def run_search(config: TrainConfig, console: Console) -> "TuneResult":
         save_pretrained(config)
         board = _run_trials(Search(config, splits, report, output), console)
     result = _write_best(board, config, output, console)
-    if record := find_record(output, binding.listing, get_classes(config)):
+    if record := find_record(output, binding.listing, get_classes(config), needs_presence(config)):
         record.write(result.config.output)  # For segray train, which continues the best trial.
     return result
 

@@ -51,9 +51,16 @@ def check_space(config: TrainConfig) -> None:
     if not config.tune.space:
         raise ConfigError("tune.space: expected settings to search, such as train.learning_rate: {log_uniform: [a, b]}")
     if config.train.time_budget_min is not None:
-        raise ConfigError("train.time_budget_min: trials are compared epoch by epoch; set train.num_epochs instead")
-    if config.train.folds is not None or "train.folds" in config.tune.space:
-        raise ConfigError("train.folds: not used by a search, whose trials train once each; set train.folds: null")
+        raise ConfigError(
+            "train.time_budget_min: trials are compared epoch by epoch, got "
+            f"{config.train.time_budget_min:g}; set train.num_epochs instead"
+        )
+    if "train.folds" in config.tune.space:
+        raise ConfigError("tune.space.train.folds: cannot be searched, because trials train once each; remove it")
+    if config.train.folds is not None:
+        raise ConfigError(
+            f"train.folds: a search trains once for each trial, got {config.train.folds}; set train.folds: null"
+        )
     if config.tune.grace_epochs > config.train.num_epochs:
         raise ConfigError(
             f"tune.grace_epochs: expected at most train.num_epochs ({config.train.num_epochs}), "

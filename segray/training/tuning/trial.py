@@ -21,7 +21,7 @@ from segray.training.checkpoint import RUN_NAME, find_newest_history
 from segray.training.driver import build_job
 from segray.training.job import TrainJob, is_finished
 from segray.training.labels.inspect import SplitReport
-from segray.training.pretrained import save_pretrained
+from segray.training.pretrained import copy_pretrained, save_pretrained
 from segray.training.tuning.search_space import draw_values, set_values
 
 METRIC, TIME = "val_mean_iou", "epoch"
@@ -54,6 +54,7 @@ class Search:
         """Return the training job of a trial."""
         trial_uri = join_uri(self.output, "trials", f"{number:03d}")
         config = set_values(self.config, draw_values(self.config, number)).model_copy(update={"output": trial_uri})
+        copy_pretrained(self.output, config)
         job = build_job(config, self.splits, self.report, join_uri(trial_uri, RUN_NAME))
         return replace(job, pauses_after_epoch=True)
 

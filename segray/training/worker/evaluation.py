@@ -32,8 +32,9 @@ from segray.models.precision import autocast
 from segray.models.prediction import compute_mask
 from segray.training.worker.feed import EvalBatch
 
-# Per-image scores are summed as integer multiples of 2^-40, so the sum does not depend on the order of summation.
-_FIXED_POINT = 2**40
+# Per-image scores are summed as integer multiples of 2^-36, so the sum does not depend on the order of summation. With
+# int64 this is enough for 2^27 (134 million) images.
+_FIXED_POINT = 2**36
 # Losses are not bounded, so their whole part is summed too, and their fraction with fewer digits.
 _LOSS_FRACTION = 2**32
 NUM_EXTREMES = 4  # Number of best images, and of worst images, to report.
@@ -58,7 +59,7 @@ class EvaluationCounts:
     Attributes:
         confusion: (C, C) int64 pixel counts; rows are the ground truth.
         boundary: (2, C) int64 pixel counts of the intersections and unions of boundaries.
-        image_sums: (2, C) int64, sums of the defined IoU and Dice scores of images, in multiples of 2^-40.
+        image_sums: (2, C) int64, sums of the defined IoU and Dice scores of images, in multiples of 2^-36.
         image_count: (C,) int64, numbers of images in which the scores are defined.
         worst: The images with the lowest scores, lowest first.
         best: The images with the highest scores, highest first.

@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,25 +14,32 @@ import torch
 from rich.console import Console
 
 from segray.config import TrainConfig
-from segray.data.manifest import join_folds, load_folds
+from segray.data.manifest import load_folds
 from segray.data.preprocessing import Preprocessing
-from segray.data.sample_list import Sample, Splits
+from segray.data.sample_list import Folds, Sample, SampleList, Splits
 from segray.errors import RunMismatchError
 from segray.models.build import build_model
 from segray.models.bundle import load_bundle
 from segray.runtime.capacity import Capacity
 from segray.training.bundling import write_bundle
 from segray.training.checkpoint import TrainingState, save_state
+from segray.training.folds import run
 from segray.training.folds.estimate import Estimate
-from segray.training.folds.run import FoldPlan, count_concurrent, join_reports, run_folds_and_training
+from segray.training.folds.run import FoldPlan, count_concurrent, run_folds_and_training
 from segray.training.job import TrainJob, get_classes
-from segray.training.labels.inspect import SplitReport
+from segray.training.labels.inspect import SplitReport, join_reports
 from segray.training.phases import Phase
 from segray.training.worker.evaluation import EvaluationCounts, compute_scores, pool_scores
 from tests.conftest import NUM_TEST, NUM_TRAIN, TINY_MODEL
 
 MakeConfig = Callable[..., TrainConfig]
-FOLDS = [[Sample(f"{fold}{number}", "m") for number in range(fold + 1)] for fold in range(3)]
+
+
+def build_folds(names: str, numbers: list[int]) -> Folds:
+    return Folds(SampleList.of(Sample(name, "m") for name in names), np.array(numbers, np.uint8))
+
+
+FOLDS = build_folds("abcdef", [2, 0, 1, 2, 1, 2])
 
 
 def make_plan(config: TrainConfig) -> FoldPlan:
@@ -51,7 +59,7 @@ def test_a_fold_is_a_run_on_the_other_folds_in_a_folder_of_its_own(
     config = config.model_copy(update={"loss": config.loss.model_copy(update={"class_weights": "auto"})})
     plan = make_plan(config)
     job = plan.build_trial_job(1)
-    assert job.splits == Splits(sorted(FOLDS[0] + FOLDS[2]), FOLDS[1])
+    assert job.splits == Splits([Sample(name, "m") for name in "abdf"], [Sample(name, "m") for name in "ce"])
     assert job.config.output == f"{tmp_path}/folds/2"
     assert job.run_uri == f"{tmp_path}/folds/2/ray_train"
     assert job.config.train.folds is None
@@ -64,17 +72,19 @@ def test_a_fold_is_a_run_on_the_other_folds_in_a_folder_of_its_own(
 
 
 def test_what_an_image_contains_stays_with_it_when_folds_are_joined() -> None:
-    folds = [[Sample("b", "m"), Sample("d", "m")], [Sample("a", "m"), Sample("c", "m"), Sample("e", "m")]]
+    folds = build_folds("abcde", [1, 0, 1, 0, 1])
     zeros = np.zeros(9, np.int64)
     # Two bytes for each image of nine classes: here its name.
     reports = [
-        SplitReport(len(fold), [], [], zeros, zeros, zeros, 0, frozenset(), b"", b"", presence)
-        for fold, presence in zip(folds, (b"BbDd", b"AaCcEe"), strict=True)
+        SplitReport(size, [], [], zeros, zeros, zeros, 0, frozenset(), b"", b"", presence)
+        for size, presence in zip(folds.sizes, (b"BbDd", b"AaCcEe"), strict=True)
     ]
     joined = join_reports(reports, folds)
-    assert joined.num_samples == len(join_folds(folds).train) == 5
-    assert joined.presence == b"AaBbCcDdEe"
-    assert "".join(sample.image_uri for sample in join_folds(folds).train) == "abcde"
+    assert (joined.num_samples, joined.presence) == (5, b"AaBbCcDdEe")
+    joined = join_reports(reports, folds, held_out=0)
+    assert (joined.num_samples, joined.presence) == (3, b"AaCcEe")
+    reports = [replace(report, presence=b"") for report in reports]
+    assert join_reports(reports, folds, held_out=0).presence == b""
 
 
 @pytest.mark.parametrize(
@@ -115,9 +125,10 @@ def test_the_bundle_after_a_cross_validation_has_the_last_weights_and_the_pooled
 ) -> None:
     config = make_train_config(tmp_path, folds=3, num_epochs=2)
     folds = [make_scores(seed) for seed in range(3)]
-    estimate = Estimate(config.data.class_names, (1, 2, 3), tuple(folds), pool_scores(folds))
+    change = "fold 1 was trained with other settings: augmentation.hue: the run has 0, got 1"
+    estimate = Estimate(config.data.class_names, (1, 2, 3), tuple(folds), pool_scores(folds), (change,))
     run_uri = str(tmp_path / "ray_train")
-    job = TrainJob(config, get_classes(config), join_folds(FOLDS), Preprocessing(), None, run_uri)
+    job = TrainJob(config, get_classes(config), FOLDS.join(), Preprocessing(), None, run_uri)
     epochs = [
         {"epoch": epoch, "loss": 1.0, "learning_rate": 1e-3, "images_per_s": 1.0, "num_skipped_steps": 0}
         for epoch in (1, 2)
@@ -140,8 +151,31 @@ def test_the_bundle_after_a_cross_validation_has_the_last_weights_and_the_pooled
     assert f"| pet | {iou.pooled:.4f} | {iou.std:.4f} | {iou.lowest:.4f} | {iou.highest:.4f} |" in card
     assert "cross-validation in 3 folds, of 1, 2, 3 images" in card
     assert "6 labelled images, all of them used for training" in card
+    assert f"- {change}\n" in card
     assert "highest" not in card
     assert not (tmp_path / "bundle" / "worst.png").exists()
+
+
+def test_a_fold_that_was_trained_with_other_settings_is_a_warning(
+    make_train_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_train_config(tmp_path, folds=3, num_epochs=1)
+    light = TrainConfig.model_validate({**config.model_dump(mode="json"), "augmentation": {"preset": "light"}})
+    used = [config, light, config]  # The augmentation was changed between the folds, and then changed back.
+
+    def find_phases(run_uri: str) -> list[Phase]:
+        settings = used[int(run_uri.split("/")[-2]) - 1].phase_settings
+        return [Phase(num_steps_done=0, epoch=1, num_workers=1, settings=settings)]
+
+    monkeypatch.setattr(run, "find_newest_history", lambda uri: [{"epoch": 1, **make_scores(0)}])
+    monkeypatch.setattr(run, "find_newest_phases", find_phases)
+    printed = io.StringIO()
+    estimate = run._collect(make_plan(config), Console(file=printed, width=10_000))
+    (change,) = estimate.changes
+    assert change.startswith("fold 2 was trained with other settings: augmentation.")
+    assert printed.getvalue() == (
+        f"warning: {change}; to train it again, remove {tmp_path}/folds/2 and rerun the same command\n"
+    )
 
 
 @pytest.mark.slow
@@ -160,8 +194,8 @@ def test_a_cross_validation_scores_every_image_once_and_resumes_fold_by_fold(
     labelled_px = [int(confusion.sum()) for confusion in confusions]
     assert content["pooled"]["val_confusion"] == np.sum(confusions, axis=0).tolist()
     folds = load_folds(config.data, 3)
-    assert [fold["num_images"] for fold in content["folds"]] == [len(fold) for fold in folds]
-    assert sum(map(len, folds)) == NUM_TRAIN + NUM_TEST
+    assert [fold["num_images"] for fold in content["folds"]] == list(folds.sizes)
+    assert len(folds.samples) == NUM_TRAIN + NUM_TEST
     assert sum(labelled_px) == (NUM_TRAIN + NUM_TEST) * 64 * 64  # Every pixel of every image, once.
     assert load_bundle(bundle_uri).manifest.metrics["val_mean_iou"] == pytest.approx(content["pooled"]["val_mean_iou"])
 

@@ -3,6 +3,7 @@
 import io
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +12,19 @@ import pytest
 from PIL import Image
 
 from segray.data.classes import ClassMap
-from segray.data.sample_list import Sample, Splits
+from segray.data.sample_list import Sample
 from segray.errors import DataError, FaultKind
 from segray.models.losses import compute_median_frequency_weights
-from segray.training.labels.inspect import SplitReport, WarningKind, check_samples, complete_reports, require_learnable
+from segray.training.labels.inspect import (
+    CheckedImages,
+    SplitReport,
+    WarningKind,
+    check_samples,
+    find_duplicates,
+    require_learnable,
+    suggest_declarations,
+)
+from segray.training.labels.near_duplicates import NO_THUMBPRINT, THUMBPRINT
 
 CLASSES = ClassMap(("a", "b", "c"), (0, 1, 2), (255,))
 TWELVE = ClassMap(tuple("abcdefghijkl"), tuple(range(12)))
@@ -106,9 +116,11 @@ def draw_blocks(values: npt.ArrayLike, side: int = 100) -> npt.NDArray[np.uint8]
 
 
 def check_all(samples: list[Sample], classes: ClassMap, val: list[Sample] | None = None) -> dict[str, SplitReport]:
-    splits = Splits(samples, val or [])
-    reports = {name: check_samples(part, classes) for name, part in splits._asdict().items()}
-    return complete_reports(reports, splits, classes)
+    reports = {"train": check_samples(samples, classes), "val": check_samples(val or [], classes)}
+    reports = suggest_declarations(reports, classes)
+    train = CheckedImages(samples, reports["train"].digests, reports["train"].thumbprints, lambda _: "train")
+    found = find_duplicates(val or [], reports["val"], train)
+    return {**reports, "val": replace(reports["val"], warnings=reports["val"].warnings + found)}
 
 
 @pytest.mark.parametrize(
@@ -283,6 +295,33 @@ def test_an_image_that_looks_like_one_in_train_is_a_warning_with_the_distance(tm
     assert (near.uri, near.kind) == (val[2].image_uri, WarningKind.NEAR_DUPLICATE)
     assert re.search(rf"looks like {train[0].image_uri} in train \([0-7] of 128 bits of the hashes differ\)", str(near))
     assert "the validation score is too high" in near.remedy
+
+
+def test_many_duplicates_are_counted_and_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("segray.training.labels.inspect._MAX_DUPLICATES", 2)
+    monkeypatch.setattr("segray.training.labels.near_duplicates._MAX_OTHERS", 10)
+    val = [Sample(f"val{number}", "m") for number in range(9)]
+    train = [Sample(f"train{number}", "m") for number in range(20)]
+    thumbprints = np.zeros(20, THUMBPRINT)
+    thumbprints["bits"] = np.arange(1, 21)[:, None] * 1000
+    digests = b"".join(bytes([number]) * 16 for number in range(1, 10))
+    report = replace(SplitReport.empty(2), digests=digests, thumbprints=thumbprints[:9].tobytes())
+    # The first 4 images are equal, and the others look alike.
+    others = CheckedImages(train, digests[: 4 * 16] + bytes(16 * 16), thumbprints.tobytes(), lambda _: "train")
+    messages = [warning.message for warning in find_duplicates(val, report, others)]
+    assert messages[:2] == ["same pixels as train0 in train", "same pixels as train1 in train"]
+    assert messages[2] == "looks like train4 in train (0 of 128 bits of the hashes differ)"
+    assert messages[3].startswith("looks like train5 in train")
+    assert messages[3].endswith("; 5 more such images are not listed")
+    assert len(messages) == 4
+
+    thumbprints["bits"] = np.arange(1, 21)[:, None] ** 3 * np.arange(3, 11)
+    thumbprints["bits"][:, 0] = 1
+    report = replace(report, digests=bytes(9 * 16), thumbprints=NO_THUMBPRINT * 8 + thumbprints[:1].tobytes())
+    others = CheckedImages(train, bytes(20 * 16), thumbprints[1:].tobytes() + NO_THUMBPRINT, lambda _: "train")
+    (warning,) = find_duplicates(val, report, others)
+    assert (warning.uri, warning.kind) == ("val8", WarningKind.NOT_COMPARED)
+    assert warning.message.startswith("one of 1 images that look in part like too many others")
 
 
 @pytest.mark.skipif(not CAMVID.exists(), reason="needs CamVid at data/camvid")

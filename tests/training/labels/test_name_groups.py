@@ -1,20 +1,32 @@
 """Groups that names suggest: found where videos or scenes are in train and in val, and not where names mean nothing."""
 
 import re
+from collections.abc import Sequence
 
+import pyarrow as pa
 import pytest
 
 from segray.data.groups import find_groups
-from segray.training.labels.name_groups import suspect_groups
+from segray.training.labels.name_groups import SharedGroups, suspect_groups
 
 FRAMES = [f"{video}_{frame:05}" for video in ("0001TP", "0006R0", "0016E5") for frame in range(0, 300, 30)]
 
 
+def suspect(*splits: Sequence[str]) -> SharedGroups | None:
+    """Pass the names in two batches for each split."""
+    return suspect_groups(*([pa.array(names[:7], pa.string()), pa.array(names[7:], pa.string())] for names in splits))
+
+
+def list_groups(names: Sequence[str], expression: str) -> list[str]:
+    groups = find_groups([pa.array(names)], expression)
+    return [groups.names[number] for number in groups.numbers]
+
+
 def test_a_video_whose_frames_are_in_both_splits_is_suspected() -> None:
-    shared = suspect_groups(FRAMES[:25], FRAMES[25:])
+    shared = suspect(FRAMES[:25], FRAMES[25:])
     assert shared is not None
     assert (shared.example, shared.num_val, shared.first) == (("0016E5", 5, 5), 5, 0)
-    assert find_groups(FRAMES, shared.expression) == [name[:6] for name in FRAMES]
+    assert list_groups(FRAMES, shared.expression) == [name[:6] for name in FRAMES]
 
 
 @pytest.mark.parametrize(
@@ -28,9 +40,9 @@ def test_a_video_whose_frames_are_in_both_splits_is_suspected() -> None:
     ],
 )
 def test_the_expression_separates_what_belongs_together(names: list[str], group: str) -> None:
-    shared = suspect_groups(names[::2], names[1::2])
+    shared = suspect(names[::2], names[1::2])
     assert shared is not None
-    found = find_groups(names, shared.expression)
+    found = list_groups(names, shared.expression)
     expected = []
     for name in names:
         match = re.match(group, name)
@@ -50,10 +62,10 @@ def test_the_expression_separates_what_belongs_together(names: list[str], group:
     ],
 )
 def test_names_that_suggest_no_groups_are_not_suspected(names: list[str]) -> None:
-    assert suspect_groups(names[::2], names[1::2]) is None
+    assert suspect(names[::2], names[1::2]) is None
 
 
 def test_groups_in_one_split_are_not_suspected_and_a_few_images_do_not_count() -> None:
-    assert suspect_groups(FRAMES[:20], FRAMES[20:]) is None
+    assert suspect(FRAMES[:20], FRAMES[20:]) is None
     others = [f"other_{number}" for number in range(100)]
-    assert suspect_groups(FRAMES[:25], [*FRAMES[25:], *others]) is None
+    assert suspect(FRAMES[:25], [*FRAMES[25:], *others]) is None

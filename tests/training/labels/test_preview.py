@@ -1,14 +1,23 @@
 """The drawn samples are the ones that training starts with, for any number of workers."""
 
 from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
+
+import numpy as np
+import pytest
+from rich.console import Console
 
 from segray.config import TrainConfig
 from segray.data.augmentation import Augmentation
 from segray.data.manifest import load_splits
 from segray.plots import LabelledPicture, draw_samples
 from segray.storage import get_file_name
+from segray.training.labels import command
+from segray.training.labels.inspect import SplitReport
 from segray.training.labels.preview import draw_training
+from segray.training.sampling import compute_image_weights
 from segray.training.worker.feed import RankShare, StreamSettings, iterate_training
 from segray.training.worker.sample_store import SampleStore
 from tests.conftest import PET_CLASSES
@@ -39,3 +48,21 @@ def test_drawn_samples_are_the_first_ones_of_a_run_with_two_workers(
     drawn = draw_training(config, samples, PET_CLASSES, 8)  # These span two steps.
     assert drawn == draw_samples(fed[:8], PET_CLASSES)
     assert drawn != draw_training(make_train_config(tmp_path, seed=6), samples, PET_CLASSES, 8)
+
+
+def test_with_class_balanced_sampling_the_samples_are_drawn_with_its_weights(
+    make_train_config: Callable[..., TrainConfig], tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = make_train_config(tmp_path, sampling="class_balanced")
+    splits = load_splits(config.data)
+    num_images = len(splits.train)
+    counts = np.array([num_images, num_images, 1])  # The third class is in the last image only.
+    presence = bytes([0b11000000]) * (num_images - 1) + bytes([0b11100000])
+    report = replace(SplitReport.empty(3), num_samples=1, pixel_count=counts, image_count=counts, presence=presence)
+    monkeypatch.setattr(command, "check_splits", lambda *_: {"train": report, "val": report})
+    monkeypatch.setattr(command, "connect_ray", nullcontext)
+    assert command.run_check(config, console, num_drawn=8)
+    weights = compute_image_weights(presence, counts)
+    drawn = (tmp_path / "augmented.png").read_bytes()
+    assert drawn == draw_training(config, splits.train, PET_CLASSES, 8, weights)
+    assert drawn != draw_training(config, splits.train, PET_CLASSES, 8)

@@ -49,7 +49,7 @@ def assert_same(one: SplitReport, other: SplitReport) -> None:
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [2, 0, 3, 1]])
 def test_reports_of_chunks_that_end_in_any_order_add_up(order: Sequence[int]) -> None:
     chunks = [make_report(seed, num_samples) for seed, num_samples in enumerate((3, 3, 3, 2))]
-    builder = ReportBuilder(11, 2)
+    builder = ReportBuilder(11, 2, with_presence=True)
     for index in order:
         builder.add(3 * index, chunks[index])
     assert (builder.num_samples, builder.num_faults) == (11, 2)
@@ -57,6 +57,10 @@ def test_reports_of_chunks_that_end_in_any_order_add_up(order: Sequence[int]) ->
     for chunk in chunks:
         expected += chunk
     assert_same(builder.build(), expected)
+    builder = ReportBuilder(11, 2)
+    for index in order:
+        builder.add(3 * index, chunks[index])
+    assert_same(builder.build(), replace(expected, presence=b""))
 
 
 @pytest.mark.parametrize(("num_samples", "num_cpus"), [(0, 1), (1, 8), (100, 8), (10**4, 2), (10**7, 704), (10**7, 1)])
@@ -77,7 +81,7 @@ def record(tmp_path: Path) -> LabelRecord:
 
 def test_a_record_of_the_same_files_and_classes_is_found_with_its_counts(record: LabelRecord, tmp_path: Path) -> None:
     renamed = ClassMap(("road", "sky"), CLASSES.values, CLASSES.ignore_values)
-    found = find_record(str(tmp_path), "abc", renamed)
+    found = find_record(str(tmp_path), "abc", renamed, with_presence=True)
     assert found == record
     assert "6 images and masks, no faults, 3 warnings" in str(found)
     expected = replace(make_report(4), faults=[], warnings=[], values=frozenset(), digests=b"", thumbprints=b"")
@@ -101,6 +105,24 @@ def test_a_record_of_other_files_or_classes_is_not_used(listing: str, classes: C
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"format_version": 99}', '{"format_version": 1}'])
 def test_a_damaged_record_or_a_newer_one_is_not_used(content: str, tmp_path: Path) -> None:
     (tmp_path / "labels.json").write_text(content)
+    assert find_record(str(tmp_path), "abc", CLASSES) is None
+
+
+def test_a_record_without_the_classes_of_images_is_used_where_they_are_not_needed(tmp_path: Path) -> None:
+    record = LabelRecord.of({"train": replace(make_report(4), presence=b"")}, "abc", CLASSES)
+    record.write(str(tmp_path))
+    assert find_record(str(tmp_path), "abc", CLASSES) == record
+    assert find_record(str(tmp_path), "abc", CLASSES, with_presence=True) is None
+
+
+@pytest.mark.parametrize("cut", [1, 3, 4, 12])
+def test_a_record_with_damaged_classes_of_images_is_not_used(record: LabelRecord, tmp_path: Path, cut: int) -> None:
+    split = record.splits["train"]
+    damaged = split.model_copy(update={"presence": split.presence[:-cut]})
+    record.model_copy(update={"splits": {"train": damaged}}).write(str(tmp_path))
+    assert find_record(str(tmp_path), "abc", CLASSES) is None
+    of_fewer_images = split.model_copy(update={"num_samples": 2})
+    record.model_copy(update={"splits": {"train": of_fewer_images}}).write(str(tmp_path))
     assert find_record(str(tmp_path), "abc", CLASSES) is None
 
 

@@ -86,7 +86,7 @@ def test_int_uniform_includes_both_ends(make_train_config: MakeConfig, tmp_path:
         ),
         ({"train.learning_rate": {"uniform": [-1, 0.2]}}, r"train\.learning_rate=-1: .*greater than 0"),
         ({"train.num_epochs": {"choice": [3, 9]}}, r"tune\.space\.train\.num_epochs: trials are compared"),
-        ({"train.folds": {"choice": [3, 5]}}, r"train\.folds: not used by a search"),
+        ({"train.folds": {"choice": [3, 5]}}, r"^tune\.space\.train\.folds: cannot be searched"),
         ({"model.encoder_name": {"choice": ["resnet18", "resnet19"]}}, r"unknown encoder 'resnet19'"),
     ],
 )

@@ -17,6 +17,7 @@ from segray.data.sample_list import Sample
 from segray.models.build import SegmentationModel, build_model
 from segray.models.losses import SegmentationLoss
 from segray.training.worker.evaluation import (
+    _FIXED_POINT,
     NUM_EXTREMES,
     EvaluationCounts,
     compute_loss,
@@ -136,6 +137,18 @@ def test_pooled_scores_of_parts_equal_those_of_the_whole_split(
     for name in pooled.keys() - {"val_best_images", "val_worst_images"}:
         assert pooled[name] == whole[name], name
     assert pooled["val_best_images"] == []
+
+
+def test_scores_of_ten_million_images_are_pooled_without_overflow() -> None:
+    num_images = 5_000_000
+    part = {
+        "val_confusion": [[1, 0], [0, 1]],
+        "val_boundary_px": [[1, 1], [1, 1]],
+        "val_image_sums": [[_FIXED_POINT * num_images] * 2] * 2,
+        "val_image_count": [num_images] * 2,
+    }
+    pooled = pool_scores([part, part])
+    assert pooled["val_image_iou"] == pooled["val_image_dice"] == 1
 
 
 @pytest.mark.parametrize("world_size", [2, 3, 4, 9])
