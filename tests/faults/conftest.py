@@ -17,9 +17,9 @@ from tests.storage.stub_server import StubServer
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run all tests on S3, and those of test_fast.py on the other stores too."""
+    """Run all tests on S3, and those marked `every_store` on the other stores too."""
     if "filled_bucket" in metafunc.fixturenames:
-        others = ["azure", "google"] if metafunc.module.__name__.endswith("test_fast") else []
+        others = ["azure", "google"] if metafunc.definition.get_closest_marker("every_store") else []
         marked = [pytest.param(name, marks=pytest.mark.slow) for name in others]
         # The last, because the next file uses it too, and its bucket is filled only once.
         marked += [pytest.param("s3", marks=pytest.mark.integration)]
