@@ -38,10 +38,9 @@ test: check
 test-all: test docs .venv-swift/installed
 	$(BIN)/pytest $(PARALLEL) --ignore tests/cluster --ignore tests/test_jobs.py -m "(integration or gpu) and not (smoke or slow)" --durations=30
 
-# every fault of docs/guides/faults.md, on a real object store
+# The faults of docs/guides/faults.md that `make test-all` does not inject, and its other slow tests.
 test-faults: setup .venv-swift/installed .venv-azurite/installed
-	$(BIN)/pytest $(PARALLEL) tests/faults --durations=0
-	$(BIN)/pytest $(PARALLEL) --ignore tests/faults --ignore tests/cluster -m slow --durations=0
+	$(BIN)/pytest $(PARALLEL) --ignore tests/cluster -m slow --durations=0
 
 # cluster.yaml and clusters/onprem.yaml launched, on hosts that are network namespaces: Linux, and root, or all are skipped
 test-cluster: setup .venv-swift/installed .venv-moto/installed

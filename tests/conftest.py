@@ -41,7 +41,8 @@ PET_CLASSES = ClassMap(("pet", "background", "border"), (1, 2, 3), ignore_values
 SHAPE_SIZE = 64
 NUM_TRAIN, NUM_TEST = 18, 7
 TINY_MODEL = ModelConfig(arch="classic_unet", widths=(8, 16))  # for tests in which the network does not matter
-LONGEST_FILES = {"test_aws.py", "test_fast.py", "test_kills.py", "test_onprem.py", "test_runs.py", "test_training.py"}
+LONGEST_FILES = {"test_aws.py", "test_fast.py", "test_kills.py", "test_onprem.py", "test_runs.py", "test_soak.py"}
+LONGEST_FILES |= {"test_storage.py", "test_train.py", "test_training.py", "test_tuning.py"}
 INTEGRATION_FIXTURES = {"ray_session", "object_store"}
 
 

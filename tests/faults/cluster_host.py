@@ -14,12 +14,15 @@ _OBJECT_STORE_BYTES = 150 * 2**20
 
 
 def main() -> None:
+    num_nodes = int(sys.argv[1])
+    # With fewer CPUs, the stages of a segmentation may wait for each other; each more costs every run a process.
+    num_head_cpus = 3 if num_nodes else 4
     options = {"node_ip_address": "127.0.0.1", "object_store_memory": _OBJECT_STORE_BYTES}
     cluster = Cluster(
         initialize_head=True,
-        head_node_args={"num_cpus": 3, "include_dashboard": False, **options},
+        head_node_args={"num_cpus": num_head_cpus, "include_dashboard": False, **options},
     )
-    nodes = [cluster.add_node(num_cpus=1, **options) for _ in range(int(sys.argv[1]))]
+    nodes = [cluster.add_node(num_cpus=1, **options) for _ in range(num_nodes)]
     cluster.wait_for_nodes()
     head = cluster.head_node.all_processes
     print(

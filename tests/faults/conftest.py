@@ -17,11 +17,12 @@ from tests.storage.stub_server import StubServer
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Run all tests on S3, and those of test_fast.py on the other stores too."""
+    """Run all tests on S3, and those marked `every_store` on the other stores too."""
     if "filled_bucket" in metafunc.fixturenames:
-        others = ["azure", "google"] if metafunc.module.__name__.endswith("test_fast") else []
-        marked = [pytest.param("s3", marks=pytest.mark.integration)]
-        marked += [pytest.param(name, marks=pytest.mark.slow) for name in others]
+        others = ["azure", "google"] if metafunc.definition.get_closest_marker("every_store") else []
+        marked = [pytest.param(name, marks=pytest.mark.slow) for name in others]
+        # The last, because the next file uses it too, and its bucket is filled only once.
+        marked += [pytest.param("s3", marks=pytest.mark.integration)]
         metafunc.parametrize("filled_bucket", marked, indirect=True, scope="session")
 
 
@@ -46,7 +47,7 @@ def filled_bucket(request: pytest.FixtureRequest, bundle_dir: Path) -> Iterator[
 
 @pytest.fixture(scope="session")
 def cluster(filled_bucket: Bucket) -> Iterator[Cluster]:
-    with Cluster(filled_bucket.build_environment(filled_bucket.endpoint)) as cluster:
+    with Cluster(filled_bucket.build_environment(filled_bucket.endpoint), num_nodes=0) as cluster:
         yield cluster
 
 

@@ -2,6 +2,7 @@
 
 import io
 
+import pytest
 from pyarrow import parquet as pq
 
 from tests.faults.buckets import Bucket
@@ -11,6 +12,7 @@ from tests.faults.scene import FRAGMENT_SIZE, NUM_GOOD, Clean, Scene, pick_poiso
 NUM_IMAGES = NUM_GOOD + len(pick_poison())
 
 
+@pytest.mark.every_store
 def test_the_fault_free_run_has_a_row_for_every_image(filled_bucket: Bucket, clean: Clean) -> None:
     rows = read_table(clean.files).to_pylist()
     assert len(rows) == len({row["uri"] for row in rows}) == NUM_IMAGES
@@ -21,6 +23,7 @@ def test_the_fault_free_run_has_a_row_for_every_image(filled_bucket: Bucket, cle
     assert all(len(row["mask"]) == row["height"] * row["width"] for row in rows if row["status"] == "ok")
 
 
+@pytest.mark.every_store
 def test_rows_are_identical_if_a_third_of_all_requests_fail(scene: Scene, clean: Clean, output: str) -> None:
     scene.proxy.set_rules(
         *(
@@ -36,6 +39,7 @@ def test_rows_are_identical_if_a_third_of_all_requests_fail(scene: Scene, clean:
     assert len(failed) > 0.1 * len(scene.proxy.requests)  # Without cut bodies, whose status is 200.
 
 
+@pytest.mark.every_store
 def test_a_rerun_after_a_killed_driver_reads_only_the_remaining_images(scene: Scene, clean: Clean, output: str) -> None:
     run = scene.start(output)
     scene.proxy.set_rules(Rule(Call(lambda _: run.kill(), "after"), "PUT", r"images/part-", nth=3))
@@ -73,6 +77,7 @@ def test_an_image_that_kills_its_worker_becomes_one_error_row(scene: Scene, clea
     assert scene.proxy.count("GET", r"^images/image-12\.png") in (4, 5)
 
 
+@pytest.mark.every_store
 def test_objects_changed_or_deleted_after_planning_become_error_rows(scene: Scene, clean: Clean, output: str) -> None:
     changed, deleted, mask = "images/image-13.png", "images/image-15.png", "masks/image-11.png"
     contents = {key: scene.bucket.get(key) for key in (changed, deleted, mask)}
@@ -110,6 +115,7 @@ def test_objects_changed_or_deleted_after_planning_become_error_rows(scene: Scen
     } == with_errors
 
 
+@pytest.mark.every_store
 def test_no_credential_is_in_any_file_output_or_log(scene: Scene, clean: Clean, output: str) -> None:
     """Read the files of two runs, one of which stops, and the logs of Ray, also those of the tests before."""
     scene.proxy.set_rules(Rule(Action.FORBIDDEN, "PUT", r"part-00000002"))

@@ -16,7 +16,7 @@ from tests.faults.scene import Clean, Cluster, Scene, require_invariant
 
 pytestmark = pytest.mark.slow
 FRAGMENT = r"images/part-"
-NUM_DRIVER_KILLS = 10
+NUM_DRIVER_KILLS = 5
 
 
 @pytest.fixture
@@ -121,7 +121,7 @@ def test_a_rerun_on_a_new_cluster_completes_a_run_whose_head_was_killed(
     require_invariant(scene.read_files(output), clean.files)
 
 
-@pytest.mark.parametrize("offset_s", [0, 1, 2.5, 5])
+@pytest.mark.parametrize("offset_s", [0, 2.5])
 def test_a_job_submitted_twice_writes_every_row_once(scene: Scene, clean: Clean, output: str, offset_s: float) -> None:
     first = scene.start(output)
     time.sleep(offset_s)
