@@ -34,14 +34,10 @@ from segray.config import DataConfig
 from segray.data import manifest
 from segray.data.sample_list import SampleList, Splits
 from segray.storage import StoredFile
-from segray.training.labels.inspect import (
-    CheckedImages,
-    ReportBuilder,
-    SplitReport,
-    compute_chunk_size,
-    find_duplicates,
-)
+from segray.training.labels.duplicates import CheckedImages, find_duplicates
+from segray.training.labels.inspect import ReportBuilder, compute_chunk_size
 from segray.training.labels.near_duplicates import NO_THUMBPRINT
+from segray.training.labels.split_report import SplitReport
 from segray.training.worker.feed import compute_step_order
 
 _CHUNK = 100_000

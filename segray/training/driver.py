@@ -25,9 +25,9 @@ from segray.training.checkpoint import RUN_NAME, find_newest_history, list_check
 from segray.training.folds.estimate import Estimate
 from segray.training.job import TrainJob, get_classes, is_finished
 from segray.training.labels.command import check_splits
-from segray.training.labels.inspect import SplitReport, require_learnable
 from segray.training.labels.record import LabelRecord, find_record
 from segray.training.labels.report import print_warnings
+from segray.training.labels.split_report import SplitReport, require_learnable
 from segray.training.placement import place_on_cluster
 from segray.training.pretrained import find_preprocessing, save_pretrained
 from segray.training.sampling import compute_image_weights, needs_presence

@@ -266,7 +266,7 @@ def test_folds_without_groups_divide_single_images_and_no_image_is_in_two(sequen
     assert len(divided.samples) == 21
     hashes = {load_folds(DataConfig.model_validate(data), num_folds).compute_sha256() for num_folds in (4, 4, 3)}
     assert len(hashes) == 2
-    with pytest.raises(DataError, match="22 folds need as many images, found 21; set train.folds to at most 21$"):
+    with pytest.raises(DataError, match=r"22 folds need as many images, found 21; set train.folds to at most 21$"):
         load_folds(DataConfig.model_validate(data), 22)
 
 

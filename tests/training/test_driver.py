@@ -13,7 +13,7 @@ from segray.config import TrainConfig, TrainSettings
 from segray.data.sample_list import Sample, Splits
 from segray.errors import ConfigError, TrainingError
 from segray.training import driver
-from segray.training.labels.inspect import SplitReport
+from segray.training.labels.split_report import SplitReport
 
 MakeConfig = Callable[..., TrainConfig]
 

@@ -43,7 +43,7 @@ from segray.training.driver import (
 from segray.training.folds.estimate import Estimate, describe_spread
 from segray.training.job import TrainJob, get_classes, is_finished
 from segray.training.labels.command import check_folds
-from segray.training.labels.inspect import SplitReport, join_reports
+from segray.training.labels.split_report import SplitReport, join_reports
 from segray.training.placement import get_worker_needs
 from segray.training.pretrained import copy_pretrained, find_preprocessing, save_pretrained
 from segray.training.tuning.trial import METRIC, TIME, run_trials

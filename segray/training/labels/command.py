@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from rich.console import Console
 
-from segray.config import DataConfig, OxfordPetLayout, TrainConfig
+from segray.config import OxfordPetLayout, TrainConfig
 from segray.data.manifest import Unpaired, describe_groups, load_folds, load_splits, name_images
 from segray.data.sample_list import Folds, Sample, Splits
 from segray.errors import StorageError
@@ -16,23 +16,14 @@ from segray.progress import build_bar
 from segray.runtime.connect import connect_ray
 from segray.storage import join_uri, normalize_uri, write_bytes
 from segray.training.job import get_classes
+from segray.training.labels.duplicates import CheckedImages, find_duplicates
 from segray.training.labels.heuristics import NO_DIGEST
-from segray.training.labels.inspect import (
-    CheckedImages,
-    LabelFault,
-    ReportBuilder,
-    SplitReport,
-    WarningKind,
-    check_dataset,
-    find_duplicates,
-    join_reports,
-    require_labelled,
-    suggest_declarations,
-)
+from segray.training.labels.inspect import ReportBuilder, check_dataset, suggest_declarations
 from segray.training.labels.name_groups import suspect_groups
 from segray.training.labels.near_duplicates import NO_THUMBPRINT
 from segray.training.labels.record import LabelRecord, remove_record
 from segray.training.labels.report import LabelReport, print_findings
+from segray.training.labels.split_report import LabelFault, SplitReport, WarningKind, join_reports, require_labelled
 from segray.training.sampling import compute_image_weights, needs_presence
 
 

@@ -4,11 +4,8 @@ Without this check, an undeclared class value fails an assertion on the GPU, whi
 file.
 """
 
-import functools
-import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from enum import StrEnum
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -17,19 +14,14 @@ import ray
 
 from segray.data.classes import ClassMap
 from segray.data.image_files import swaps_sides
-from segray.data.sample_list import Folds, Sample, SampleList
+from segray.data.sample_list import Sample, SampleList
 from segray.data.samples import describe_size_fault, read_image, read_mask
-from segray.errors import DataError, FaultKind, ImageFault
-from segray.metrics import IntArray
+from segray.errors import ImageFault
 from segray.runtime.failures import named_failure, translated_ray_errors
 from segray.storage import read_bytes
-from segray.training.labels.heuristics import NO_DIGEST, compute_pixel_digest, find_shared_images, is_mixed
-from segray.training.labels.near_duplicates import (
-    NO_THUMBPRINT,
-    NUM_BITS,
-    compute_thumbprint,
-    find_near_duplicates,
-)
+from segray.training.labels.heuristics import NO_DIGEST, compute_pixel_digest, is_mixed
+from segray.training.labels.near_duplicates import NO_THUMBPRINT, compute_thumbprint
+from segray.training.labels.split_report import LabelFault, SplitReport, WarningKind
 from segray.training.sampling import count_presence_bytes, pack_presence
 
 # Images per task. With more images it is larger, so that the driver is not kept busy by the number of tasks.
@@ -39,123 +31,6 @@ _MIN_CHUNKS_PER_CPU = 16
 _MIXED = "looks resized with interpolation or saved as JPEG"
 _MIXED_REMEDY = "resize masks with nearest neighbour, and save them as PNG"
 _TURN_REMEDY = "rotate the mask to match the image as viewers show it, or save the image without EXIF"
-_DUPLICATE_REMEDY = "keep it in one split or fold: scores on training images are too high"
-_NEAR_DUPLICATE_REMEDY = (
-    "the validation score is too high, because it rewards memorising: keep such images together with data.val.group_by"
-)
-_INCOMPLETE_REMEDY = "keep images that look alike together with data.val.group_by"
-_MAX_DUPLICATES = 10_000  # Warnings of each kind: of a video, nearly all images may be near-duplicates.
-
-
-class WarningKind(StrEnum):
-    """Kinds of problems that do not prevent training but may be unintended."""
-
-    ALL_IGNORED = "all_ignored"
-    INTERPOLATED = "interpolated"
-    DUPLICATE = "duplicate"
-    NEAR_DUPLICATE = "near_duplicate"
-    SHARED_GROUP = "shared_group"
-    NOT_COMPARED = "not_compared"
-
-
-@dataclass(frozen=True)
-class LabelFault:
-    """A file that training cannot use, or that a warning is about.
-
-    Attributes:
-        uri: The file.
-        kind: Kind of fault or warning.
-        message: What is wrong with the file.
-        remedy: How to fix it; the same for all files with the same problem. It is empty for undeclared values until
-            ``suggest_declarations`` has seen all masks.
-    """
-
-    uri: str
-    kind: FaultKind | WarningKind
-    message: str
-    remedy: str
-
-    def __str__(self) -> str:
-        return f"{self.uri}: {self.kind}: {self.message}; {self.remedy}"
-
-
-@dataclass(frozen=True)
-class SplitReport:
-    """Result of the label check of one split.
-
-    Attributes:
-        num_samples: Pairs of image and mask that were opened.
-        faults: In the order of the samples.
-        warnings: In the order of the samples.
-        pixel_count: (C,) int64, labelled pixels of each class.
-        image_count: (C,) int64, images in which each class is labelled.
-        image_px: (C,) int64, labelled pixels of any class, summed over the images that contain each class.
-        ignored_px: Pixels with an ignored value.
-        values: Raw values of all masks, except masks that look resized with interpolation or saved as JPEG.
-        digests: 16 bytes for each image, equal for equal pixels; zeros for an image that cannot be decoded.
-        thumbprints: ``THUMBPRINT.itemsize`` bytes for each image, similar for similar images.
-        presence: The classes in each image, as bits (``pack_presence``); zeros for an image with a fault. Empty if it
-            is not collected, because only ``train.sampling: class_balanced`` needs it.
-    """
-
-    num_samples: int
-    faults: list[LabelFault]
-    warnings: list[LabelFault]
-    pixel_count: IntArray
-    image_count: IntArray
-    image_px: IntArray
-    ignored_px: int
-    values: frozenset[int]
-    digests: bytes
-    thumbprints: bytes
-    presence: bytes
-
-    def __add__(self, other: "SplitReport") -> "SplitReport":
-        return SplitReport(
-            self.num_samples + other.num_samples,
-            self.faults + other.faults,
-            self.warnings + other.warnings,
-            self.pixel_count + other.pixel_count,
-            self.image_count + other.image_count,
-            self.image_px + other.image_px,
-            self.ignored_px + other.ignored_px,
-            self.values | other.values,
-            self.digests + other.digests,
-            self.thumbprints + other.thumbprints,
-            self.presence + other.presence,
-        )
-
-    @property
-    def counts(self) -> "SplitReport":
-        """The report without findings and without what is stored for each image."""
-        return replace(self, faults=[], warnings=[], digests=b"", thumbprints=b"", presence=b"")
-
-    @classmethod
-    def empty(cls, num_classes: int) -> "SplitReport":
-        """Return a report on no samples."""
-        zeros = np.zeros(num_classes, np.int64)
-        return cls(0, [], [], zeros, zeros, zeros, 0, frozenset(), b"", b"", b"")
-
-
-def sum_counts(reports: Iterable[SplitReport]) -> SplitReport:
-    """Return the counts of all reports, of which there is at least one."""
-    return functools.reduce(operator.add, (report.counts for report in reports))
-
-
-def join_reports(reports: Sequence[SplitReport], folds: Folds, held_out: int | None = None) -> SplitReport:
-    """Return the counts of the samples of all folds but one, and what each contains, in the order of the samples.
-
-    Args:
-        reports: Report of each fold.
-        folds: The folds.
-        held_out: Index of the fold that is left out, or None.
-    """
-    counts = sum_counts(report for number, report in enumerate(reports) if number != held_out)
-    presence = np.frombuffer(b"".join(report.presence for report in reports), np.uint8)
-    rows = np.argsort(folds.order, kind="stable")  # Of each sample, in the reports one after the other.
-    if held_out is not None:
-        rows = rows[folds.numbers != held_out]
-    return replace(counts, presence=presence.reshape(len(folds.samples), -1)[rows].tobytes())
 
 
 def check_samples(samples: Sequence[Sample], classes: ClassMap) -> SplitReport:
@@ -278,8 +153,14 @@ class ReportBuilder:
         """Return the report of all samples."""
         found = [self._findings[start] for start in sorted(self._findings)]
         faults, warnings = ([fault for pair in found for fault in pair[side]] for side in (0, 1))
-        stored = {name: bytes(values) for name, values in self._bytes.items()}
-        return replace(self._counts, faults=faults, warnings=warnings, **stored)
+        return replace(
+            self._counts,
+            faults=faults,
+            warnings=warnings,
+            digests=bytes(self._bytes["digests"]),
+            thumbprints=bytes(self._bytes["thumbprints"]),
+            presence=bytes(self._bytes.get("presence", b"")),
+        )
 
 
 def check_dataset(
@@ -336,77 +217,3 @@ def suggest_declarations(reports: Mapping[str, SplitReport], classes: ClassMap) 
         return fault if fault.remedy else replace(fault, remedy=remedy)
 
     return {name: replace(report, faults=list(map(complete, report.faults))) for name, report in reports.items()}
-
-
-@dataclass(frozen=True)
-class CheckedImages:
-    """Images that were checked, and that others are compared with.
-
-    Attributes:
-        samples: The samples.
-        digests: As in ``SplitReport``.
-        thumbprints: As in ``SplitReport``.
-        name_place: Returns where the image at an index is: the name of its split or fold.
-    """
-
-    samples: Sequence[Sample]
-    digests: bytes | memoryview
-    thumbprints: bytes | memoryview
-    name_place: Callable[[int], str]
-
-
-def find_duplicates(samples: Sequence[Sample], report: SplitReport, others: CheckedImages) -> list[LabelFault]:
-    """Return warnings about images that are also among the others, and about those that look nearly the same."""
-    equal = find_shared_images(report.digests, others.digests)
-    near, incomplete = find_near_duplicates(report.thumbprints, others.thumbprints)
-    are_equal = {number for number, _ in equal}
-    near = [pair for pair in near if pair[0] not in are_equal]
-
-    def name(other: int) -> str:
-        return f"{others.samples[other].image_uri} in {others.name_place(other)}"
-
-    warnings = [
-        LabelFault(
-            samples[number].image_uri, WarningKind.DUPLICATE, f"same pixels as {name(other)}", _DUPLICATE_REMEDY
-        )
-        for number, other in equal[:_MAX_DUPLICATES]
-    ] + [
-        LabelFault(
-            samples[number].image_uri,
-            WarningKind.NEAR_DUPLICATE,
-            f"looks like {name(other)} ({distance} of {NUM_BITS} bits of the hashes differ)",
-            _NEAR_DUPLICATE_REMEDY,
-        )
-        for number, other, distance in near[:_MAX_DUPLICATES]
-    ]
-    if num_more := len(equal) + len(near) - len(warnings):
-        last = warnings[-1]
-        warnings[-1] = replace(last, message=f"{last.message}; {num_more:,} more such images are not listed")
-    if len(incomplete):
-        message = f"one of {len(incomplete):,} images that look in part like too many others to be compared with all"
-        uri = samples[int(incomplete[0])].image_uri
-        warnings.append(LabelFault(uri, WarningKind.NOT_COMPARED, message, _INCOMPLETE_REMEDY))
-    return warnings
-
-
-def require_learnable(report: SplitReport, split: str) -> None:
-    """Raise if a split has faults or no labelled pixel.
-
-    Raises:
-        DataError: Names the first faults, and the command that lists all of them.
-    """
-    if report.faults:
-        shown = "; ".join(str(fault) for fault in report.faults[:3])
-        more = f"; and {len(report.faults) - 3} more" if len(report.faults) > 3 else ""
-        raise DataError(f"{len(report.faults)} bad labels in {split} (segray check lists all): {shown}{more}")
-    require_labelled(report, split)
-
-
-def require_labelled(report: SplitReport, split: str) -> None:
-    """Raise if a split has no labelled pixel.
-
-    Raises:
-        DataError: Names the split.
-    """
-    if not report.pixel_count.any():
-        raise DataError(f"{split}: every pixel of its {report.num_samples} masks is ignored; see data.ignore_values")

@@ -15,7 +15,7 @@ from segray.data.classes import ClassMap
 from segray.errors import RunMismatchError
 from segray.runs.fingerprint import Record, read_record
 from segray.storage import join_uri, remove_file, write_bytes
-from segray.training.labels.inspect import SplitReport
+from segray.training.labels.split_report import SplitReport
 from segray.training.sampling import count_presence_bytes
 
 _RECORD_NAME = "labels.json"

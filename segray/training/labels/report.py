@@ -9,7 +9,7 @@ from rich.table import Table
 
 from segray.data.classes import ClassMap
 from segray.data.manifest import Unpaired
-from segray.training.labels.inspect import LabelFault, SplitReport, sum_counts
+from segray.training.labels.split_report import LabelFault, SplitReport, sum_counts
 
 _MAX_LISTED = 100  # Findings of one kind with one remedy.
 _MAX_TRAIN_WARNINGS = 3  # At least; more if there are more kinds.

@@ -20,7 +20,7 @@ from segray.storage import join_uri
 from segray.training.checkpoint import RUN_NAME, find_newest_history
 from segray.training.driver import build_job
 from segray.training.job import TrainJob, is_finished
-from segray.training.labels.inspect import SplitReport
+from segray.training.labels.split_report import SplitReport
 from segray.training.pretrained import copy_pretrained, save_pretrained
 from segray.training.tuning.search_space import draw_values, set_values
 

@@ -27,7 +27,7 @@ from segray.training.folds import run
 from segray.training.folds.estimate import Estimate
 from segray.training.folds.run import FoldPlan, count_concurrent, run_folds_and_training
 from segray.training.job import TrainJob, get_classes
-from segray.training.labels.inspect import SplitReport, join_reports
+from segray.training.labels.split_report import SplitReport, join_reports
 from segray.training.phases import Phase
 from segray.training.worker.evaluation import EvaluationCounts, compute_scores, pool_scores
 from tests.conftest import NUM_TEST, NUM_TRAIN, TINY_MODEL

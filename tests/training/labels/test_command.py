@@ -13,8 +13,8 @@ from segray.data.sample_list import Folds, Sample, SampleList, Splits
 from segray.errors import FaultKind, StorageError
 from segray.training.labels import command
 from segray.training.labels.command import check_config, check_folds, run_check, suspect_shared_groups
-from segray.training.labels.inspect import LabelFault, SplitReport, WarningKind
 from segray.training.labels.near_duplicates import NO_THUMBPRINT
+from segray.training.labels.split_report import LabelFault, SplitReport, WarningKind
 
 
 def build_config(folds: int | None = None, **val: Any) -> TrainConfig:

@@ -15,16 +15,10 @@ from segray.data.classes import ClassMap
 from segray.data.sample_list import Sample
 from segray.errors import DataError, FaultKind
 from segray.models.losses import compute_median_frequency_weights
-from segray.training.labels.inspect import (
-    CheckedImages,
-    SplitReport,
-    WarningKind,
-    check_samples,
-    find_duplicates,
-    require_learnable,
-    suggest_declarations,
-)
+from segray.training.labels.duplicates import CheckedImages, find_duplicates
+from segray.training.labels.inspect import check_samples, suggest_declarations
 from segray.training.labels.near_duplicates import NO_THUMBPRINT, THUMBPRINT
+from segray.training.labels.split_report import SplitReport, WarningKind, require_learnable
 
 CLASSES = ClassMap(("a", "b", "c"), (0, 1, 2), (255,))
 TWELVE = ClassMap(tuple("abcdefghijkl"), tuple(range(12)))
@@ -298,7 +292,7 @@ def test_an_image_that_looks_like_one_in_train_is_a_warning_with_the_distance(tm
 
 
 def test_many_duplicates_are_counted_and_not_listed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("segray.training.labels.inspect._MAX_DUPLICATES", 2)
+    monkeypatch.setattr("segray.training.labels.duplicates._MAX_DUPLICATES", 2)
     monkeypatch.setattr("segray.training.labels.near_duplicates._MAX_OTHERS", 10)
     val = [Sample(f"val{number}", "m") for number in range(9)]
     train = [Sample(f"train{number}", "m") for number in range(20)]

@@ -15,8 +15,8 @@ from segray.data.manifest import load_splits
 from segray.plots import LabelledPicture, draw_samples
 from segray.storage import get_file_name
 from segray.training.labels import command
-from segray.training.labels.inspect import SplitReport
 from segray.training.labels.preview import draw_training
+from segray.training.labels.split_report import SplitReport
 from segray.training.sampling import compute_image_weights
 from segray.training.worker.feed import RankShare, StreamSettings, iterate_training
 from segray.training.worker.sample_store import SampleStore

@@ -10,15 +10,10 @@ import pytest
 from segray.data.classes import ClassMap
 from segray.errors import FaultKind
 from segray.training.labels.heuristics import NO_DIGEST
-from segray.training.labels.inspect import (
-    LabelFault,
-    ReportBuilder,
-    SplitReport,
-    WarningKind,
-    compute_chunk_size,
-)
+from segray.training.labels.inspect import ReportBuilder, compute_chunk_size
 from segray.training.labels.near_duplicates import NO_THUMBPRINT
 from segray.training.labels.record import LabelRecord, find_record, remove_record
+from segray.training.labels.split_report import LabelFault, SplitReport, WarningKind
 
 CLASSES = ClassMap(("a", "b"), (0, 200), (255,))
 

@@ -6,8 +6,8 @@ from rich.console import Console
 from segray.data.classes import ClassMap
 from segray.data.manifest import Unpaired
 from segray.errors import FaultKind
-from segray.training.labels.inspect import LabelFault, SplitReport, WarningKind
 from segray.training.labels.report import LabelReport, print_findings, print_warnings
+from segray.training.labels.split_report import LabelFault, SplitReport, WarningKind
 
 CLASSES = ClassMap(("a", "b"), (0, 1))
 

@@ -26,7 +26,7 @@ from segray.data.sample_list import Splits
 from segray.errors import ConfigError, RunMismatchError
 from segray.models.bundle import load_bundle
 from segray.training.driver import run_training
-from segray.training.labels.inspect import SplitReport
+from segray.training.labels.split_report import SplitReport
 from segray.training.tuning.search import run_search
 from segray.training.tuning.search_space import check_space, draw_values, set_values
 from segray.training.tuning.trial import Search, TrialRun
