@@ -60,7 +60,7 @@ gpu-run:
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --site-dir site
 
-# The table of timm's encoders in the documentation, measured on the smallest member of each family; takes some minutes.
+# The table of timm's encoders in the documentation, measured on the smallest member of each family; takes half an hour.
 encoders: setup
 	$(BIN)/python -m tests.models.timm_families
 

@@ -1,6 +1,7 @@
 """Which encoders of timm work: the smallest member of every family, with U-Net and with DPT.
 
-``make encoders`` writes ``docs/reference/encoders.yaml``, which the documentation shows as a table, in some minutes.
+``make encoders`` writes ``docs/reference/encoders.yaml``, which the documentation shows as a table, in half an hour: a
+network is in it only after a real forward and backward pass.
 ``python -m tests.models.timm_families FAMILY …`` updates only the families named.
 """
 
@@ -14,7 +15,7 @@ import yaml
 
 from segray.config import ModelConfig
 from segray.errors import ConfigError
-from segray.models.build import check_model
+from segray.models.build import build_model, check_model, freeze_unused_parameters
 from segray.models.input_size import InputSize
 from segray.models.meta_device import build_on_meta
 
@@ -46,10 +47,26 @@ def describe_fit(arch: str, encoder: str) -> str:
     return "any" if model.input_size == InputSize() else f"any, padded to {model.input_size.stride}"
 
 
+def require_contract(arch: str, encoder: str, size: tuple[int, int]) -> None:
+    """Check that images are mapped to logits of their size, and that each weight to train has a gradient."""
+    torch.manual_seed(0)
+    model = build_model(ModelConfig(arch=arch, encoder_name=encoder), NUM_CLASSES, size).train()
+    freeze_unused_parameters(model)
+    logits = model(torch.randn(2, 3, *size))
+    assert logits.shape == (2, NUM_CLASSES, *size)
+    assert torch.isfinite(logits).all()
+    logits.square().mean().backward()
+    assert [name for name, p in model.named_parameters() if p.requires_grad and p.grad is None] == []
+
+
 def survey(family: str) -> dict[str, str]:
     """Return the row of a family."""
     encoder = f"tu-{_find_smallest(family)}"
-    return {"encoder": encoder, **{arch: describe_fit(arch, encoder) for arch in ARCHITECTURES}}
+    row = {"encoder": encoder, **{arch: describe_fit(arch, encoder) for arch in ARCHITECTURES}}
+    for arch in ARCHITECTURES:
+        if row[arch] != "no":
+            require_contract(arch, encoder, SIZE)
+    return row
 
 
 def _list_models(family: str) -> list[str]:
