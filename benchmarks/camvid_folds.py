@@ -3,7 +3,7 @@
     python benchmarks/camvid_folds.py today plain default [--seeds 0 1 2] [--minutes 10]
 
 Each model is trained for `--minutes` on all cores. Pixel counts are pooled over the three sequences, so that each
-image counts once, and the score is that of the last epoch: no image of a sequence that is left out chooses anything. Each
+image counts once. The score is that of the last epoch: no image of a sequence that is left out chooses anything. Each
 result is written when it is there, and a rerun goes on with what is missing. Recipes are those of `RECIPES`, besides
 `plain`, which is `camvid_plain_smp.py`.
 """
