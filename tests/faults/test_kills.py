@@ -11,7 +11,7 @@ import pytest
 
 from tests.faults.buckets import Bucket
 from tests.faults.proxy import Call, FaultProxy, Operation, Point, Request, Rule
-from tests.faults.scene import Clean, Cluster, Scene, require_invariant
+from tests.faults.scene import Clean, Cluster, Run, Scene, require_invariant
 
 pytestmark = pytest.mark.slow
 FRAGMENT = r"images/part-"
@@ -96,7 +96,11 @@ def test_rows_are_identical_after_killed_raylets(own_cluster: Scene, clean: Clea
 def test_a_rerun_completes_a_run_whose_driver_was_killed_at_any_point(scene: Scene, clean: Clean, output: str) -> None:
     for operation, key, nth in DRIVER_KILLS:
         run = scene.start(output)
-        scene.proxy.set_rules(Rule(Call(lambda _, run=run: run.kill(), "after"), operation, key, nth=nth))
+
+        def kill(_: Request, run: Run = run) -> None:
+            run.kill()
+
+        scene.proxy.set_rules(Rule(Call(kill, "after"), operation, key, nth=nth))
         run.wait()
         assert run.process.returncode == -signal.SIGKILL, (operation, key, nth, run.text)
     scene.proxy.clear()

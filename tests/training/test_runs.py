@@ -53,8 +53,8 @@ def test_a_run_that_stopped_early_is_complete(make_train_config: MakeConfig, tmp
 def test_two_fsdp_workers_learn_the_same_as_one_worker_and_after_one_is_killed(
     make_train_config: MakeConfig, tmp_path: Path
 ) -> None:
-    settings = {"num_epochs": 3, "ema_decay": 0.8, "max_gradient_norm": 1.0, "sync_batchnorm": True}
-    settings |= {"checkpoint_every_steps": 2, "precision": "fp32"}
+    settings = {"precision": "fp32", "num_epochs": 3, "ema_decay": 0.8, "max_gradient_norm": 1.0}
+    settings |= {"sync_batchnorm": True, "checkpoint_every_steps": 2}
     train(make_train_config(tmp_path / "one", num_train_workers=1, **settings))
     train(make_train_config(tmp_path / "two", sharding="fsdp", **settings))
     printed = train_with_killed_worker(make_train_config(tmp_path / "killed", sharding="fsdp", **settings))
