@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from tests.faults.buckets import Bucket
-from tests.faults.proxy import Call, FaultProxy, Operation, Point, Request, Rule
+from tests.faults.proxy import KILL_TIMEOUT_S, Call, FaultProxy, Operation, Point, Request, Rule
 from tests.faults.scene import Clean, Cluster, Run, Scene, require_invariant
 
 pytestmark = pytest.mark.slow
@@ -49,20 +49,24 @@ def test_rows_are_identical_after_killed_decode_tasks(scene: Scene, clean: Clean
 
 
 def test_rows_are_identical_after_killed_predictors(scene: Scene, clean: Clean, output: str) -> None:
+    """Kill every predictor while the first fragment is written, and its successor at the fourth."""
     killed: list[set[int]] = []
 
     def kill(_: Request) -> None:
         assert scene.cluster is not None
-        killed.append(set(scene.cluster.find_workers("FragmentPredictor")))
-        for pid in killed[-1]:
+        deadline_s = time.monotonic() + KILL_TIMEOUT_S
+        while not (found := set(scene.cluster.find_workers("FragmentPredictor")).difference(*killed)):
+            if time.monotonic() > deadline_s:  # The successor may still be starting.
+                raise TimeoutError("no predictor to kill")
+            time.sleep(0.1)
+        killed.append(found)
+        for pid in found:
             os.kill(pid, signal.SIGKILL)
 
     scene.proxy.set_rules(*(Rule(Call(kill), "PUT", rf"{FRAGMENT}0000000{written}", nth=1) for written in (0, 3)))
     run = scene.run(output)
     assert run.process.returncode == 0, run.text
-    first, second = killed
-    assert first
-    assert second - first
+    assert len(killed) == 2
     require_invariant(scene.read_files(output), clean.files)
 
 
