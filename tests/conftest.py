@@ -41,8 +41,9 @@ PET_CLASSES = ClassMap(("pet", "background", "border"), (1, 2, 3), ignore_values
 SHAPE_SIZE = 64
 NUM_TRAIN, NUM_TEST = 18, 7
 TINY_MODEL = ModelConfig(arch="classic_unet", widths=(8, 16))  # for tests in which the network does not matter
-LONGEST_FILES = {"test_aws.py", "test_fast.py", "test_kills.py", "test_onprem.py", "test_runs.py", "test_soak.py"}
-LONGEST_FILES |= {"test_storage.py", "test_train.py", "test_training.py", "test_tuning.py"}
+# The longest files, first those with a single long test: its process is given the next file already when it starts.
+LONGEST_FILES = ["test_soak.py", "test_train.py", "test_tuning.py", "test_kills.py", "test_storage.py", "test_fast.py"]
+LONGEST_FILES += ["test_runs.py", "test_onprem.py", "test_aws.py", "test_training.py"]
 INTEGRATION_FIXTURES = {"ray_session", "object_store"}
 
 
@@ -56,7 +57,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         if INTEGRATION_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker("integration")
     long_files = {item.path for item in items if item.get_closest_marker("integration")}
-    items.sort(key=lambda item: (item.path.name not in LONGEST_FILES, item.path not in long_files))
+    ranks = {name: rank for rank, name in enumerate(LONGEST_FILES)}
+    items.sort(key=lambda item: (ranks.get(item.path.name, len(ranks)), item.path not in long_files))
 
 
 @pytest.fixture(scope="session")

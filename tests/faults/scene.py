@@ -48,21 +48,27 @@ def fill_bucket(bucket: Bucket, bundle: Path) -> None:
     for path in bundle.rglob("*"):
         if path.is_file():
             bucket.put(f"bundle/{path.relative_to(bundle)}", path.read_bytes())
+    for key, content in build_files(with_empty_names=isinstance(bucket, S3Bucket)).items():
+        bucket.put(key, content)
+    bucket.put("images/folder/", b"")
+    bucket.put("images/notes.txt", b"no image")
+
+
+def build_files(with_empty_names: bool) -> dict[str, bytes]:
+    """Return images, some of them broken, and masks, by key; segray refuses names such as ``a//b`` except in S3."""
+    files = {}
     rng = np.random.default_rng(11)
     for index in range(NUM_GOOD):
         name = _NAMES[index] if index < len(_NAMES) else f"image-{index}"
-        if not isinstance(bucket, S3Bucket):
-            name = name.replace("//", "/")  # segray refuses such names in other stores.
+        if not with_empty_names:
+            name = name.replace("//", "/")
         size = (40 + 3 * index, 80 - 2 * index)
         for key, pixels in (
             (f"images/{name}.png", rng.integers(0, 256, (*size, 3), np.uint8)),
             (f"masks/{name}.png", rng.choice([0, 1, 2, 3], size).astype(np.uint8)),
         ):
-            bucket.put(key, encode(Image.fromarray(pixels)))
-    for key, content in pick_poison().items():
-        bucket.put(f"images/{key}", content)
-    bucket.put("images/folder/", b"")
-    bucket.put("images/notes.txt", b"no image")
+            files[key] = encode(Image.fromarray(pixels))
+    return files | {f"images/{key}": content for key, content in pick_poison().items()}
 
 
 def pick_poison() -> dict[str, bytes]:

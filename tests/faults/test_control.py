@@ -8,20 +8,18 @@ from typing import Any
 
 import pytest
 
-from tests.faults.buckets import Bucket
-from tests.faults.scene import NUM_GOOD, ROOT, build_environment, pick_poison
+from tests.faults.scene import NUM_GOOD, ROOT, build_environment, build_files, pick_poison
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def folder(filled_bucket: Bucket, tmp_path: Path) -> Path:
-    """Copy the bucket's images to a local folder and return it."""
-    for key in filled_bucket.list_keys("images/"):
-        if not key.endswith("/"):
-            path = tmp_path / key.replace("//", "/")
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(filled_bucket.get(key))
+def folder(tmp_path: Path) -> Path:
+    """Write the images of the fault tests to a local folder and return it."""
+    for key, content in build_files(with_empty_names=False).items():
+        path = tmp_path / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content)
     return tmp_path / "images"
 
 

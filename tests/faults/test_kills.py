@@ -1,7 +1,6 @@
 """The slow faults of docs/guides/faults.md in processes: killed ones, lost nodes, and jobs on the same run."""
 
 import os
-import random
 import signal
 import threading
 import time
@@ -11,12 +10,20 @@ from pathlib import Path
 import pytest
 
 from tests.faults.buckets import Bucket
-from tests.faults.proxy import Call, FaultProxy, Operation, Point, Request, Rule
-from tests.faults.scene import Clean, Cluster, Scene, require_invariant
+from tests.faults.proxy import KILL_TIMEOUT_S, Call, FaultProxy, Operation, Point, Request, Rule
+from tests.faults.scene import Clean, Cluster, Run, Scene, require_invariant
 
 pytestmark = pytest.mark.slow
 FRAGMENT = r"images/part-"
-NUM_DRIVER_KILLS = 5
+# When a driver is killed: once the n-th such request has been answered.
+DRIVER_KILLS: list[tuple[Operation, str, int]] = [
+    ("LIST", "", 2),
+    ("PUT", r"run\.json", 1),
+    ("GET", r"^images/", 7),
+    ("PUT", FRAGMENT, 1),
+    ("PUT", FRAGMENT, 2),
+    ("PUT", r"summary\.parquet", 1),
+]
 
 
 @pytest.fixture
@@ -30,45 +37,52 @@ def own_cluster(filled_bucket: Bucket, tmp_path: Path) -> Iterator[Scene]:
         yield scene
 
 
-@pytest.mark.parametrize("point", ["before", "after"])
-def test_rows_are_identical_after_a_killed_decode_task(scene: Scene, clean: Clean, output: str, point: Point) -> None:
-    scene.proxy.set_rules(Rule(Call(Request.kill_peer, point), "GET", r"^images/", nth=5))
+def test_rows_are_identical_after_killed_decode_tasks(scene: Scene, clean: Clean, output: str) -> None:
+    """Kill the process that requests an image, once before the store answers and once after it."""
+    scene.proxy.set_rules(
+        Rule(Call(Request.kill_peer, "before"), "GET", r"^images/", nth=5),
+        Rule(Call(Request.kill_peer, "after"), "GET", r"^images/", nth=14),
+    )
     run = scene.run(output)
     assert run.process.returncode == 0, run.text
     require_invariant(scene.read_files(output), clean.files)
 
 
-@pytest.mark.parametrize("written", [0, 3])
-def test_rows_are_identical_after_a_killed_predictor(scene: Scene, clean: Clean, output: str, written: int) -> None:
-    killed = []
+def test_rows_are_identical_after_killed_predictors(scene: Scene, clean: Clean, output: str) -> None:
+    """Kill every predictor while the first fragment is written, and its successor at the fourth."""
+    killed: list[set[int]] = []
 
     def kill(_: Request) -> None:
         assert scene.cluster is not None
-        for pid in scene.cluster.find_workers("FragmentPredictor"):
+        deadline_s = time.monotonic() + KILL_TIMEOUT_S
+        while not (found := set(scene.cluster.find_workers("FragmentPredictor")).difference(*killed)):
+            if time.monotonic() > deadline_s:  # The successor may still be starting.
+                raise TimeoutError("no predictor to kill")
+            time.sleep(0.1)
+        killed.append(found)
+        for pid in found:
             os.kill(pid, signal.SIGKILL)
-            killed.append(pid)
 
-    scene.proxy.set_rules(Rule(Call(kill), "PUT", rf"{FRAGMENT}0000000{written}"))
+    scene.proxy.set_rules(*(Rule(Call(kill), "PUT", rf"{FRAGMENT}0000000{written}", nth=1) for written in (0, 3)))
     run = scene.run(output)
     assert run.process.returncode == 0, run.text
-    assert killed
+    assert len(killed) == 2
     require_invariant(scene.read_files(output), clean.files)
 
 
-@pytest.mark.parametrize("point", ["before", "during", "after"])
-def test_rows_are_identical_after_a_killed_writer(scene: Scene, clean: Clean, output: str, point: Point) -> None:
-    scene.proxy.set_rules(Rule(Call(Request.kill_peer, point), "PUT", r"part-00000002", nth=1))
+def test_rows_are_identical_after_killed_writers(scene: Scene, clean: Clean, output: str) -> None:
+    """Kill the writers of three fragments: before their PUT, after half of its body, and after the store applied it."""
+    points: dict[str, Point] = {r"part-00000001": "before", r"part-00000002": "during", r"part-00000004": "after"}
+    rules = [Rule(Call(Request.kill_peer, point), "PUT", fragment, nth=1) for fragment, point in points.items()]
+    scene.proxy.set_rules(*rules)
     run = scene.run(output)
     assert run.process.returncode == 0, run.text
     require_invariant(scene.read_files(output), clean.files)
-    assert scene.proxy.count("PUT", r"part-00000002") == 2
+    assert [scene.proxy.count("PUT", fragment) for fragment in points] == [2, 2, 2]
 
 
-@pytest.mark.parametrize("operation", ["LIST", "PUT"])
-def test_rows_are_identical_after_killed_raylets(
-    own_cluster: Scene, clean: Clean, output: str, operation: Operation
-) -> None:
-    """Kill both worker nodes one after the other, during the listing or during the fragments."""
+def test_rows_are_identical_after_killed_raylets(own_cluster: Scene, clean: Clean, output: str) -> None:
+    """Kill both worker nodes: one during the listing, the other while fragments are written."""
     scene = own_cluster
     assert scene.cluster is not None
     raylets = iter(scene.cluster.raylets)
@@ -76,24 +90,23 @@ def test_rows_are_identical_after_killed_raylets(
     def kill(_: Request) -> None:
         os.kill(next(raylets), signal.SIGKILL)
 
-    key = FRAGMENT if operation == "PUT" else ""
-    scene.proxy.set_rules(*(Rule(Call(kill), operation, key, nth=nth) for nth in (2, 4)))
+    scene.proxy.set_rules(Rule(Call(kill), "LIST", nth=2), Rule(Call(kill), "PUT", FRAGMENT, nth=2))
     run = scene.run(output)
     assert run.process.returncode == 0, run.text
     assert next(raylets, None) is None
     require_invariant(scene.read_files(output), clean.files)
 
 
-@pytest.mark.parametrize("number", range(NUM_DRIVER_KILLS))
-def test_a_rerun_completes_a_run_whose_driver_was_killed_at_any_point(
-    scene: Scene, clean: Clean, output: str, number: int
-) -> None:
-    share = (number + random.Random(number).random()) / NUM_DRIVER_KILLS
-    nth = 1 + int(share * clean.num_requests)
-    run = scene.start(output)
-    scene.proxy.set_rules(Rule(Call(lambda _: run.kill(), "after"), nth=nth))
-    run.wait()
-    assert run.process.returncode == -signal.SIGKILL
+def test_a_rerun_completes_a_run_whose_driver_was_killed_at_any_point(scene: Scene, clean: Clean, output: str) -> None:
+    for operation, key, nth in DRIVER_KILLS:
+        run = scene.start(output)
+
+        def kill(_: Request, run: Run = run) -> None:
+            run.kill()
+
+        scene.proxy.set_rules(Rule(Call(kill, "after"), operation, key, nth=nth))
+        run.wait()
+        assert run.process.returncode == -signal.SIGKILL, (operation, key, nth, run.text)
     scene.proxy.clear()
     again = scene.run(output)
     assert again.process.returncode == 0, again.text
@@ -115,7 +128,7 @@ def test_a_rerun_on_a_new_cluster_completes_a_run_whose_head_was_killed(
     run = scene.run(output)
     assert run.process.returncode != 0
     scene.proxy.clear()
-    with Cluster(scene.bucket.build_environment(scene.bucket.endpoint)) as scene.cluster:
+    with Cluster(scene.bucket.build_environment(scene.bucket.endpoint), num_nodes=0) as scene.cluster:
         again = scene.run(output)
     assert again.process.returncode == 0, again.text
     require_invariant(scene.read_files(output), clean.files)

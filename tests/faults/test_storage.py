@@ -1,5 +1,6 @@
 """The slow faults of docs/guides/faults.md in storage: it refuses, throttles, corrupts, or is full."""
 
+import re
 import subprocess
 import threading
 import time
@@ -67,7 +68,7 @@ def test_an_unavailable_store_is_reported_within_a_minute(scene: Scene, clean: C
     run = scene.run(output)
     assert run.process.returncode == 4, run.text
     assert time.monotonic() - down_s[0] < 60
-    assert "attempts in 30 s" in run.error
+    assert re.search(r"attempts in 3[0-4] s", run.error)  # 30 s and the last wait.
     assert f"s3://{BUCKET}/" in run.error
     scene.proxy.clear()
     assert scene.run(output).process.returncode == 0
