@@ -20,7 +20,6 @@ DRIVER_KILLS: list[tuple[Operation, str, int]] = [
     ("LIST", "", 2),
     ("PUT", r"run\.json", 1),
     ("GET", r"^images/", 7),
-    ("PUT", FRAGMENT, 1),
     ("PUT", FRAGMENT, 2),
     ("PUT", r"summary\.parquet", 1),
 ]
