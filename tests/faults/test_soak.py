@@ -47,7 +47,7 @@ def test_a_short_soak_finds_nothing_wrong(tmp_path: Path) -> None:
     """2,000 images, 80 of them broken, in fragments of 32."""
     command = [sys.executable, str(ROOT / "benchmarks/soak.py"), "--folder", str(tmp_path / "soak")]
     command += ["--images", "2000", "--broken-every", "25", "--fragment-size", "32"]
-    command += ["--kill-s", "5", "--calm-share", "0.5"]
+    command += ["--kill-s", "5", "--calm-share", "0.5", "--compare", "20"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False)
     summary = json.loads((tmp_path / "soak/summary.json").read_text())
     assert summary["problems"] == []

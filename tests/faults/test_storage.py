@@ -16,28 +16,20 @@ pytestmark = pytest.mark.slow
 THROTTLED_S = 180
 
 
-@pytest.mark.parametrize(
-    ("rule", "message"),
-    [
-        (
-            Rule(Action.FORBIDDEN, "GET", r"^images/"),
-            ".png: permission denied (AccessDenied); check",
-        ),
+def test_a_refusal_stops_the_run_and_a_rerun_completes_it(scene: Scene, clean: Clean, output: str) -> None:
+    refusals = [
+        (Rule(Action.FORBIDDEN, "GET", r"^images/"), ".png: permission denied (AccessDenied); check"),
         (
             Rule(Action.EXPIRED, "PUT", r"part-00000003"),
             "/part-00000003.parquet: the credentials have expired; renew them",
         ),
-    ],
-    ids=["forbidden", "expired"],
-)
-def test_a_refusal_stops_the_run_and_a_rerun_completes_it(
-    scene: Scene, clean: Clean, output: str, rule: Rule, message: str
-) -> None:
-    scene.proxy.set_rules(rule)
-    run = scene.run(output)
-    assert run.process.returncode == 4, run.text
-    assert message in run.error
-    assert run.err.read_text().count("\n") <= 2  # Ray may print one more line.
+    ]
+    for rule, message in refusals:
+        scene.proxy.set_rules(rule)
+        run = scene.run(output)
+        assert run.process.returncode == 4, run.text
+        assert message in run.error
+        assert run.err.read_text().count("\n") <= 2  # Ray may print one more line.
     scene.proxy.clear()
     assert scene.run(output).process.returncode == 0
     require_invariant(scene.read_files(output), clean.files)

@@ -17,7 +17,7 @@ from segray.models.bundle import load_bundle
 from segray.training.checkpoint import find_newest_state
 from tests.faults.scene import TIMEOUT_S, Cluster, build_environment
 
-NUM_EPOCHS = 12
+NUM_EPOCHS = 8
 
 
 @pytest.mark.slow
