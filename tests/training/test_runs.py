@@ -56,21 +56,6 @@ def test_a_run_that_stopped_early_is_complete(make_train_config: MakeConfig, tmp
     assert "nothing to do" in train(config)
 
 
-@pytest.mark.usefixtures("ray_session")
-def test_a_finished_run_goes_on_with_more_epochs_fewer_workers_and_another_precision(
-    make_train_config: MakeConfig, tmp_path: Path
-) -> None:
-    train(make_train_config(tmp_path, num_epochs=2, num_train_workers=2, precision="fp32"))
-    printed = train(make_train_config(tmp_path, num_epochs=3, num_train_workers=1, precision="bf16"))
-    assert "train.num_epochs: the run has 2, got 3" in printed, printed
-    assert "the learning-rate schedule is recomputed over 3 epochs" in printed, printed
-    assert "labels were checked on" in printed, printed
-    assert "number of workers: the run has 2, got 1" in printed, printed
-    assert [row["epoch"] for row in read_metrics(tmp_path)] == ["1", "2", "3"]
-    assert "train.num_epochs: the run has 2, got 3" in (tmp_path / "bundle" / "model_card.md").read_text()
-    assert "nothing to do" in train(make_train_config(tmp_path, num_epochs=3, num_train_workers=1))
-
-
 def change_train(config: TrainConfig, **train: object) -> TrainConfig:
     """Return a configuration with other settings of ``train``, instead of ``num_epochs``."""
     values = config.model_dump(mode="json")
@@ -79,37 +64,45 @@ def change_train(config: TrainConfig, **train: object) -> TrainConfig:
 
 
 @pytest.mark.usefixtures("ray_session")
-def test_a_run_with_a_time_budget_equals_one_with_its_number_of_epochs_and_logs_steps(
-    make_train_config: MakeConfig, tmp_path: Path
-) -> None:
-    budget, given = make_train_config(tmp_path / "budget"), make_train_config(tmp_path / "given")
-    config = change_train(budget, time_budget_min=0.02, sampling="class_balanced", log_every_steps=2)
-    printed = train(config)
-    num_epochs = json.loads((tmp_path / "budget" / "time_budget.json").read_text())["num_epochs"]
-    assert f"train.num_epochs is {num_epochs}, at " in printed, printed
-    train(change_train(given, num_epochs=num_epochs, sampling="class_balanced"))
-    assert read_weights_sha256(tmp_path / "budget") == read_weights_sha256(tmp_path / "given")
-    assert "nothing to do" in train(config)
-    rows = list(csv.DictReader((tmp_path / "budget" / "steps.csv").open()))
-    assert [int(row["step"]) for row in rows] == list(range(2, num_epochs * STEPS_PER_EPOCH + 1, 2))
-    assert all(float(row["loss"]) > 0 and float(row["images_per_s"]) > 0 for row in rows)
-
-
-@pytest.mark.usefixtures("ray_session")
-def test_workers_and_a_resumed_run_need_no_model_hub(
+def test_a_finished_run_goes_on_with_more_epochs_fewer_workers_another_precision_and_no_model_hub(
     make_train_config: MakeConfig, tmp_path: Path, make_hub_snapshot: Callable[..., Path]
 ) -> None:
     """The cache of the model hub exists only for this process: workers have neither it nor a network."""
     snapshot = make_hub_snapshot("resnet18", "imagenet")
     save_file(smp.encoders.get_encoder("resnet18").state_dict(), snapshot / "model.safetensors")
     (snapshot / "config.json").write_text(json.dumps({"mean": [0, 0, 0], "std": [1, 1, 1]}))
-    values = make_train_config(tmp_path / "run", num_epochs=1).model_dump(mode="json")
+    values = make_train_config(tmp_path / "run", num_epochs=1, precision="fp32").model_dump(mode="json")
     config = TrainConfig.model_validate({**values, "model": {"encoder_weights": "imagenet", "freeze_encoder": True}})
     train(config)
     shutil.rmtree(tmp_path / "hub")
     next((tmp_path / "run" / "pretrained").glob("*.safetensors")).unlink()  # The checkpoint has all weights.
-    train(change_train(config, num_epochs=2))
+    longer = change_train(config, num_epochs=2, num_train_workers=1, precision="bf16")
+    printed = train(longer)
+    assert "train.num_epochs: the run has 1, got 2" in printed, printed
+    assert "the learning-rate schedule is recomputed over 2 epochs" in printed, printed
+    assert "labels were checked on" in printed, printed
+    assert "number of workers: the run has 2, got 1" in printed, printed
     assert [row["epoch"] for row in read_metrics(tmp_path / "run")] == ["1", "2"]
+    assert "train.num_epochs: the run has 1, got 2" in (tmp_path / "run" / "bundle" / "model_card.md").read_text()
+    assert "nothing to do" in train(longer)
+
+
+@pytest.mark.usefixtures("ray_session")
+def test_a_run_with_a_time_budget_equals_one_with_its_number_of_epochs_and_logs_steps(
+    make_train_config: MakeConfig, tmp_path: Path
+) -> None:
+    budget, given = make_train_config(tmp_path / "budget"), make_train_config(tmp_path / "given")
+    settings = {"sampling": "class_balanced", "num_train_workers": 1}
+    config = change_train(budget, time_budget_min=0.02, log_every_steps=2, **settings)
+    printed = train(config)
+    num_epochs = json.loads((tmp_path / "budget" / "time_budget.json").read_text())["num_epochs"]
+    assert f"train.num_epochs is {num_epochs}, at " in printed, printed
+    train(change_train(given, num_epochs=num_epochs, **settings))
+    assert read_weights_sha256(tmp_path / "budget") == read_weights_sha256(tmp_path / "given")
+    assert "nothing to do" in train(config)
+    rows = list(csv.DictReader((tmp_path / "budget" / "steps.csv").open()))
+    assert [int(row["step"]) for row in rows] == list(range(2, num_epochs * STEPS_PER_EPOCH + 1, 2))
+    assert all(float(row["loss"]) > 0 and float(row["images_per_s"]) > 0 for row in rows)
 
 
 @pytest.mark.slow  # tests/training/test_ranks.py compares ranks without FSDP and without Ray.
