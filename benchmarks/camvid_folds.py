@@ -36,10 +36,29 @@ _TODAY = {
     "augmentation": {"preset": "none", "scale": [1.0, 1.6], "aspect": [0.8, 1.25], "horizontal_flip": 0.5},
     "train": {"global_batch_size": 8, "learning_rate": 2e-3, "ema_decay": 0.995},
 }
+_TRAIN = {"global_batch_size": 8, "learning_rate": 2e-3, "ema_decay": 0.99}
+_NATIVE = {"image_size": [352, 480]}
+_CE_DICE = {"ce": 1.0, "dice": 1.0}
 # Settings that differ from the defaults.
 RECIPES: dict[str, dict[str, Any]] = {
     "default": {},
     "today": _TODAY,
+    "strong": {"augmentation": "strong", "train": _TRAIN},
+    "strong-dice": {"augmentation": "strong", "loss": _CE_DICE, "train": _TRAIN},
+    "strong-lovasz": {"augmentation": "strong", "loss": {"ce": 1.0, "lovasz": 1.0}, "train": _TRAIN},
+    "strong-weights": {"augmentation": "strong", "loss": {**_CE_DICE, "class_weights": "auto"}, "train": _TRAIN},
+    "strong-balanced": {
+        "augmentation": "strong",
+        "loss": _CE_DICE,
+        "train": {**_TRAIN, "sampling": "class_balanced"},
+    },
+    "light-dice": {"augmentation": "light", "loss": _CE_DICE, "train": _TRAIN},
+    "native-dice": {
+        **_NATIVE,
+        "augmentation": {"preset": "strong", "crop_size": [192, 256], "scale": [0.5, 1.5]},
+        "loss": _CE_DICE,
+        "train": _TRAIN,
+    },
 }
 
 
