@@ -160,8 +160,8 @@ def test_a_fold_that_was_trained_with_other_settings_is_a_warning(
     make_train_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = make_train_config(tmp_path, folds=3, num_epochs=1)
-    light = TrainConfig.model_validate({**config.model_dump(mode="json"), "augmentation": {"preset": "light"}})
-    used = [config, light, config]  # The augmentation was changed between the folds, and then changed back.
+    strong = TrainConfig.model_validate({**config.model_dump(mode="json"), "augmentation": "strong"})
+    used = [config, strong, config]  # The augmentation was changed between the folds, and then changed back.
 
     def find_phases(run_uri: str) -> list[Phase]:
         settings = used[int(run_uri.split("/")[-2]) - 1].phase_settings
