@@ -131,7 +131,8 @@ def test_lovasz_loss_keeps_nothing_of_each_class_and_pixel_for_the_backward_pass
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         loss = compute(build({"lovasz": 1.0}), logits, truth)
-    assert sum(saved.values()) < logits.nbytes  # Without recomputation several times as much.
+    # The logits themselves, and the truth. Without recomputation it is several times as much.
+    assert sum(saved.values()) < 1.1 * logits.nbytes
     assert compute_gradient(loss, logits).any()
 
 
