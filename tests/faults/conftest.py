@@ -20,9 +20,9 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     """Run all tests on S3, and those marked `every_store` on the other stores too."""
     if "filled_bucket" in metafunc.fixturenames:
         others = ["azure", "google"] if metafunc.definition.get_closest_marker("every_store") else []
-        marked = [pytest.param(name, marks=pytest.mark.slow) for name in others]
-        # The last, because the next file uses it too, and its bucket is filled only once.
-        marked += [pytest.param("s3", marks=pytest.mark.integration)]
+        # S3 first: the other files use it too, and its bucket can be made only once.
+        marked = [pytest.param("s3", marks=pytest.mark.integration)]
+        marked += [pytest.param(name, marks=pytest.mark.slow) for name in others]
         metafunc.parametrize("filled_bucket", marked, indirect=True, scope="session")
 
 
@@ -59,7 +59,6 @@ def clean(filled_bucket: Bucket, cluster: Cluster, tmp_path_factory: pytest.Temp
         assert run.process.returncode == 0, run.text
     return Clean(
         scene.read_files("clean"),
-        num_requests=len(proxy.requests),
         num_image_reads=proxy.count("GET", r"^(images|masks)/"),
         num_writes=proxy.count("PUT", NO_COUNTS),
     )

@@ -239,10 +239,9 @@ class Run:
 
 @dataclass(frozen=True)
 class Clean:
-    """The fault-free run: its files, and the number of its requests to the store."""
+    """The fault-free run: its files, and how often it read images and masks and wrote files."""
 
     files: dict[str, bytes]
-    num_requests: int
     num_image_reads: int
     num_writes: int
 

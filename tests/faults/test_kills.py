@@ -96,7 +96,7 @@ def test_rows_are_identical_after_killed_raylets(own_cluster: Scene, clean: Clea
     require_invariant(scene.read_files(output), clean.files)
 
 
-def test_a_rerun_completes_a_run_whose_driver_was_killed_at_any_point(scene: Scene, clean: Clean, output: str) -> None:
+def test_a_rerun_completes_a_run_whose_driver_was_killed_in_each_stage(scene: Scene, clean: Clean, output: str) -> None:
     for operation, key, nth in DRIVER_KILLS:
         run = scene.start(output)
 
