@@ -1,5 +1,6 @@
 """Pair images with masks: from two folders, a Parquet or CSV manifest, or the Oxford-IIIT Pet layout."""
 
+import hashlib
 import posixpath
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import islice
@@ -182,7 +183,8 @@ def index_masks(masks_root: str) -> dict[str, StoredFile]:
 
 
 def _pair_folders(images_root: str, masks_root: str, unpaired: list[Unpaired]) -> SampleList:
-    images, masks = _list_uris(images_root, IMAGE_EXTENSIONS), _list_uris(masks_root, MASK_EXTENSIONS)
+    images, images_version = _list_uris(images_root, IMAGE_EXTENSIONS)
+    masks, masks_version = _list_uris(masks_root, MASK_EXTENSIONS)
     image_keys, mask_keys = _get_unique_keys(images, images_root), _get_unique_keys(masks, masks_root)
     positions = pc.index_in(image_keys, value_set=mask_keys)
     has_mask = positions.is_valid()
@@ -202,16 +204,18 @@ def _pair_folders(images_root: str, masks_root: str, unpaired: list[Unpaired]) -
     has_image[positions.to_numpy()] = True
     unpaired += [Unpaired(uri, "mask") for uri in images.filter(pc.invert(has_mask)).to_pylist()]
     unpaired += [Unpaired(uri, "image") for uri in masks.filter(pa.array(~has_image)).to_pylist()]
-    return SampleList(pa.chunked_array([images.filter(has_mask)]), pa.chunked_array([masks.take(positions)]))
+    paired = pa.chunked_array([images.filter(has_mask)]), pa.chunked_array([masks.take(positions)])
+    return SampleList(*paired, version=images_version + masks_version)
 
 
-def _list_uris(root: str, extensions: Iterable[str]) -> pa.LargeStringArray:
-    """Return the URIs of the files under a folder, sorted."""
-    uris = (file.uri for file in list_files(root, extensions))
-    chunks = []
-    while batch := list(islice(uris, _BATCH_ROWS)):
-        chunks.append(pa.array(batch, pa.large_string()))
-    return pa.chunked_array(chunks, pa.large_string()).combine_chunks()
+def _list_uris(root: str, extensions: Iterable[str]) -> tuple[pa.LargeStringArray, str]:
+    """Return the URIs of the files under a folder, sorted, and the sha256 of their entity tags."""
+    files = iter(list_files(root, extensions))
+    chunks, tags = [], hashlib.sha256()
+    while batch := list(islice(files, _BATCH_ROWS)):
+        chunks.append(pa.array([file.uri for file in batch], pa.large_string()))
+        tags.update("\n".join(f"{file.etag}" for file in batch).encode())
+    return pa.chunked_array(chunks, pa.large_string()).combine_chunks(), tags.hexdigest()
 
 
 def _get_keys(uris: pa.LargeStringArray, root: str) -> pa.LargeStringArray:

@@ -85,9 +85,11 @@ class SampleList(Sequence[Sample]):
     Args:
         images: URIs of the images.
         masks: URIs of their masks, in the same order.
+        version: Changes if one of the listed files is replaced; empty if that is not known, as of a manifest.
     """
 
-    def __init__(self, images: pa.ChunkedArray, masks: pa.ChunkedArray) -> None:
+    def __init__(self, images: pa.ChunkedArray, masks: pa.ChunkedArray, version: str = "") -> None:
+        self.version = version
         self._columns = (_UriColumn.encode(images), _UriColumn.encode(masks))
 
     @classmethod
@@ -136,6 +138,7 @@ class SampleList(Sequence[Sample]):
     def take(self, indices: npt.NDArray[np.integer]) -> "SampleList":
         """Return the samples at the given indices, in that order."""
         taken = object.__new__(SampleList)
+        taken.version = self.version
         numbers = pa.array(indices)
         images, masks = self._columns
         taken._columns = (images.take(numbers), masks.take(numbers))
@@ -155,7 +158,8 @@ def merge_samples(first: SampleList, other: SampleList) -> SampleList:
     order = pc.sort_indices(images)  # The sort is stable, so that samples of the first list come first.
     sorted_images = images.take(order).combine_chunks()
     is_new = pc.not_equal(sorted_images[1:], sorted_images[:-1]).to_numpy(zero_copy_only=False)
-    return SampleList(images, masks).take(order.to_numpy()[np.concatenate([[True], is_new])])
+    merged = SampleList(images, masks, first.version + other.version)
+    return merged.take(order.to_numpy()[np.concatenate([[True], is_new])])
 
 
 class Splits(NamedTuple):
@@ -164,8 +168,11 @@ class Splits(NamedTuple):
     train: Sequence[Sample]
     val: Sequence[Sample]
 
-    def compute_sha256(self) -> str:
-        """Return the sha256 of all image and mask URIs and their split, as JSON: a list of pairs for each split."""
+    def compute_sha256(self, *, with_version: bool = False) -> str:
+        """Return the sha256 of all image and mask URIs and their split, as JSON: a list of pairs for each split.
+
+        ``with_version`` appends the versions of the lists, so that it changes with the content of the files.
+        """
         digest = hashlib.sha256()
         for split, before in zip(self, ("[[", "], ["), strict=True):
             digest.update(before.encode())
@@ -175,6 +182,8 @@ class Splits(NamedTuple):
                 digest.update(rows[2:] if is_first else rows)
                 is_first = False
         digest.update(b"]]")
+        if with_version:
+            digest.update("".join(SampleList.of(split).version for split in self).encode())
         return digest.hexdigest()
 
 
@@ -212,7 +221,8 @@ class Folds:
         """Return the splits of the run after a cross-validation: it trains on all images and validates on none."""
         return Splits(self.samples, [])
 
-    def compute_sha256(self) -> str:
-        """Return the sha256 of all image and mask URIs and their fold."""
-        listings = [Splits(self.select(number), []).compute_sha256() for number in range(len(self.sizes))]
+    def compute_sha256(self, *, with_version: bool = False) -> str:
+        """Return the sha256 of all image and mask URIs and their fold; ``with_version`` as for ``Splits``."""
+        folds = [Splits(self.select(number), []) for number in range(len(self.sizes))]
+        listings = [fold.compute_sha256(with_version=with_version) for fold in folds]
         return hashlib.sha256("".join(listings).encode()).hexdigest()

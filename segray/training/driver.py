@@ -210,7 +210,8 @@ def check_run(config: TrainConfig, splits: Splits, console: Console) -> SplitRep
     find_preprocessing(config)
     for line in describe_groups(config.data, splits):
         console.print(line, highlight=False)
-    return check_once(config, splits.compute_sha256(), lambda: check_splits(config, splits, console), console)["train"]
+    listing = splits.compute_sha256(with_version=True)
+    return check_once(config, listing, lambda: check_splits(config, splits, console), console)["train"]
 
 
 def check_once(
@@ -220,7 +221,7 @@ def check_once(
 
     Args:
         config: The resolved configuration; its output has the record of an earlier check.
-        listing: sha256 of what is checked.
+        listing: sha256 of what is checked, and of its version if that is known.
         check: Checks the labels.
         console: Where the findings are printed.
 

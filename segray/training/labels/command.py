@@ -141,11 +141,11 @@ def _check(config: TrainConfig, console: Console) -> _Checked:
     folds = None
     if config.train.folds is not None:
         folds = load_folds(config.data, config.train.folds, unpaired)
-        splits, listing = folds.join(), folds.compute_sha256()
+        splits, listing = folds.join(), folds.compute_sha256(with_version=True)
         check = partial(check_folds, config, folds, console)
     else:
         splits = load_splits(config.data, unpaired)
-        listing = splits.compute_sha256()
+        listing = splits.compute_sha256(with_version=True)
         check = partial(check_splits, config, splits, console)
         for line in describe_groups(config.data, splits):
             console.print(line, highlight=False)

@@ -67,7 +67,7 @@ class LabelRecord(Record):
 
     Attributes:
         format_version: Version of the file and of the check.
-        listing: sha256 of the list of images, their masks and splits.
+        listing: sha256 of the list of images, their masks and splits, and of their version if it is known.
         class_values: Raw mask value of each class.
         ignore_values: Raw mask values of ignored pixels.
         checked_at: When the check ended, in UTC.
@@ -117,7 +117,7 @@ def find_record(output: str, listing: str, classes: ClassMap, with_presence: boo
 
     Args:
         output: URI of the folder.
-        listing: sha256 of the list of images, their masks and splits.
+        listing: sha256 of the list of images, their masks and splits, and of their version if it is known.
         classes: The classes that the masks are read with.
         with_presence: Whether the record must say which classes each image contains.
 
