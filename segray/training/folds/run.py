@@ -146,7 +146,9 @@ def _cross_validate(config: TrainConfig, folds: Folds, console: Console) -> Vali
         reports = list(check_once(config, checked, partial(check_folds, config, folds, console), console).values())
         save_pretrained(config)
         plan = FoldPlan(config, folds, reports)
-        _run_folds(plan, folds.compute_sha256(), count_concurrent(config.train, len(folds.sizes), find_capacity()), console)
+        _run_folds(
+            plan, folds.compute_sha256(), count_concurrent(config.train, len(folds.sizes), find_capacity()), console
+        )
     estimate = _collect(plan, console)
     output = normalize_uri(config.output)
     write_bytes(join_uri(output, "cross_validation.json"), estimate.format_json())
