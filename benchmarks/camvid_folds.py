@@ -118,7 +118,7 @@ def pool(results: dict[str, Any], recipe: str, seed: int) -> np.ndarray[Any, np.
     found = [results.get(f"{recipe} {sequence} {seed}") for sequence in SEQUENCES]
     if None in found:
         return None
-    confusion = sum(np.array(one["confusion"]) for one in found if one)
+    confusion = np.sum([one["confusion"] for one in found if one], axis=0, dtype=np.int64)
     return compute_iou(count_from_confusion(confusion))
 
 
