@@ -118,8 +118,8 @@ def pool(results: dict[str, Any], recipe: str, seed: int) -> np.ndarray[Any, np.
     found = [results.get(f"{recipe} {sequence} {seed}") for sequence in SEQUENCES]
     if None in found:
         return None
-    confusion = np.sum([one["confusion"] for one in found if one], axis=0, dtype=np.int64)
-    return compute_iou(count_from_confusion(confusion))
+    confusions = np.array([one["confusion"] for one in found if one], np.int64)
+    return compute_iou(count_from_confusion(confusions.sum(axis=0)))
 
 
 def print_table(results: dict[str, Any], recipes: list[str]) -> None:
