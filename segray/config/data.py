@@ -56,7 +56,7 @@ class SplitConfig(Section):
     def _check_expression(cls, value: str | None) -> str | None:
         try:
             re.compile(value or "")
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise ValueError(f"expected a regular expression, got {value!r}: {error}") from error
         return value
 

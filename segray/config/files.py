@@ -34,6 +34,7 @@ _NOT_WEIGHT_SETTINGS = {
 # that decide which samples a step takes. The other settings of train may change when a run is resumed.
 _BOUND_SETTINGS = {
     "seed",
+    "sampling",
     "global_batch_size",
     "optimizer",
     "learning_rate",

@@ -12,9 +12,9 @@ MAX_FOLDS = 100
 class TrainSettings(Section):
     """Optimisation and execution of training.
 
-    ``seed``, ``global_batch_size``, ``optimizer``, ``learning_rate``, ``encoder_lr_factor``, ``layer_decay``,
-    ``momentum`` and ``weight_decay`` belong to the run: a rerun into the same output must have the same. All others may
-    differ; those that affect weights or scores are recorded with the step from which they applied.
+    ``seed``, ``sampling``, ``global_batch_size``, ``optimizer``, ``learning_rate``, ``encoder_lr_factor``,
+    ``layer_decay``, ``momentum`` and ``weight_decay`` belong to the run: a rerun into the same output must have the
+    same. All others may differ; those that affect weights or scores are recorded with the step from which they applied.
     """
 
     num_epochs: int = Field(

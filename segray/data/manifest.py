@@ -209,12 +209,12 @@ def _pair_folders(images_root: str, masks_root: str, unpaired: list[Unpaired]) -
 
 
 def _list_uris(root: str, extensions: Iterable[str]) -> tuple[pa.LargeStringArray, str]:
-    """Return the URIs of the files under a folder, sorted, and the sha256 of their entity tags."""
+    """Return the URIs of the files under a folder, sorted, and the sha256 of their entity tags and sizes."""
     files = iter(list_files(root, extensions))
     chunks, tags = [], hashlib.sha256()
     while batch := list(islice(files, _BATCH_ROWS)):
         chunks.append(pa.array([file.uri for file in batch], pa.large_string()))
-        tags.update("\n".join(f"{file.etag}" for file in batch).encode())
+        tags.update("\n".join(f"{file.etag} {file.size_bytes}" for file in batch).encode())
     return pa.chunked_array(chunks, pa.large_string()).combine_chunks(), tags.hexdigest()
 
 
@@ -304,13 +304,11 @@ def _load_oxford_split(root: str, name: str) -> SampleList:
         raise DataError(f"{list_uri}: expected UTF-8 text with one image name per line: {error}") from error
     if not names:
         raise DataError(f"{list_uri}: expected one image name per line, got an empty file")
-    samples = sorted(
-        {
-            Sample(join_uri(root, "images", f"{name}.jpg"), join_uri(root, "annotations", "trimaps", f"{name}.png"))
-            for name in names
-        }
-    )
-    return SampleList.of(samples)
+    images, masks = join_uri(root, "images"), join_uri(root, "annotations", "trimaps")
+    samples = sorted({Sample(join_uri(images, f"{name}.jpg"), join_uri(masks, f"{name}.png")) for name in names})
+    found = SampleList.of(samples)
+    found.version = _list_uris(images, IMAGE_EXTENSIONS)[1] + _list_uris(masks, MASK_EXTENSIONS)[1]
+    return found
 
 
 def _draw_fraction(data: DataConfig, samples: SampleList, split: SplitConfig) -> tuple[SampleList, SampleList]:

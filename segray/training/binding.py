@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from segray.config import TrainSettings
 from segray.runs.fingerprint import Fingerprint, read_record
 from segray.storage import write_bytes
 
@@ -18,7 +19,7 @@ class TrainFingerprint(Fingerprint):
     """
 
     hash_messages: ClassVar[Mapping[str, str]] = {
-        "listing": "different listing: images or masks were added, removed or renamed"
+        "listing": "different listing: images or masks were added, removed or renamed, or divided in another way"
     }
     output_setting: ClassVar[str] = "output"
 
@@ -62,9 +63,11 @@ class Binding:
 def _select(recorded: dict[str, Any], current: dict[str, Any]) -> dict[str, Any]:
     """Return the sections of a recorded configuration, and the settings of ``train``, that bind a folder today.
 
-    Folders written before ``bound_settings`` existed also recorded settings that do not bind a run.
+    Earlier versions also recorded settings that do not bind a run, and had fewer settings: what they did without them
+    is the default.
     """
     selected = {name: value for name, value in recorded.items() if name in current}
     if isinstance(train := selected.get("train"), dict):
+        train = {**TrainSettings().model_dump(mode="json"), **train}
         selected["train"] = {name: value for name, value in train.items() if name in current["train"]}
     return selected

@@ -25,7 +25,7 @@ from segray.training.checkpoint import RUN_NAME, find_newest_history, list_check
 from segray.training.folds.estimate import Estimate
 from segray.training.job import TrainJob, get_classes, is_finished
 from segray.training.labels.command import check_splits
-from segray.training.labels.record import LabelRecord, find_record
+from segray.training.labels.record import LabelRecord, find_record, remove_record
 from segray.training.labels.report import print_warnings
 from segray.training.labels.split_report import SplitReport, require_learnable
 from segray.training.placement import place_on_cluster
@@ -65,25 +65,35 @@ def run_training(config: TrainConfig, console: Console) -> str:
             checkpoint is left.
         StorageError: Permissions, network or disk error.
     """
+    config = resolve_output(config)
     check_network(config)
-    return train_to_bundle(config, load_splits(config.data), console)
+    splits = load_splits(config.data)
+    return train_to_bundle(config, splits, splits.compute_sha256(), console)
 
 
-def train_to_bundle(config: TrainConfig, splits: Splits, console: Console, validated: Validated | None = None) -> str:
+def resolve_output(config: TrainConfig) -> TrainConfig:
+    """Return the configuration with an absolute output, because Ray's workers have another current folder."""
+    return config.model_copy(update={"output": normalize_uri(config.output)})
+
+
+def train_to_bundle(
+    config: TrainConfig, splits: Splits, listing: str, console: Console, validated: Validated | None = None
+) -> str:
     """Train on given splits and return the URI of the bundle; resumes, and does not repeat a complete run.
 
     Args:
-        config: The resolved configuration.
+        config: The resolved configuration, with an absolute output.
         splits: Labelled images; none for validation after a cross-validation.
+        listing: sha256 of the images that the run trains on and is scored with.
         console: Where progress and warnings are printed.
         validated: Result of the cross-validation over the same images, or None to check the labels here.
 
     Raises:
         SegrayError: As ``run_training``.
     """
-    output = normalize_uri(config.output)
+    output = config.output
     bundle_uri, run_uri = join_uri(output, "bundle"), join_uri(output, RUN_NAME)
-    binding = bind_output(config, splits.compute_sha256())
+    binding = bind_output(config, listing)
     console.print(describe_run(config, splits), highlight=False)
     if config.train.time_budget_min and _is_used(config):
         config = apply_recorded(config, console)
@@ -234,6 +244,7 @@ def check_once(
     if record:
         console.print(str(record), highlight=False)
     else:
+        remove_record(output)  # Or it would be found again after a check that finds faults.
         reports = check()
         for name, report in reports.items():
             require_learnable(report, name)

@@ -86,6 +86,7 @@ def test_segment_accepts_a_training_configuration_or_only_a_segment_section(tmp_
         (["data.val={group_by: a}"], r"data\.val: .*got group_by alone: .*add fraction, which train\.folds does not"),
         (["train.folds=5", "train.early_stopping_epochs=3"], r"early_stopping_epochs: expected null with folds.*got 3"),
         (["data.train.group_by=a"], r"train\.group_by: expected only in val"),
+        (["data.val.group_by='a{99999999999}'"], r"group_by: expected a regular expression, got 'a\{9+\}'"),
         (["data.val.group_by='(a'"], r"group_by: expected a regular expression, got '\(a': missing \)"),
         (["data.train={images: a}"], r"data\.train: expected images and masks.*got images"),
         (["data.class_names=[a]"], r"class_names: expected 2 to"),
@@ -188,7 +189,7 @@ def test_only_what_a_checkpoint_depends_on_binds_a_training_run(tmp_path: Path) 
     config = load(tmp_path, VALID)
     optimizer = {"optimizer", "learning_rate", "encoder_lr_factor", "layer_decay", "momentum", "weight_decay"}
     assert config.bound_settings.keys() == {"data", "model", "image_size", "loss", "train"}
-    assert config.bound_settings["train"].keys() == {"seed", "global_batch_size"} | optimizer
+    assert config.bound_settings["train"].keys() == {"seed", "sampling", "global_batch_size"} | optimizer
     # Every setting that can change the weights or the scores is either bound or recorded.
     bound, recorded = config.bound_settings["train"].keys(), config.phase_settings["train"].keys()
     assert not bound & recorded

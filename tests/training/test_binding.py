@@ -46,3 +46,12 @@ def test_settings_that_an_earlier_version_recorded_but_that_bind_no_run_are_not_
     binding.require_same()
     with pytest.raises(RunMismatchError, match=r"train\.seed: the run has 1, got 2"):
         replace(binding, settings={**binding.settings, "train": {"seed": 2}}).require_same()
+
+
+def test_a_setting_that_an_earlier_version_did_not_have_is_compared_with_its_default(binding: Binding) -> None:
+    binding.write()
+    replace(binding, settings={**binding.settings, "train": {"seed": 1, "sampling": "uniform"}}).require_same()
+    with pytest.raises(RunMismatchError, match=r"train\.sampling: the run has 'uniform', got 'class_balanced'"):
+        replace(
+            binding, settings={**binding.settings, "train": {"seed": 1, "sampling": "class_balanced"}}
+        ).require_same()

@@ -11,7 +11,7 @@ from rich.console import Console
 
 from segray.config import TrainConfig, TrainSettings
 from segray.data.sample_list import Sample, Splits
-from segray.errors import ConfigError, TrainingError
+from segray.errors import ConfigError, DataError, TrainingError
 from segray.training import driver
 from segray.training.labels.split_report import SplitReport
 
@@ -115,3 +115,15 @@ def test_labels_are_checked_again_only_if_the_listing_changes_or_on_request(
     driver.check_run(make_train_config(tmp_path, recheck_labels=True), Splits([a], [b]), console)
     driver.check_run(config, Splits([a, b], [b]), console)
     assert num_checks == [1, 1, 2]
+
+
+def test_a_check_that_finds_faults_removes_the_record_of_an_earlier_one(
+    make_train_config: MakeConfig, console: Console, num_checks: list[int], tmp_path: Path
+) -> None:
+    config, splits = make_train_config(tmp_path), Splits([Sample("a", "b")], [])
+    driver.check_run(config, splits, console)
+    empty = {"train": SplitReport.empty(len(config.data.class_names))}
+    with pytest.raises(DataError):
+        driver.check_once(make_train_config(tmp_path, recheck_labels=True), "", lambda: empty, console)
+    driver.check_run(config, splits, console)
+    assert num_checks == [1, 1]

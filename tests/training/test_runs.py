@@ -65,13 +65,20 @@ def change_train(config: TrainConfig, **train: object) -> TrainConfig:
 
 @pytest.mark.usefixtures("ray_session")
 def test_a_finished_run_goes_on_with_more_epochs_fewer_workers_another_precision_and_no_model_hub(
-    make_train_config: MakeConfig, tmp_path: Path, make_hub_snapshot: Callable[..., Path]
+    make_train_config: MakeConfig,
+    tmp_path: Path,
+    make_hub_snapshot: Callable[..., Path],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """The cache of the model hub exists only for this process: workers have neither it nor a network."""
+    """The cache of the model hub exists only for this process: workers have neither it nor a network.
+
+    The output is relative, and workers have another current folder.
+    """
+    monkeypatch.chdir(tmp_path)
     snapshot = make_hub_snapshot("resnet18", "imagenet")
     save_file(smp.encoders.get_encoder("resnet18").state_dict(), snapshot / "model.safetensors")
     (snapshot / "config.json").write_text(json.dumps({"mean": [0, 0, 0], "std": [1, 1, 1]}))
-    values = make_train_config(tmp_path / "run", num_epochs=1, precision="fp32").model_dump(mode="json")
+    values = make_train_config(Path("run"), num_epochs=1, precision="fp32").model_dump(mode="json")
     config = TrainConfig.model_validate({**values, "model": {"encoder_weights": "imagenet", "freeze_encoder": True}})
     train(config)
     shutil.rmtree(tmp_path / "hub")

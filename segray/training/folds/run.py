@@ -27,7 +27,7 @@ from segray.runtime.autoscaling import find_capacity, reported_shortage
 from segray.runtime.capacity import Capacity
 from segray.runtime.connect import connect_ray
 from segray.runtime.failures import describe_cause, find_segray_error, translated_ray_errors
-from segray.storage import join_uri, normalize_uri, write_bytes
+from segray.storage import join_uri, write_bytes
 from segray.training.checkpoint import RUN_NAME, find_newest_history, find_newest_phases
 from segray.training.driver import (
     Validated,
@@ -37,6 +37,7 @@ from segray.training.driver import (
     check_once,
     is_bundled,
     print_wait,
+    resolve_output,
     run_training,
     train_to_bundle,
 )
@@ -57,12 +58,13 @@ def run_folds_and_training(config: TrainConfig, console: Console) -> str:
     """
     if config.train.folds is None:
         return run_training(config, console)
+    config = resolve_output(config)
     check_network(config)
     folds = load_folds(config.data, config.train.folds)
-    splits = folds.join()
-    bind_output(config, splits.compute_sha256())
+    listing = folds.compute_sha256()
+    bind_output(config, listing)
     validated = None if is_bundled(config) else _cross_validate(config, folds, console)
-    return train_to_bundle(config, splits, console, validated)
+    return train_to_bundle(config, folds.join(), listing, console, validated)
 
 
 @dataclass(frozen=True)
@@ -70,7 +72,7 @@ class FoldPlan:
     """The folds of a cross-validation.
 
     Attributes:
-        config: The configuration, which each fold uses with an output of its own.
+        config: The configuration, with an absolute output; each fold has its own folder in it.
         folds: The labelled images, and the fold of each.
         reports: Label report of each fold.
     """
@@ -81,7 +83,7 @@ class FoldPlan:
 
     def build_config(self, number: int) -> TrainConfig:
         """Return the configuration of a fold, given by its index from 0."""
-        output = join_uri(normalize_uri(self.config.output), "folds", str(number + 1))
+        output = join_uri(self.config.output, "folds", str(number + 1))
         train = self.config.train.model_copy(update={"folds": None})
         return self.config.model_copy(update={"output": output, "train": train})
 
@@ -150,9 +152,8 @@ def _cross_validate(config: TrainConfig, folds: Folds, console: Console) -> Vali
             plan, folds.compute_sha256(), count_concurrent(config.train, len(folds.sizes), find_capacity()), console
         )
     estimate = _collect(plan, console)
-    output = normalize_uri(config.output)
-    write_bytes(join_uri(output, "cross_validation.json"), estimate.format_json())
-    write_bytes(join_uri(output, "cross_validation.csv"), estimate.format_csv())
+    write_bytes(join_uri(config.output, "cross_validation.json"), estimate.format_json())
+    write_bytes(join_uri(config.output, "cross_validation.csv"), estimate.format_csv())
     console.print(_build_table(estimate))
     return Validated(estimate, join_reports(reports, folds))
 
@@ -204,7 +205,7 @@ def _run_folds(plan: FoldPlan, listing: str, max_concurrent: int, console: Conso
 
 
 def _collect(plan: FoldPlan, console: Console) -> Estimate:
-    """Return the scores of all folds, of the last epoch of each; warn of folds that had other settings at the end."""
+    """Return the scores of all folds, of the last epoch of each; warn of folds that had other settings."""
     from segray.training.tracking import format_metrics_csv
     from segray.training.worker.evaluation import pool_scores
 
@@ -217,8 +218,10 @@ def _collect(plan: FoldPlan, console: Console) -> Estimate:
                 f"after removing {config.output}"
             )
         phases = find_newest_phases(join_uri(config.output, RUN_NAME))
-        if phases and (differences := find_differences(phases[-1].settings, config.phase_settings)):
-            changes.append(f"fold {number + 1} was trained with other settings: {'; '.join(differences)}")
+        differences = [line for phase in phases for line in find_differences(phase.settings, config.phase_settings)]
+        if differences:
+            listed = "; ".join(dict.fromkeys(differences))
+            changes.append(f"fold {number + 1} was trained, at least in part, with other settings: {listed}")
             remedy = f"to train it again, remove {config.output} and rerun the same command"
             console.print(f"warning: {changes[-1]}; {remedy}", highlight=False)
         write_bytes(join_uri(config.output, "metrics.csv"), format_metrics_csv(history, get_classes(config)))

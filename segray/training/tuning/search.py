@@ -29,9 +29,9 @@ from segray.progress import build_bar
 from segray.runtime.autoscaling import reported_shortage
 from segray.runtime.connect import connect_ray
 from segray.runtime.failures import describe_cause, find_segray_error, translated_ray_errors
-from segray.storage import join_uri, normalize_uri, write_bytes
+from segray.storage import join_uri, write_bytes
 from segray.training.binding import Binding
-from segray.training.driver import check_network, check_run, describe_run, print_wait
+from segray.training.driver import check_network, check_run, describe_run, print_wait, resolve_output
 from segray.training.job import get_classes
 from segray.training.labels.record import find_record
 from segray.training.pretrained import save_pretrained
@@ -50,10 +50,11 @@ def run_search(config: TrainConfig, console: Console) -> "TuneResult":
         SegrayError: The input or the search space is unusable, the output belongs to another search, or every trial
             failed.
     """
+    config = resolve_output(config)
     check_space(config)
     check_network(config)
     splits = load_splits(config.data)
-    output = normalize_uri(config.output)
+    output = config.output
     settings = {
         **config.weight_settings,
         "tune": config.tune.model_dump(mode="json", include={"space", "seed"}),
@@ -69,7 +70,8 @@ def run_search(config: TrainConfig, console: Console) -> "TuneResult":
         save_pretrained(config)
         board = _run_trials(Search(config, splits, report, output), console)
     result = _write_best(board, config, output, console)
-    if record := find_record(output, binding.listing, get_classes(config), needs_presence(config)):
+    checked = splits.compute_sha256(with_version=True)
+    if record := find_record(output, checked, get_classes(config), needs_presence(config)):
         record.write(result.config.output)  # For segray train, which continues the best trial.
     return result
 

@@ -55,6 +55,8 @@ def check_space(config: TrainConfig) -> None:
             "train.time_budget_min: trials are compared epoch by epoch, got "
             f"{config.train.time_budget_min:g}; set train.num_epochs instead"
         )
+    if "train" in config.tune.space:
+        raise ConfigError("tune.space.train: expected single settings, such as train.learning_rate; got the section")
     if "train.folds" in config.tune.space:
         raise ConfigError("tune.space.train.folds: cannot be searched, because trials train once each; remove it")
     if config.train.folds is not None:

@@ -161,18 +161,18 @@ def test_a_fold_that_was_trained_with_other_settings_is_a_warning(
 ) -> None:
     config = make_train_config(tmp_path, folds=3, num_epochs=1)
     strong = TrainConfig.model_validate({**config.model_dump(mode="json"), "augmentation": "strong"})
-    used = [config, strong, config]  # The augmentation was changed between the folds, and then changed back.
+    used = [[config], [strong, config], [config]]  # The augmentation was changed in the second fold, and changed back.
 
     def find_phases(run_uri: str) -> list[Phase]:
-        settings = used[int(run_uri.split("/")[-2]) - 1].phase_settings
-        return [Phase(num_steps_done=0, epoch=1, num_workers=1, settings=settings)]
+        configs = used[int(run_uri.split("/")[-2]) - 1]
+        return [Phase(num_steps_done=0, epoch=1, num_workers=1, settings=one.phase_settings) for one in configs]
 
     monkeypatch.setattr(run, "find_newest_history", lambda uri: [{"epoch": 1, **make_scores(0)}])
     monkeypatch.setattr(run, "find_newest_phases", find_phases)
     printed = io.StringIO()
     estimate = run._collect(make_plan(config), Console(file=printed, width=10_000))
     (change,) = estimate.changes
-    assert change.startswith("fold 2 was trained with other settings: augmentation.")
+    assert change.startswith("fold 2 was trained, at least in part, with other settings: augmentation.")
     assert printed.getvalue() == (
         f"warning: {change}; to train it again, remove {tmp_path}/folds/2 and rerun the same command\n"
     )
@@ -181,9 +181,10 @@ def test_a_fold_that_was_trained_with_other_settings_is_a_warning(
 @pytest.mark.slow
 @pytest.mark.usefixtures("ray_session")
 def test_a_cross_validation_scores_every_image_once_and_resumes_fold_by_fold(
-    make_train_config: MakeConfig, tmp_path: Path
+    make_train_config: MakeConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config = make_train_config(tmp_path, folds=2, num_epochs=1, num_train_workers=1)
+    monkeypatch.chdir(tmp_path)
+    config = make_train_config(Path(), folds=2, num_epochs=1, num_train_workers=1)  # Workers have another folder.
     printed = io.StringIO()
     bundle_uri = run_folds_and_training(config, Console(file=printed, width=200))
     assert "0 finished" in printed.getvalue()
@@ -215,6 +216,7 @@ def test_a_cross_validation_scores_every_image_once_and_resumes_fold_by_fold(
     printed = io.StringIO()
     run_folds_and_training(config, Console(file=printed, width=200))
     assert "this run is complete; nothing to do" in printed.getvalue()
-    changed = config.model_copy(update={"train": config.train.model_copy(update={"folds": None})})
-    with pytest.raises(RunMismatchError, match="different listing"):
-        run_folds_and_training(changed, Console(quiet=True))
+    for num_folds in (3, None):
+        changed = config.model_copy(update={"train": config.train.model_copy(update={"folds": num_folds})})
+        with pytest.raises(RunMismatchError, match="different listing"):
+            run_folds_and_training(changed, Console(quiet=True))

@@ -86,6 +86,7 @@ def test_int_uniform_includes_both_ends(make_train_config: MakeConfig, tmp_path:
         ),
         ({"train.learning_rate": {"uniform": [-1, 0.2]}}, r"train\.learning_rate=-1: .*greater than 0"),
         ({"train.num_epochs": {"choice": [3, 9]}}, r"tune\.space\.train\.num_epochs: trials are compared"),
+        ({"train": {"choice": [{"seed": 1}]}}, r"^tune\.space\.train: expected single settings"),
         ({"train.folds": {"choice": [3, 5]}}, r"^tune\.space\.train\.folds: cannot be searched"),
         ({"model.encoder_name": {"choice": ["resnet18", "resnet19"]}}, r"unknown encoder 'resnet19'"),
     ],
@@ -164,6 +165,7 @@ def test_a_killed_search_resumes_and_its_best_configuration_trains_to_the_same_s
     assert "trial 1: " in printed
     best = load_config(TrainConfig, str(output / "best.yaml"))
     assert best.train.learning_rate == pytest.approx(float(trials[0]["train.learning_rate"]))
+    assert (Path(best.output) / "labels.json").exists()  # So its labels are not checked again.
     bundle = load_bundle(run_training(best, Console(quiet=True)))
     assert bundle.manifest.metrics["val_mean_iou"] == pytest.approx(scores[0])
     with pytest.raises(RunMismatchError, match=r"tune\.seed: the run has 0, got 5"):
