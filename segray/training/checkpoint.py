@@ -239,6 +239,11 @@ def find_newest_history(run_uri: str) -> list[dict[str, Any]]:
     return max(histories, key=len, default=[])
 
 
+def find_newest_step(run_uri: str) -> int:
+    """Return the number of completed steps of the newest checkpoint; 0 if there is none."""
+    return max((index.num_steps_done for _, index in _read_indices(run_uri, lambda _: None)), default=0)
+
+
 def find_newest_phases(run_uri: str) -> list[Phase]:
     """Return the settings that changed during a run, from the checkpoint that has the most steps."""
     newest = max((index for _, index in _read_indices(run_uri, lambda _: None)), key=lambda index: index.num_steps_done)

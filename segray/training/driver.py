@@ -21,7 +21,7 @@ from segray.runtime.autoscaling import reported_shortage
 from segray.runtime.connect import connect_ray
 from segray.storage import join_uri, normalize_uri
 from segray.training.binding import Binding
-from segray.training.checkpoint import RUN_NAME, find_newest_history, list_checkpoints, remove_surplus
+from segray.training.checkpoint import RUN_NAME, find_newest_history, find_newest_step, list_checkpoints, remove_surplus
 from segray.training.folds.estimate import Estimate
 from segray.training.job import TrainJob, get_classes, is_finished
 from segray.training.labels.command import check_splits
@@ -119,7 +119,7 @@ def train_to_bundle(
                 measured = fit(build_measuring_job(job), output, Console(quiet=True), lambda _: True)
             config = apply_measured(config, measured, console)
             job = replace(job, config=config)
-        with Tracking(config, job.classes, output, console) as tracking:
+        with Tracking(config, job.classes, output, console, find_newest_step(run_uri)) as tracking:
             fit(job, output, console, tracking.log, tracking.log_steps)
             tracking.write_csv(find_newest_history(run_uri))  # Including epochs that the display missed.
         with console.status("writing the bundle"):

@@ -17,6 +17,7 @@ from segray.errors import MissingFileError, TrainingError
 from segray.models.build import SegmentationModel, build_model
 from segray.models.bundle import pack_tensors
 from segray.storage import join_uri, normalize_uri, read_bytes, write_bytes
+from segray.training.checkpoint import RUN_NAME, rank_checkpoints
 
 _FOLDER = "pretrained"
 
@@ -53,11 +54,14 @@ def find_preprocessing(config: TrainConfig) -> Preprocessing:
 def save_pretrained(config: TrainConfig) -> None:
     """Download the pretrained weights of a configuration and write them to its output, unless they are there.
 
+    Nothing is downloaded if the output has a checkpoint, which has all weights.
+
     Raises:
         ConfigError: The weights cannot be loaded.
         StorageError: Permissions, network or disk error.
     """
-    if config.model.encoder_weights is None or _read_index(config):
+    run_uri = join_uri(normalize_uri(config.output), RUN_NAME)
+    if config.model.encoder_weights is None or _read_index(config) or rank_checkpoints(run_uri, lambda _: None):
         return
     preprocessing = Preprocessing.of_encoder(config.model)
     with torch.random.fork_rng(devices=[]):
@@ -102,9 +106,13 @@ def load_pretrained(config: TrainConfig, model: SegmentationModel) -> None:
     found = hashlib.sha256(content).hexdigest()
     if found != index.weights_sha256:
         raise WeightsError(f"{uri}: sha256 is {found[:12]}…, expected {index.weights_sha256[:12]}…; {remedy}")
-    missing, unexpected = model.load_state_dict(load_safetensors(content), strict=False)
+    other_version = WeightsError(f"{uri}: the weights are of another version of {config.model.encoder_name}; {remedy}")
+    try:
+        missing, unexpected = model.load_state_dict(load_safetensors(content), strict=False)
+    except RuntimeError as error:  # Other shapes.
+        raise other_version from error
     if unexpected or set(missing) & model.get_pretrained().keys():
-        raise WeightsError(f"{uri}: the weights are of another version of {config.model.encoder_name}; {remedy}")
+        raise other_version
 
 
 def _read_index(config: TrainConfig) -> PretrainedIndex | None:

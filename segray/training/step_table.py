@@ -34,6 +34,7 @@ def read_steps(uri: str) -> list[StepRow]:
     """Return the rows of ``steps.csv``; none if there is no such file.
 
     Raises:
+        ValueError: The file has been changed.
         StorageError: Permissions, network or disk error.
     """
     try:
@@ -41,7 +42,10 @@ def read_steps(uri: str) -> list[StepRow]:
     except MissingFileError:
         return []
     integers = ("step", "epoch")
+    table = csv.DictReader(io.StringIO(content))
+    if tuple(table.fieldnames or COLUMNS) != COLUMNS:
+        raise ValueError(f"expected the columns {', '.join(COLUMNS)}, got {table.fieldnames}; the file is replaced")
     return [
         {name: (int if name in integers else float)(row[name]) if row[name] else None for name in COLUMNS}
-        for row in csv.DictReader(io.StringIO(content))
+        for row in table
     ]

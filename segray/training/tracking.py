@@ -6,12 +6,14 @@ Trackers run in the driver, so workers need no credentials for them. A tracker t
 import csv
 import io
 import json
+import math
 import os
 import re
 import shutil
 import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -68,6 +70,8 @@ class Tracker(Protocol):
 
 def flatten_metrics(metrics: Mapping[str, Any], classes: ClassMap) -> dict[str, float | None]:
     """Return all scalar metrics of an epoch by name, per-class ones as ``val_precision_car``; None where undefined."""
+    if math.isnan(metrics["loss"]):  # All steps of the epoch were skipped.
+        metrics = {**metrics, "loss": None}
     flat = {name: metrics.get(name) for name in _PER_EPOCH}
     flat |= {f"val_{name}": metrics.get(f"val_{name}") for name in _MEANS}
     for score in _PER_CLASS:
@@ -94,25 +98,36 @@ class Tracking:
         classes: Classes of the run.
         output: URI of the output folder.
         console: Where a warning is printed, once, for each tracker that fails.
+        num_steps_done: The step after which the run resumes. Later rows of ``steps.csv`` are of an attempt that the
+            run does not continue.
 
     Raises:
         ConfigError: A tracker's package is not installed, or its server or folder cannot be opened.
     """
 
-    def __init__(self, config: TrainConfig, classes: ClassMap, output: str, console: Console) -> None:
+    def __init__(
+        self, config: TrainConfig, classes: ClassMap, output: str, console: Console, num_steps_done: int = 0
+    ) -> None:
         self._classes = classes
         self._output = output
         self._console = console
         self._history: dict[int, Mapping[str, Any]] = {}
         self._trackers: list[Tracker] = []
+        self._failed: list[Tracker] = []
+        self._steps = StepTable()
+        self._new_steps: list[StepRow] = []
+        self._try(_STEPS_NAME, lambda: self._read_steps(num_steps_done))
         if config.tracking.tensorboard:
             self._trackers.append(_open("tensorboard", lambda: TensorBoardTracker(output)))
         if config.tracking.mlflow_uri:
             self._trackers.append(_open("mlflow", lambda: MlflowTracker(config, output)))
-        self._steps = StepTable()
-        self._new_steps = read_steps(join_uri(output, _STEPS_NAME))  # Trackers may have lost them.
         self._last_flush_s = time.monotonic()
         self._pause_s = 0.0  # At least, between two flushes.
+
+    def _read_steps(self, num_steps_done: int) -> None:
+        """Log the steps of earlier starts again, because trackers may have lost them."""
+        rows = read_steps(join_uri(self._output, _STEPS_NAME))
+        self._new_steps = [row for row in rows if (row["step"] or 0) <= num_steps_done]
 
     def log(self, epochs: Sequence[Mapping[str, Any]]) -> bool:
         """Log the metrics of epochs; always return True, as no metrics stop the training."""
@@ -161,12 +176,16 @@ class Tracking:
         self._flush_steps()
         for tracker in self._trackers:
             self._try(type(tracker).__name__, lambda: tracker.close(succeeded=kind is None))  # noqa: B023
+        for tracker in self._failed:
+            with suppress(Exception):  # A warning has been printed.
+                tracker.close(succeeded=kind is None)
 
     def _call_trackers(self, call: Callable[[Tracker], None]) -> None:
         """Call a method of each tracker; one that fails is not called again."""
         for tracker in list(self._trackers):
             if not self._try(type(tracker).__name__, lambda: call(tracker)):  # noqa: B023
                 self._trackers.remove(tracker)
+                self._failed.append(tracker)
 
     def _try(self, name: str, act: Callable[[], object]) -> bool:
         try:
@@ -188,9 +207,24 @@ def _split_row(row: StepRow) -> tuple[int, dict[str, float]]:
     return int(row["step"] or 0), {_STEP_PREFIX + name: float(row[name] or 0) for name in names}
 
 
-def _list_new(rows: Sequence[StepRow], last_step: int) -> list[tuple[int, dict[str, float]]]:
-    """Return ``_split_row`` of the rows after a step; workers that restart repeat the steps since the checkpoint."""
-    return [(step, scalars) for step, scalars in map(_split_row, rows) if step > last_step]
+class _LoggedSteps:
+    """The steps that a tracker has, and their losses. Workers that restart repeat the steps since the checkpoint."""
+
+    def __init__(self, losses: Mapping[int, float | None]) -> None:
+        self._losses = dict(losses)
+
+    def add_new(self, rows: Sequence[StepRow]) -> list[tuple[int, dict[str, float]]]:
+        """Add rows, and return ``_split_row`` of those that the tracker does not have, or has with another loss.
+
+        The loss is another one if the run resumed with other settings.
+        """
+        new = []
+        for step, scalars in map(_split_row, rows):
+            loss = scalars.get(_STEP_PREFIX + "loss")
+            if step not in self._losses or self._losses[step] != loss:
+                self._losses[step] = loss
+                new.append((step, scalars))
+        return new
 
 
 def _open(extra: str, build: Callable[[], Tracker]) -> Tracker:
@@ -214,7 +248,7 @@ class TensorBoardTracker:
         remove_folder(self._folder_uri)  # Every start logs the complete history again.
         self._spool = Path(tempfile.mkdtemp(prefix="segray-tensorboard-"))
         self._writer = SummaryWriter(str(self._spool))
-        self._last_step = 0
+        self._logged_steps = _LoggedSteps({})
 
     def log(self, epoch: int, scalars: Mapping[str, float]) -> None:
         """See ``Tracker.log``."""
@@ -224,11 +258,9 @@ class TensorBoardTracker:
 
     def log_steps(self, rows: Sequence[StepRow]) -> None:
         """See ``Tracker.log_steps``."""
-        found = _list_new(rows, self._last_step)
-        for step, scalars in found:
+        for step, scalars in self._logged_steps.add_new(rows):
             for name, value in scalars.items():
                 self._writer.add_scalar(name, value, step)
-        self._last_step = max([self._last_step, *(step for step, _ in found)])
         self._upload()
 
     def _upload(self) -> None:
@@ -258,8 +290,11 @@ class MlflowTracker:
             self._run_id = self._create_run(config, output)
             write_bytes(uri, json.dumps({"run_id": self._run_id}).encode())
         self._num_logged = len(self._client.get_metric_history(self._run_id, "loss"))
-        logged = self._client.get_metric_history(self._run_id, f"{_STEP_PREFIX}learning_rate")
-        self._last_step = max((metric.step for metric in logged), default=0)
+        rates, losses = (
+            self._client.get_metric_history(self._run_id, _STEP_PREFIX + name) for name in ("learning_rate", "loss")
+        )
+        without_loss: dict[int, float | None] = {metric.step: None for metric in rates}
+        self._logged_steps = _LoggedSteps(without_loss | {metric.step: metric.value for metric in losses})
 
     def _create_run(self, config: TrainConfig, output: str) -> str:
         name = config.tracking.mlflow_experiment
@@ -279,9 +314,7 @@ class MlflowTracker:
 
     def log_steps(self, rows: Sequence[StepRow]) -> None:
         """See ``Tracker.log_steps``."""
-        found = _list_new(rows, self._last_step)
-        self._send(found)
-        self._last_step = max([self._last_step, *(step for step, _ in found)])
+        self._send(self._logged_steps.add_new(rows))
 
     def _send(self, scalars_of_steps: Sequence[tuple[int, Mapping[str, float]]]) -> None:
         from mlflow.entities import Metric

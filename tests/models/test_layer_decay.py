@@ -73,6 +73,11 @@ def test_an_encoder_without_stages_is_refused(arch: str, encoder_name: str) -> N
         compute_layer_factors(model, DECAY)
 
 
+def test_a_factor_of_one_changes_nothing() -> None:
+    model = check_model(ModelConfig(arch="unet", encoder_name="tu-test_resnet"), 2, SIZE)
+    assert set(compute_layer_factors(model, 1.0).values()) == {1.0}
+
+
 @pytest.mark.parametrize("share", [0, 0.4, 1])
 def test_a_timm_encoder_whose_layers_are_not_known_is_refused(share: float, monkeypatch: pytest.MonkeyPatch) -> None:
     model = check_model(ModelConfig(arch="unet", encoder_name="tu-test_resnet"), 2, SIZE)

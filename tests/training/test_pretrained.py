@@ -14,6 +14,7 @@ from segray.config import TrainConfig
 from segray.data.preprocessing import Preprocessing
 from segray.errors import ConfigError, TrainingError
 from segray.models.build import build_model
+from segray.training.checkpoint import TrainingState, name_checkpoint, save_state
 from segray.training.pretrained import copy_pretrained, find_preprocessing, load_pretrained, save_pretrained
 
 MakeConfig = Callable[..., TrainConfig]
@@ -63,6 +64,18 @@ def test_only_the_driver_accesses_the_hub(
     assert all(torch.equal(loaded[name], value) for name, value in weights.items())
     save_pretrained(config)  # As when the run is resumed.
     assert find_preprocessing(config) == EXPECTED
+
+
+def test_a_run_with_a_checkpoint_needs_neither_the_folder_nor_the_hub(
+    config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forbid_hub(monkeypatch)
+    state = TrainingState(
+        num_steps_done=1, model={}, optimizer={"state": {}, "param_groups": []}, schedule={}, scaler={}, average=None
+    )
+    save_state(f"{config.output}/ray_train/{name_checkpoint(1)}", state)
+    save_pretrained(config)
+    assert not (Path(config.output) / "pretrained").exists()
 
 
 def test_folds_and_trials_get_a_copy_without_the_hub(

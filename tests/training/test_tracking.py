@@ -114,7 +114,7 @@ def test_each_step_is_logged_once_even_after_a_restart(tmp_path: Path, console: 
     with Tracking(config, CLASSES, str(tmp_path), console) as tracking:
         tracking.log_steps(STEPS[:2])
         tracking.log([NOT_EVALUATED])
-    with Tracking(config, CLASSES, str(tmp_path), console) as tracking:  # It resumes after step 10.
+    with Tracking(config, CLASSES, str(tmp_path), console, num_steps_done=10) as tracking:
         tracking.log_steps(STEPS[1:])
     rows = read_csv((tmp_path / "steps.csv").read_text())
     assert [row["step"] for row in rows] == ["10", "20", "30"]
@@ -124,6 +124,33 @@ def test_each_step_is_logged_once_even_after_a_restart(tmp_path: Path, console: 
     assert [(step, round(value, 5)) for step, value in found["step/loss"]] == [(10, 0.9), (30, 0.7)]
     assert {step for step, _ in found["step/learning_rate"]} == {10, 20, 30}
     assert "step/gradient_norm" not in found
+
+
+def test_steps_of_an_attempt_that_is_not_continued_are_dropped(tmp_path: Path, console: Console) -> None:
+    config = make_config(tmp_path, tensorboard=True)
+    with Tracking(config, CLASSES, str(tmp_path), console) as tracking:
+        tracking.log_steps(STEPS)
+    with Tracking(config, CLASSES, str(tmp_path), console, num_steps_done=20) as tracking:
+        tracking.log([NOT_EVALUATED])
+    assert [row["step"] for row in read_csv((tmp_path / "steps.csv").read_text())] == ["10", "20"]
+    assert {step for step, _ in read_tensorboard(tmp_path / "tensorboard")["step/learning_rate"]} == {10, 20}
+
+
+@pytest.mark.parametrize(
+    "content", [b"step;loss\n10;0.5\n", b"\xff", b"step,epoch,loss,learning_rate,gradient_norm,images_per_s\nx"]
+)
+def test_a_changed_table_of_steps_is_replaced_with_a_warning(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], content: bytes
+) -> None:
+    (tmp_path / "steps.csv").write_bytes(content)
+    with Tracking(make_config(tmp_path), CLASSES, str(tmp_path), Console(width=500), num_steps_done=99) as tracking:
+        tracking.log_steps(STEPS[:1])
+    assert "warning: steps.csv: " in capsys.readouterr().out
+    assert [row["step"] for row in read_csv((tmp_path / "steps.csv").read_text())] == ["10"]
+
+
+def test_an_epoch_whose_steps_were_all_skipped_has_no_loss() -> None:
+    assert flatten_metrics({**NOT_EVALUATED, "loss": float("nan")}, CLASSES)["loss"] is None
 
 
 def test_steps_are_not_written_one_by_one(tmp_path: Path, console: Console, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,6 +222,10 @@ def test_mlflow_has_one_run_with_settings_and_every_metric_once(tmp_path: Path, 
     logged = client.get_metric_history(run.info.run_id, "step/loss")
     assert [(metric.step, metric.value) for metric in logged] == [(10, 0.9), (30, 0.7)]
     assert run.info.status == "FINISHED"
+    with Tracking(config, CLASSES, str(tmp_path), console, num_steps_done=20) as tracking:
+        tracking.log_steps([{**STEPS[2], "loss": 0.6}])  # Trained again with other settings.
+    logged = client.get_metric_history(run.info.run_id, "step/loss")
+    assert [(metric.step, metric.value) for metric in logged] == [(10, 0.9), (30, 0.7), (30, 0.6)]
     with pytest.raises(TrainingError), Tracking(config, CLASSES, str(tmp_path), console):
         raise TrainingError("loss is nan")
     assert client.get_run(run.info.run_id).info.status == "FAILED"

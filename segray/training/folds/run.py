@@ -56,9 +56,9 @@ def run_folds_and_training(config: TrainConfig, console: Console) -> str:
     Raises:
         SegrayError: As ``run_training``; ``TrainingError`` if a fold failed.
     """
+    config = resolve_output(config)
     if config.train.folds is None:
         return run_training(config, console)
-    config = resolve_output(config)
     check_network(config)
     folds = load_folds(config.data, config.train.folds)
     listing = folds.compute_sha256()

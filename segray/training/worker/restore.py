@@ -149,8 +149,8 @@ def _restore_sharded_optimizer(
 def _restore_optimizer(state: TrainingState, model: SegmentationModel, optimizer: torch.optim.Optimizer) -> None:
     if not state.optimizer["state"]:  # SGD without momentum; set_optimizer_state_dict does not expect this.
         return
-    pairs = zip(optimizer.param_groups, state.optimizer["param_groups"], strict=True)
-    groups = [{**group, "params": saved["params"]} for group, saved in pairs]
+    # Not the groups of the checkpoint: an earlier version may have divided the parameters in another way.
+    groups = get_optimizer_state_dict(model, optimizer)["param_groups"]
     set_optimizer_state_dict(model, optimizer, {**state.optimizer, "param_groups": groups}, options=FULL_STATE)
     for parameter, values in optimizer.state.items():
         for name, value in values.items():

@@ -8,6 +8,7 @@ objects.
 
 import os
 import struct
+from contextlib import suppress
 from dataclasses import dataclass
 from tempfile import TemporaryFile, gettempdir
 from threading import Lock
@@ -93,7 +94,7 @@ class SampleFile:
 
     def refresh(self) -> None:
         """Find the samples that the process that owns the file has written since the last call."""
-        with self._lock:
+        with self._lock, suppress(OSError):  # A disk error: what it has hidden is decoded from its source.
             while True:
                 flag = os.pread(self._file.fileno(), _FLAG_BYTES, self._end + _HEADER.size - _FLAG_BYTES)
                 if int.from_bytes(flag, "little") not in (1, 2, 4, 8):  # Nothing yet, or not a file of samples.
@@ -151,6 +152,8 @@ def create_on_disk(max_bytes: int) -> SampleFile:
 def open_shared(path: str) -> SampleFile | None:
     """Open the file of another rank of the node by its ``path``; None if the system does not allow it."""
     try:
-        return SampleFile(open(path, "rb", buffering=0))
+        if os.path.isfile(path):  # In another PID namespace it may be anything.
+            return SampleFile(open(path, "rb", buffering=0))
     except OSError:
-        return None
+        pass
+    return None

@@ -89,6 +89,22 @@ def test_a_restored_run_continues_identically(settings: dict[str, Any], has_phas
     assert restored.schedule.get_last_lr() == uninterrupted.schedule.get_last_lr()
 
 
+def test_weight_decay_is_not_that_of_a_checkpoint_whose_parameters_were_divided_in_another_way(tmp_path: Path) -> None:
+    run = Run(TrainSettings())
+    run.train(range(2))
+    state = run.gather(2)
+    first, *others = state.optimizer["param_groups"]
+    moved = [{**group, "params": [*group["params"], *first["params"][:1]]} for group in others]
+    groups = [*moved, {**first, "params": first["params"][1:]}]
+    save_state(str(tmp_path), replace(state, optimizer={**state.optimizer, "param_groups": groups}))
+    restored = Run(TrainSettings(), tmp_path)
+    pairs = zip(restored.learner.optimizer.param_groups, run.learner.optimizer.param_groups, strict=True)
+    for group, expected in pairs:
+        assert group["weight_decay"] == expected["weight_decay"]
+        assert [p.shape for p in group["params"]] == [p.shape for p in expected["params"]]
+    assert restored.train(range(2, 4)) == run.train(range(2, 4))
+
+
 def test_a_run_with_more_epochs_continues_with_the_rates_of_the_longer_schedule(tmp_path: Path) -> None:
     once, twice = (
         TrainSettings(learning_rate=0.01, schedule="cosine", warm_up_fraction=0.25, num_epochs=number)
