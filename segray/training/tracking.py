@@ -70,7 +70,7 @@ class Tracker(Protocol):
 
 def flatten_metrics(metrics: Mapping[str, Any], classes: ClassMap) -> dict[str, float | None]:
     """Return all scalar metrics of an epoch by name, per-class ones as ``val_precision_car``; None where undefined."""
-    if math.isnan(metrics["loss"]):  # All steps of the epoch were skipped.
+    if math.isnan(metrics.get("loss", 0.0)):  # All steps of the epoch were skipped.
         metrics = {**metrics, "loss": None}
     flat = {name: metrics.get(name) for name in _PER_EPOCH}
     flat |= {f"val_{name}": metrics.get(f"val_{name}") for name in _MEANS}
