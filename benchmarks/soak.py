@@ -11,7 +11,7 @@ the object store of the fault tests, and 5% of all requests fail (503, resets, c
 
 At the end, each image must have exactly one row, with the expected `error_kind`; the summary must be the sum of the
 rows; and sampled fragments must equal, byte for byte, those of a run over the same images without faults. `memory.csv`
-has the resident memory of driver, predictors and decoders every 10 s. Without `--store`, rerun the same command to
+has the resident memory of driver, predictors and decoders every 10 s, without shared pages. Rerun the same command to
 resume. The exit code is 1 if anything is wrong.
 """
 

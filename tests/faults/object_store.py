@@ -116,7 +116,7 @@ class ObjectStore:
     """The store's servers, which run from `__enter__` to `__exit__`.
 
     Args:
-        root: An empty folder for their files.
+        root: A folder for their files. The objects of an earlier start are kept.
         address: Where they listen: on loopback, or at an address in the tests' own network.
     """
 
@@ -187,7 +187,7 @@ class ObjectStore:
             "cache_port": cache_port,
         }
         ports = {name: self._port + index for index, name in enumerate(("proxy", *BACKENDS))}
-        (self.root / "devices" / "device").mkdir(parents=True)
+        (self.root / "devices" / "device").mkdir(parents=True, exist_ok=True)
         (self.root / "swift.conf").write_text(SWIFT_SETTINGS)
         for name, port in ports.items():
             own = PROXY_SETTINGS if name == "proxy" else BACKEND_SETTINGS

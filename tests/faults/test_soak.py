@@ -194,7 +194,7 @@ def test_processes_are_found_by_kind_and_end_with_their_driver(tmp_path: Path, m
 
 
 def test_growing_memory_is_seen_in_the_longest_life_of_a_process(tmp_path: Path) -> None:
-    lines = ["at_s,kind,pid,started_s,rss_bytes,num_written"]
+    lines = ["at_s,kind,pid,started_s,own_bytes,num_written"]
     for at_s in range(0, 800, 10):
         lines.append(f"{at_s},driver,1,0,{(100 + at_s) * 2**20},5")
         lines.append(f"{at_s},predictor,{2 + at_s // 100},{at_s // 100 * 100},{500 * 2**20},5")

@@ -94,13 +94,15 @@ class ImageSet:
             unfinished.rename(finished)
 
     def upload(self, client: Any, bucket: str) -> None:
-        """Upload the images to a bucket, below `images/`, with a boto3 client."""
+        """Upload the images that a bucket does not have yet, below `images/`, with a boto3 client."""
+        pages = client.get_paginator("list_objects_v2").paginate(Bucket=bucket, Prefix="images/")
+        present = {item["Key"] for page in pages for item in page.get("Contents", ())}
 
         def put(image: SoakImage) -> None:
             client.put_object(Bucket=bucket, Key=f"images/{image.key}", Body=self.contents[image.number][1])
 
         with ThreadPoolExecutor(8) as pool:
-            for _ in pool.map(put, self.iterate()):
+            for _ in pool.map(put, (image for image in self.iterate() if f"images/{image.key}" not in present)):
                 pass
 
 

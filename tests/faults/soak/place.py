@@ -80,21 +80,23 @@ def local_place(folder: Path, images: ImageSet) -> Iterator[Place]:
 
 @contextmanager
 def store_place(folder: Path, images: ImageSet) -> Iterator[Place]:
-    """Start the object store, upload the images, and let 5% of the requests of ``segray segment`` fail.
+    """Start the object store, upload missing images, and let 5% of the requests of ``segray segment`` fail.
 
-    This process reads results from the store directly.
+    This process reads results from the store directly. What the store holds is kept, so that a soak can be resumed,
+    unless it has to be in memory.
     """
     root = (folder if keeps_attributes(folder) else MEMORY) / "segray-soak-store"
-    shutil.rmtree(root, ignore_errors=True)
-    root.mkdir()
+    root.mkdir(exist_ok=True)
     try:
         with ObjectStore(root) as store, FaultProxy(store.endpoint) as proxy:
             os.environ.update(store.environment)
-            store.make_bucket(_BUCKET)
+            if not (root / "devices/device/objects").exists():
+                store.make_bucket(_BUCKET)
             images.upload(store.client(), _BUCKET)
             # The first matching rule applies, so the shares nearly add up.
             proxy.set_rules(*(Rule(action, probability=_FAILING_SHARE / len(_FAILURES)) for action in _FAILURES))
             environment = build_environment(**{**store.environment, "AWS_ENDPOINT_URL": proxy.endpoint})
             yield Place(folder, f"s3://{_BUCKET}/images", f"s3://{_BUCKET}/run", environment, proxy)
     finally:
-        shutil.rmtree(root, ignore_errors=True)
+        if root.parent == MEMORY:
+            shutil.rmtree(root)

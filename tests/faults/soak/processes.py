@@ -122,14 +122,18 @@ class Killer:
 
 
 class MemoryLog:
-    """Writes the resident memory of the driver, the predictors and the decoders to a CSV file every ten seconds."""
+    """Writes the memory of the driver, the predictors and the decoders to a CSV file every ten seconds.
+
+    It is resident memory without shared pages: those of Ray's object store are counted in every process that has ever
+    read them.
+    """
 
     def __init__(self, path: Path) -> None:
         is_new = not path.exists()
         self._file: TextIO = path.open("a", newline="")
         self._writer = csv.writer(self._file)
         if is_new:
-            self._writer.writerow(["at_s", "kind", "pid", "started_s", "rss_bytes", "num_written"])
+            self._writer.writerow(["at_s", "kind", "pid", "started_s", "own_bytes", "num_written"])
         self._next_s = 0.0
 
     @property
@@ -143,8 +147,9 @@ class MemoryLog:
         for kind in _MEASURED:
             for process in processes[kind]:
                 with suppress(psutil.NoSuchProcess):
-                    rss, started_s = process.memory_info().rss, process.create_time()
-                    self._writer.writerow([f"{time.time():.1f}", kind, process.pid, started_s, rss, num_written])
+                    memory, started_s = process.memory_info(), process.create_time()
+                    own_bytes = memory.rss - memory.shared
+                    self._writer.writerow([f"{time.time():.1f}", kind, process.pid, started_s, own_bytes, num_written])
         self._file.flush()
         os.fsync(self._file.fileno())
 
@@ -175,7 +180,7 @@ def _summarize(kind: str, of_kind: list[dict[str, str]]) -> dict[str, float | st
         "samples": len(of_kind),
         "first_quarter_mib": _median_mib(of_kind[:quarter]),
         "last_quarter_mib": _median_mib(of_kind[-quarter:]),
-        "most_mib": max(float(row["rss_bytes"]) for row in of_kind) / 2**20,
+        "most_mib": max(float(row["own_bytes"]) for row in of_kind) / 2**20,
         "longest_life_s": float(longest[-1]["at_s"]) - float(longest[0]["started_s"]),
         "its_first_quarter_mib": _median_mib(longest[:longest_quarter]),
         "its_last_quarter_mib": _median_mib(longest[-longest_quarter:]),
@@ -183,4 +188,4 @@ def _summarize(kind: str, of_kind: list[dict[str, str]]) -> dict[str, float | st
 
 
 def _median_mib(rows: list[dict[str, str]]) -> float:
-    return float(np.median([float(row["rss_bytes"]) for row in rows])) / 2**20
+    return float(np.median([float(row["own_bytes"]) for row in rows])) / 2**20
