@@ -4,10 +4,11 @@
     python benchmarks/soak.py --store [--images 50000]
 
 Images are 1x1 to 64x64, in all formats; one in a thousand is broken, in all known ways. While `segray segment` runs, a
-decode task, a predictor, a writer, the ledger and the driver with its private Ray are killed, each about every
-`--kill-s` seconds, and the command is repeated until the run is complete. The last part (`--calm-share`) runs without
-kills, so that processes live long enough to see whether their memory grows. With `--store`, images and results are on
-the object store of the fault tests, and 5% of all requests fail (503, resets, cut bodies, lost answers).
+decode task, a predictor, a writer, the ledger and the driver with its private Ray are killed, each about `--kill-s`
+seconds after fragments are written again, and the command is repeated until the run is complete. The last part
+(`--calm-share`) runs without kills, so that processes live long enough to see whether their memory grows. With
+`--store`, images and results are on the object store of the fault tests, and 5% of all requests fail (503, resets, cut
+bodies, lost answers).
 
 At the end, each image must have exactly one row, with the expected `error_kind`; the summary must be the sum of the
 rows; and sampled fragments must equal, byte for byte, those of a run over the same images without faults. `memory.csv`

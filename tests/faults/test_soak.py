@@ -1,6 +1,7 @@
 """A short soak under kills, on a local disk; and the parts of the soak themselves, which must find what is wrong."""
 
 import json
+import mmap
 import subprocess
 import sys
 import time
@@ -22,7 +23,7 @@ from tests.faults.soak.checks import check_rows, check_summary, choose_fragments
 from tests.faults.soak.disturb import DisturbedRun
 from tests.faults.soak.images import ImageSet
 from tests.faults.soak.place import Place
-from tests.faults.soak.processes import KINDS, Killer, find_workers, kill_tree, summarize_memory
+from tests.faults.soak.processes import KINDS, Killer, MemoryLog, find_workers, kill_tree, summarize_memory
 
 IMAGES = ImageSet(60, 10)
 FRAGMENT_SIZE = 7
@@ -191,6 +192,20 @@ def test_processes_are_found_by_kind_and_end_with_their_driver(tmp_path: Path, m
     time.sleep(0.1)
     for other in others:
         assert not other.is_running() or other.status() == psutil.STATUS_ZOMBIE
+
+
+def test_memory_that_is_shared_with_other_processes_is_left_out(tmp_path: Path) -> None:
+    this, own = psutil.Process(), []
+    log = MemoryLog(tmp_path / "memory.csv")
+    with mmap.mmap(-1, 2**26) as shared:
+        for _ in range(2):
+            log.sample({"driver": [this], "predictor": [], "decoder": []}, 0)
+            own.append(int((tmp_path / "memory.csv").read_text().splitlines()[-1].split(",")[4]))
+            shared.write(bytes(2**20) * 32)
+            shared.seek(0)
+    log.close()
+    assert own[1] - own[0] < 2**24
+    assert own[0] > 2**20
 
 
 def test_growing_memory_is_seen_in_the_longest_life_of_a_process(tmp_path: Path) -> None:

@@ -90,7 +90,7 @@ def store_place(folder: Path, images: ImageSet) -> Iterator[Place]:
     try:
         with ObjectStore(root) as store, FaultProxy(store.endpoint) as proxy:
             os.environ.update(store.environment)
-            if not (root / "devices/device/objects").exists():
+            if _BUCKET not in {bucket["Name"] for bucket in store.client().list_buckets()["Buckets"]}:
                 store.make_bucket(_BUCKET)
             images.upload(store.client(), _BUCKET)
             # The first matching rule applies, so the shares nearly add up.
