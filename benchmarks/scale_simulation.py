@@ -156,7 +156,7 @@ def measure_rate(setting: Setting, bundle: Path) -> tuple[float, float]:
         settings=SegmentSettings(),
         has_truth=False,
     )
-    placement = Placement(setting.num_predictors, 1, {"CPU": 1}, decode_cpus=1, write_cpus=0.25, num_tasks=None)
+    placement = Placement(setting.num_predictors, {"CPU": 1}, decode_cpus=1, write_cpus=0.25, num_tasks=None)
     times = []
     with simulated_stages(setting):
         for _ in run_pipeline(range(setting.num_fragments), job, placement):

@@ -46,6 +46,12 @@ class SegmentSettings(Section):
         description="Processes that hold the model. ``null``: as many as the GPUs allow; without GPUs, at most 7/8 of "
         "the CPUs, with 2 GiB of memory and 4 fragments each.",
     )
+    num_threads_per_predictor: int = Field(
+        1,
+        ge=1,
+        description="CPUs of a predictor without a GPU. More are of use if there is not enough memory for a predictor "
+        "per CPU; another number may change the last bits of rows.",
+    )
     num_gpus_per_predictor: float = Field(
         0, ge=0, description="GPUs per predictor; a fraction such as 0.5 shares a GPU. 0: predict on CPUs."
     )
@@ -95,7 +101,8 @@ class SegmentSettings(Section):
     )
     allow_mixed: bool = Field(
         False,
-        description="On a rerun, allow another ``batch_size``, ``precision``, ``compile`` or kind of device than "
+        description="On a rerun, allow another ``batch_size``, ``precision``, ``compile``, "
+        "``num_threads_per_predictor`` or kind of device than "
         "before, although rows written now may then differ from earlier ones in their last bits.",
     )
     num_report_images: int = Field(
@@ -132,7 +139,9 @@ class SegmentSettings(Section):
     @property
     def bit_settings(self) -> dict[str, Any]:
         """The settings that may change the last bits of rows; a run changes them only with ``allow_mixed``."""
-        settings = self.model_dump(mode="json", include={"batch_size", "precision", "compile"})
+        settings = self.model_dump(
+            mode="json", include={"batch_size", "precision", "compile", "num_threads_per_predictor"}
+        )
         return {**settings, "device": self.device}
 
     @property

@@ -61,12 +61,6 @@ class Capacity:
         """Return how many living nodes have enough resources for a task that needs ``each``."""
         return sum(_count_on(node, each) > 0 for node in self.nodes)
 
-    def count_most_on_one(self, each: Mapping[str, float]) -> float:
-        """Return how many tasks the largest node can hold, added nodes included; infinity if these are unknown."""
-        if self.is_open:
-            return math.inf
-        return max((_count_on(node, each) for node in [*self.nodes, *self._choose_more(each)]), default=0)
-
     def _choose_more(self, each: Mapping[str, float]) -> list[Mapping[str, float]]:
         """Return the nodes that would be added for such tasks, starting with the type that holds the most."""
         ranked = sorted(self.types, key=lambda node_type: -_count_on(node_type.resources, each))

@@ -199,8 +199,9 @@ def _count_resources(settings: SegmentSettings) -> tuple[float, float]:
     if settings.num_gpus_per_predictor:
         num_predictors = settings.num_predictors or 1
     else:
-        num_predictors = settings.num_predictors or count_cores()
-    return num_predictors + 2, num_predictors * settings.num_gpus_per_predictor
+        num_predictors = settings.num_predictors or max(1, count_cores() // settings.num_threads_per_predictor)
+    num_cpus = num_predictors * (1 if settings.num_gpus_per_predictor else settings.num_threads_per_predictor)
+    return num_cpus + 2, num_predictors * settings.num_gpus_per_predictor
 
 
 def print_outcome(outcome: SegmentResult, console: Console) -> None:

@@ -41,7 +41,7 @@ class BundleModel:
         """
         bundle = load_bundle(bundle_uri)
         self.manifest: BundleManifest = bundle.manifest
-        self._inference = Inference(bundle, settings, num_predictors_per_node=1)
+        self._inference = Inference(bundle, settings)
 
     @property
     def class_names(self) -> tuple[str, ...]:
@@ -50,7 +50,10 @@ class BundleModel:
 
     @torch.inference_mode()
     def predict(self, image: npt.NDArray[np.uint8]) -> Prediction:
-        """Predict one image with the operations of ``segray.segment``, which gives the same mask bit for bit.
+        """Predict one image with the operations of ``segray.segment``, which gives the same mask.
+
+        On CPUs its threads are those of torch in this process; another number may change the last bits of the logits,
+        and so a pixel at which two classes are equal up to these bits.
 
         Args:
             image: (H, W, 3) uint8 RGB, such as ``np.asarray(PIL.Image.open(path).convert("RGB"))``. ``segray.segment``

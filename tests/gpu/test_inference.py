@@ -1,6 +1,5 @@
 """Prediction on the device: masks equal the CPU's at clear pixels, and bits do not depend on how images are batched."""
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,6 @@ pytestmark = pytest.mark.gpu
 # Sizes of the masks; the last two share a batch with padding.
 SIZES = [(64, 64), (50, 77), (130, 40), (9, 200), (64, 64)]
 BATCH_SIZE = 3
-NUM_PREDICTORS = os.cpu_count() or 1  # Per node: each predictor gets one CPU thread.
 
 
 def make_settings(device: torch.device, **settings: Any) -> SegmentSettings:
@@ -41,7 +39,7 @@ def make_settings(device: torch.device, **settings: Any) -> SegmentSettings:
 
 
 def open_inference(bundle: Path, settings: SegmentSettings) -> Inference:
-    return Inference(load_bundle(str(bundle)), settings, NUM_PREDICTORS)
+    return Inference(load_bundle(str(bundle)), settings)
 
 
 def predict(
@@ -62,7 +60,7 @@ def test_rows_of_a_fragment_equal_those_of_the_cpu(precision: str, bundle: Path,
     ]
     decoded.insert(2, DecodedImage({"uri": "broken", "error_kind": "truncated", "error_message": "cut off"}))
     job = make_pipeline_job(bundle, make_settings(device, precision=precision))
-    predictor = FragmentPredictor(job, NUM_PREDICTORS, LocalLedger(PREDICT))
+    predictor = FragmentPredictor(job, LocalLedger(PREDICT))
     rows = predictor(pack_decoded(0, decoded, Stopwatch()))["rows"][0].as_py()
     assert [row["status"] for row in rows] == ["ok", "ok", "error", "ok", "ok", "ok"]
     usable = [row for row in rows if row["status"] == "ok"]

@@ -48,7 +48,9 @@ def test_the_content_is_as_documented_and_read_back_unchanged(tmp_path: Path) ->
             "plan_sha256": "a" * 64,
             "cut_sha256": "b" * 64,
         },
-        "computed_with": [{"batch_size": 3, "precision": "bf16", "compile": False, "device": "cpu"}],
+        "computed_with": [
+            {"batch_size": 3, "precision": "bf16", "compile": False, "num_threads_per_predictor": 1, "device": "cpu"}
+        ],
         "limits": {"max_image_px": SETTINGS.max_image_px, "image_timeout_s": 300},
         "inputs": INPUTS,
         "versions": running.versions,
@@ -84,6 +86,7 @@ def test_the_defaults_of_recorded_settings_do_not_change() -> None:
         "batch_size": 8,
         "precision": "bf16",
         "compile": False,
+        "num_threads_per_predictor": 1,
         "device": "cpu",
         "max_image_px": 100_000_000,
         "image_timeout_s": 300,

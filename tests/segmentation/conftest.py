@@ -25,7 +25,7 @@ def run_in_process(
     from tests.segmentation.local_ledger import LocalLedger
 
     decode = FragmentDecoder(job, LocalLedger(DECODE))
-    predict = FragmentPredictor(job, placement.num_per_node, LocalLedger(PREDICT))
+    predict = FragmentPredictor(job, LocalLedger(PREDICT))
     write = FragmentWriter(job, replaced)
     for fragment in fragments:
         yield write(predict(decode(pa.table({"fragment": [fragment]})))).to_pylist()[0]

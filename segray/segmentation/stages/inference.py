@@ -18,7 +18,6 @@ from segray.models.confusion import compute_confusion
 from segray.models.fuse_batchnorm import fold_norms
 from segray.models.precision import autocast
 from segray.models.prediction import ImagePrediction, predict_image
-from segray.runtime.connect import count_cores
 from segray.runtime.failures import get_last_line
 from segray.segmentation.profile import Step, Stopwatch
 
@@ -54,7 +53,7 @@ class Inference:
         bundle: The model bundle; the model is moved to the device.
         settings: ``batch_size``, ``precision``, ``compile`` and ``num_gpus_per_predictor``: above 0, the GPU that Ray
             assigned is used.
-        num_predictors_per_node: Number of predictors that share the cores of a node, if there is no GPU.
+        num_threads: Threads of the CPU; None leaves their number as it is. Another number may change the last bits.
 
     Attributes:
         image_size: Height and width of the model's input.
@@ -63,10 +62,10 @@ class Inference:
         ClusterError: The model cannot be compiled.
     """
 
-    def __init__(self, bundle: Bundle, settings: SegmentSettings, num_predictors_per_node: int) -> None:
+    def __init__(self, bundle: Bundle, settings: SegmentSettings, num_threads: int | None = None) -> None:
         self._device = torch.device("cuda" if settings.num_gpus_per_predictor > 0 else "cpu")
-        if self._device.type == "cpu":  # Ray limits an actor to one thread.
-            torch.set_num_threads(max(1, count_cores() // num_predictors_per_node))
+        if self._device.type == "cpu" and num_threads is not None:
+            torch.set_num_threads(num_threads)
         self._batch_size = settings.batch_size
         self._precision = settings.precision
         self._classes = bundle.manifest.classes

@@ -100,7 +100,7 @@ def _build_dataset(
         .map_batches(
             FragmentPredictor,
             **_ONE_FRAGMENT,
-            fn_constructor_args=(job, placement.num_per_node, LedgerClient(PREDICT, ledger)),
+            fn_constructor_args=(job, LedgerClient(PREDICT, ledger)),
             compute=ActorPoolStrategy(size=placement.num_predictors),
             num_cpus=placement.needs["CPU"],
             num_gpus=placement.needs.get("GPU", 0),

@@ -23,7 +23,6 @@ class Placement:
 
     Attributes:
         num_predictors: Number of predictors; each holds a copy of the model.
-        num_per_node: Number of predictors that share the cores of a node.
         needs: Resources that a predictor requests, by Ray's names.
         decode_cpus: CPUs that a decode task requests.
         write_cpus: CPUs that a write task requests.
@@ -31,7 +30,6 @@ class Placement:
     """
 
     num_predictors: int
-    num_per_node: int
     needs: Mapping[str, float]
     decode_cpus: float
     write_cpus: float
@@ -43,14 +41,17 @@ def place_stages(settings: SegmentSettings, num_fragments: int, capacity: Capaci
 
     By default there is one predictor per GPU, or several if they share it. Without GPUs there is one per CPU, except
     for an eighth of the CPUs (at least two), which decode and write: a predictor with one thread is as fast as one
-    thread of a larger predictor, and never waits for other threads. Each predictor is assumed to need 2 GiB of
-    memory, and gets at least four fragments, because it takes seconds to start.
+    thread of a larger predictor, and never waits for other threads. Their threads do not depend on the cluster or on
+    what is left to do, because another number may change the last bits of rows. Each predictor is assumed to need 2 GiB
+    of memory, and gets at least four fragments, because it takes seconds to start.
 
     Raises:
         ClusterError: The cluster can never run one predictor and one decode task at the same time.
     """
     share = settings.num_gpus_per_predictor
     predict_cpus, decode_cpus, write_cpus = _GPU_STAGE_CPUS if share else _CPU_STAGE_CPUS
+    num_threads = 1 if share else settings.num_threads_per_predictor
+    predict_cpus *= num_threads
     needs = {"CPU": predict_cpus, **({"GPU": share} if share else {})}
     setting = "segment.num_gpus_per_predictor" if share else "segment.num_predictors"
     require_placeable(capacity, "predictor", needs, 1, setting)
@@ -63,21 +64,15 @@ def place_stages(settings: SegmentSettings, num_fragments: int, capacity: Capaci
     elif share:
         count = min(_count_known(capacity, needs), num_fitting, num_fragments)
     else:
-        num_in_memory = _count_known(capacity, {"CPU": 1, "memory": _PREDICTOR_BYTES})
-        count = min(num_cpus - 2, num_cpus * 7 // 8, num_in_memory, num_fragments // _FRAGMENTS_PER_PREDICTOR)
+        num_in_memory = _count_known(capacity, {"CPU": num_threads, "memory": _PREDICTOR_BYTES})
+        most = min(num_cpus - 2, num_cpus * 7 // 8) // num_threads
+        count = min(most, num_in_memory, num_fragments // _FRAGMENTS_PER_PREDICTOR)
     count = max(1, int(count))
-    num_tasks = None if share else min(max(2, int(num_cpus) - count), num_fragments)
-    return Placement(count, _count_per_node(count, needs, capacity), needs, decode_cpus, write_cpus, num_tasks)
+    num_tasks = None if share else min(max(2, int(num_cpus) - count * num_threads), num_fragments)
+    return Placement(count, needs, decode_cpus, write_cpus, num_tasks)
 
 
 def _count_known(capacity: Capacity, each: Mapping[str, float]) -> float:
     """Return how many tasks fit on the cluster; if unknown nodes may be added, how many fit on the present nodes."""
     most = capacity.count(each)
     return max(1, capacity.count(each, with_more=False)) if math.isinf(most) else most
-
-
-def _count_per_node(count: int, needs: Mapping[str, float], capacity: Capacity) -> int:
-    # Ray spreads work over present nodes, but fills nodes that have to be added one after another.
-    if count <= capacity.count(needs, with_more=False):
-        return -(-count // capacity.count_nodes(needs))
-    return int(min(count, capacity.count_most_on_one(needs)))

@@ -61,11 +61,10 @@ class FragmentPredictor:
 
     Args:
         job: What the stages share; the model is loaded from its bundle.
-        num_predictors_per_node: Number of predictors that share the cores of a node, if there is no GPU.
         ledger: Records which fragment and image are being processed.
     """
 
-    def __init__(self, job: PipelineJob, num_predictors_per_node: int, ledger: LedgerClient) -> None:
+    def __init__(self, job: PipelineJob, ledger: LedgerClient) -> None:
         self._ledger = ledger
         self._batch_size = job.settings.batch_size
         self._image_timeout_s = job.settings.image_timeout_s
@@ -75,11 +74,11 @@ class FragmentPredictor:
         skip_exit_handlers()
         try:
             with named_failure("loading the model"), self._exit_on_device_error():
-                self._load(job, num_predictors_per_node)
+                self._load(job)
         except SegrayError as error:  # Raised by __call__: Ray keeps only the text of errors in constructors.
             self._error = error
 
-    def _load(self, job: PipelineJob, num_predictors_per_node: int) -> None:
+    def _load(self, job: PipelineJob) -> None:
         self._ledger.start_predictor()
         # Imported here, because the driver imports this module, and importing torch and smp takes 8 s.
         from segray.models.bundle import load_bundle
@@ -88,7 +87,7 @@ class FragmentPredictor:
         bundle = load_bundle(job.bundle_uri)
         if bundle.sha256 != job.bundle_sha256:
             raise BundleError(f"{job.bundle_uri}: replaced during the run; restore it, or choose another --output")
-        self._inference = Inference(bundle, job.settings, num_predictors_per_node)
+        self._inference = Inference(bundle, job.settings, job.settings.num_threads_per_predictor)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Predict one fragment.

@@ -29,7 +29,7 @@ def test_predictors_leave_cpus_for_decoding_and_have_enough_fragments(
 ) -> None:
     capacity = Capacity(({"CPU": num_cpus, "memory": memory_gib * GIB},))
     placed = place_stages(SegmentSettings(), num_fragments, capacity)
-    assert (placed.num_predictors, placed.num_per_node) == (expected, expected)
+    assert placed.num_predictors == expected
     assert placed.num_tasks == min(max(2, num_cpus - expected), num_fragments)
     assert place_stages(SegmentSettings(num_predictors=3), num_fragments, capacity).num_predictors == min(3, num_cpus)
 
@@ -69,7 +69,6 @@ def test_nodes_that_the_autoscaler_may_add_are_counted() -> None:
     assert place_stages(settings, 3, empty).num_predictors == 3  # at most one predictor per fragment
     on_cpus = place_stages(SegmentSettings(), 10_000, empty)
     assert on_cpus.num_predictors == 56
-    assert on_cpus.num_per_node == 8  # the autoscaler fills a node before it adds another one
 
 
 def test_unknown_memory_is_no_limit() -> None:
@@ -82,11 +81,11 @@ def test_with_unknown_autoscaling_the_present_nodes_or_the_request_decide() -> N
     assert place_stages(SegmentSettings(), 10_000, some).num_predictors == 6
     none = Capacity((HEAD,), is_open=True)
     on_gpus = place_stages(SegmentSettings(num_gpus_per_predictor=1), 100, none)
-    assert (on_gpus.num_predictors, on_gpus.num_per_node) == (1, 1)
+    assert on_gpus.num_predictors == 1
     asked_for = SegmentSettings(num_gpus_per_predictor=1, num_predictors=64)
     assert place_stages(asked_for, 100, none).num_predictors == 64
     on_cpus = place_stages(SegmentSettings(num_predictors=4), 100, none)
-    assert (on_cpus.num_predictors, on_cpus.num_per_node) == (4, 4)
+    assert on_cpus.num_predictors == 4
 
 
 @pytest.mark.parametrize(

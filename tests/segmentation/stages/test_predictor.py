@@ -38,7 +38,7 @@ def bundle(bundle_dir: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def predict(bundle: Path, decoded: list[DecodedImage], settings: SegmentSettings = SETTINGS) -> list[dict[str, Any]]:
-    predictor = FragmentPredictor(make_pipeline_job(bundle, settings), 1, LocalLedger(PREDICT))
+    predictor = FragmentPredictor(make_pipeline_job(bundle, settings), LocalLedger(PREDICT))
     rows: list[dict[str, Any]] = predictor(pack_decoded(7, decoded, Stopwatch()))["rows"][0].as_py()
     return [row if row["mask"] is None else {**row, "mask": restore_mask(row)} for row in rows]
 
@@ -94,7 +94,7 @@ def test_a_replaced_bundle_is_refused_with_the_first_fragment(bundle: Path, tmp_
     other = Path(shutil.copytree(bundle, tmp_path / "other"))
     (other / "bundle.json").write_text((other / "bundle.json").read_text() + "\n")
     job = replace(make_pipeline_job(bundle), bundle_uri=str(other))
-    predictor = FragmentPredictor(job, 1, LocalLedger(PREDICT))
+    predictor = FragmentPredictor(job, LocalLedger(PREDICT))
     with pytest.raises(BundleError, match="replaced during the run"):
         predictor(pack_decoded(0, [make_image("a")], Stopwatch()))
 
@@ -125,7 +125,14 @@ def test_compiling_without_a_compiler_names_the_cause_and_the_remedy(
 
 def make_predictor(bundle: Path, ledger: LocalLedger | None = None, **settings: Any) -> FragmentPredictor:
     job = make_pipeline_job(bundle, SETTINGS.model_copy(update=settings))
-    return FragmentPredictor(job, 1, ledger or LocalLedger(PREDICT))
+    return FragmentPredictor(job, ledger or LocalLedger(PREDICT))
+
+
+def test_the_number_of_threads_is_that_of_the_settings(bundle: Path) -> None:
+    """It may change the last bits, so it depends neither on the node nor on how many predictors there are."""
+    for num_threads in (2, 1):
+        make_predictor(bundle, num_threads_per_predictor=num_threads)
+        assert torch.get_num_threads() == num_threads
 
 
 def make_fragment(num_images: int = 5) -> pa.Table:

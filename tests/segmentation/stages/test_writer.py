@@ -145,7 +145,7 @@ def test_the_schema_says_what_the_rows_mean_and_how_they_were_computed(tmp_path:
     assert json.loads(decoded["segray.class_values"]) == [1, 2, 3]
     assert decoded["segray.bundle_sha256"] == "ab" * 32
     assert decoded["segray.format_version"] == "2"
-    expected = {"batch_size": 3, "precision": "fp32", "compile": False, "device": "cpu"}
+    expected = {"batch_size": 3, "precision": "fp32", "compile": False, "num_threads_per_predictor": 1, "device": "cpu"}
     assert json.loads(decoded["segray.computed_with"]) == expected
 
 
