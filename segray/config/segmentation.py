@@ -18,8 +18,9 @@ class SegmentSettings(Section):
 
     fragment_size: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
         "auto",
-        description="Maximum number of images per fragment. ``auto``: 64, or for more than 1.28 million images as many "
-        "as give 20,000 fragments; ``fragment_bytes`` and ``fragment_px`` apply too.",
+        description="Maximum number of images per fragment. ``auto``: 64, or for fewer than 2,048 images as many as "
+        "give 32 fragments (at least 8), or for more than 1.28 million images as many as give 20,000 fragments; "
+        "``fragment_bytes`` and ``fragment_px`` apply too.",
     )
     fragment_bytes: int = Field(
         64 * 2**20,
@@ -44,7 +45,7 @@ class SegmentSettings(Section):
         None,
         ge=1,
         description="Processes that hold the model. ``null``: as many as the GPUs allow; without GPUs, at most 7/8 of "
-        "the CPUs, with 2 GiB of memory and 4 fragments each.",
+        "the CPUs, with 2 GiB of memory and 2 fragments each.",
     )
     num_threads_per_predictor: int = Field(
         1,

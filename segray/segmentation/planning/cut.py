@@ -10,6 +10,8 @@ from segray.config import SegmentSettings
 
 _TARGET_FRAGMENTS = 20_000  # More cost the driver and every reader of the result more time than they save.
 _SMALL_IMAGES = 64
+_FEW_FRAGMENTS = 32  # Fewer would leave CPUs of a workstation without work.
+_FEWEST_IMAGES = 8
 _NUM_SMALL = 64  # The first fragments stay small, so that a trial of the first images is small (``--limit``).
 
 
@@ -37,13 +39,19 @@ class FragmentLimits:
             num_images: Number of images of the run.
         """
         is_auto = settings.fragment_size == "auto"
-        size = max(_SMALL_IMAGES, -(-num_images // _TARGET_FRAGMENTS)) if is_auto else settings.fragment_size
+        size = _choose_size(num_images) if is_auto else settings.fragment_size
         most = max(1, settings.fragment_px // (image_size[0] * image_size[1]))
         return cls(min(int(size), most), settings.fragment_bytes, _NUM_SMALL if is_auto else 0)
 
     def get_num_images(self, fragment: int) -> int:
         """Return the maximum number of images of a fragment."""
         return min(self.num_images, _SMALL_IMAGES) if fragment < self.num_small else self.num_images
+
+
+def _choose_size(num_images: int) -> int:
+    """Return the images per fragment of ``auto``."""
+    small = min(_SMALL_IMAGES, max(_FEWEST_IMAGES, -(-num_images // _FEW_FRAGMENTS)))
+    return max(small, -(-num_images // _TARGET_FRAGMENTS))
 
 
 def cut_fragments(batches: Iterable[pa.RecordBatch], limits: FragmentLimits) -> Iterator[pa.RecordBatch]:

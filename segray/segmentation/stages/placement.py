@@ -8,7 +8,7 @@ from segray.config import SegmentSettings
 from segray.runtime.capacity import Capacity, require_placeable
 
 _PREDICTOR_BYTES = 2 * 2**30  # Libraries, weights and the activations of one batch of a resnet18 U-Net take 1.3 GiB.
-_FRAGMENTS_PER_PREDICTOR = 4
+_FRAGMENTS_PER_PREDICTOR = 2
 # CPUs of a predictor, a decode task and a write task. Nodes with GPUs have CPUs to spare. On nodes without GPUs,
 # predictors must never occupy all CPUs of a node: when a node dies, its predictors restart on the others, and no CPU
 # would be left to decode. No multiple of 0.89 is a whole number below 89, so at least a hundredth of a CPU is always
@@ -43,7 +43,7 @@ def place_stages(settings: SegmentSettings, num_fragments: int, capacity: Capaci
     for an eighth of the CPUs (at least two), which decode and write: a predictor with one thread is as fast as one
     thread of a larger predictor, and never waits for other threads. Their threads do not depend on the cluster or on
     what is left to do, because another number may change the last bits of rows. Each predictor is assumed to need 2 GiB
-    of memory, and gets at least four fragments, because it takes seconds to start.
+    of memory, and gets at least two fragments, because it takes seconds to start.
 
     Raises:
         ClusterError: The cluster can never run one predictor and one decode task at the same time.

@@ -62,7 +62,10 @@ def test_the_fragments_do_not_depend_on_the_batches() -> None:
 @pytest.mark.parametrize(
     ("num_images", "settings", "expected"),
     [
-        (1, {}, 64),
+        (1, {}, 8),
+        (256, {}, 8),
+        (257, {}, 9),
+        (2017, {}, 64),
         (1_280_000, {}, 64),
         (1_280_001, {}, 65),
         (100_000_000, {"fragment_px": 2**40}, 5000),

@@ -16,8 +16,8 @@ GIB = 2**30
     ("num_cpus", "memory_gib", "num_fragments", "expected"),
     [
         (4, 24, 1, 1),
-        (4, 24, 7, 1),
-        (4, 24, 8, 2),  # at least four fragments each
+        (4, 24, 3, 1),
+        (4, 24, 4, 2),  # at least two fragments each
         (4, 24, 10_000, 2),  # two CPUs are left to decode and write
         (64, 256, 10_000, 56),
         (64, 20, 10_000, 10),  # 2 GiB each
