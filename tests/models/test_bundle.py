@@ -17,6 +17,7 @@ from tests.conftest import PET_CLASSES, SHAPE_SIZE
 _PREDICT = """
 import sys, numpy as np, torch
 from segray.models.bundle import load_bundle
+torch.set_num_threads(int(sys.argv[4]))  # Another number may change the last bits.
 bundle = load_bundle(sys.argv[1])
 with torch.no_grad():
     np.save(sys.argv[3], bundle.model(torch.from_numpy(np.load(sys.argv[2]))).numpy())
@@ -32,6 +33,7 @@ def test_a_new_process_computes_bit_identical_logits(bundle_dir: Path, tmp_path:
     image = torch.randn(2, 3, SHAPE_SIZE, SHAPE_SIZE)
     np.save(tmp_path / "image.npy", image.numpy())
     arguments = [str(bundle_dir), str(tmp_path / "image.npy"), str(tmp_path / "logits.npy")]
+    arguments.append(str(torch.get_num_threads()))
     subprocess.run([sys.executable, "-c", _PREDICT, *arguments], check=True)
     with torch.no_grad():
         here = load_bundle(str(bundle_dir)).model(image).numpy()
