@@ -95,6 +95,7 @@ def test_a_finished_run_goes_on_with_more_epochs_fewer_workers_another_precision
 
 
 @pytest.mark.usefixtures("ray_session")
+@pytest.mark.slow
 def test_a_run_with_a_time_budget_equals_one_with_its_number_of_epochs_and_logs_steps(
     make_train_config: MakeConfig, tmp_path: Path
 ) -> None:
