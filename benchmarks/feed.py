@@ -24,7 +24,7 @@ from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
-from measuring import report
+from measuring import report, restart_with_kept_memory
 from PIL import Image
 
 from segray.config import AugmentationSettings
@@ -121,6 +121,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--preset", default="light")
     arguments = parser.parse_args()
+    restart_with_kept_memory()
     augmentation = Augmentation(AugmentationSettings.model_validate(arguments.preset), _SIZE, _CLASSES.ignore_index)
     cores, seconds = count_cores(), arguments.seconds
     figures: dict[str, list[float]] = {}

@@ -17,6 +17,8 @@ import psutil
 from rich.console import Console
 from rich.table import Table
 
+from segray.runtime.connect import MEMORY_VARIABLES
+
 _ROOT = Path(__file__).parents[1]
 _RESULTS = _ROOT / "benchmarks/results"
 _PACKAGES = ("ray", "torch", "torchvision", "segmentation-models-pytorch", "pyarrow", "numpy", "pillow")
@@ -44,6 +46,12 @@ class Measured:
         """Return the busy core-seconds between two times in seconds since 1970, interpolated between samples."""
         times, busy = zip(*self.samples, strict=True)
         return float(np.interp(to_s, times, busy) - np.interp(from_s, times, busy))
+
+
+def restart_with_kept_memory() -> None:
+    """Start this script again with the memory settings of segray's processes, which are read when a process starts."""
+    if not MEMORY_VARIABLES.items() <= os.environ.items():
+        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MEMORY_VARIABLES})
 
 
 def describe_machine(*packages: str) -> dict[str, str]:

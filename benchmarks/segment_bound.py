@@ -14,7 +14,6 @@ is Ray's processes, which use the same CPU time per second whether few or many i
 """
 
 import argparse
-import os
 import re
 import shutil
 import statistics
@@ -25,9 +24,7 @@ from typing import Any
 
 import torch
 from camvid import IMAGE_SIZE, make_bundle, make_images
-from measuring import Measured, report, run_measured
-
-from segray.runtime.connect import MEMORY_VARIABLES
+from measuring import Measured, report, restart_with_kept_memory, run_measured
 
 _FRAGMENT_SIZE = 32
 _BATCH_SIZE = 8
@@ -144,8 +141,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--set", action="append", default=[], dest="overrides")
     arguments = parser.parse_args()
-    if not MEMORY_VARIABLES.items() <= os.environ.items():  # They are read when a process starts.
-        os.execve(sys.executable, [sys.executable, *sys.argv], {**os.environ, **MEMORY_VARIABLES})
+    restart_with_kept_memory()
     bundle = make_bundle()
     rows, figures = [], {}
     for extension in ("png", "jpg"):

@@ -20,7 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from measuring import report
+from measuring import report, restart_with_kept_memory
 from torch.nn import functional
 
 from segray.config import TrainConfig, load_config
@@ -174,6 +174,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--plain-loop", action="store_true")
     arguments = parser.parse_args()
+    restart_with_kept_memory()
     config = load_config(TrainConfig, str(Path(__file__).parents[1] / "jobs/camvid.yaml"), [])
     precision = config.train.precision if has_bf16(_DEVICE) else "fp32"
     compare = compare_with_plain_loop if arguments.plain_loop else compare_with_synthetic
