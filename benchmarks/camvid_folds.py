@@ -4,8 +4,8 @@
 
 Each model is trained for `--minutes` on all cores. Pixel counts are pooled over the three sequences, so that each
 image counts once. The score is that of the last epoch: no image of a sequence that is left out chooses anything. Each
-result is written when it is there, and a rerun goes on with what is missing. Recipes are those of `RECIPES`, besides
-`plain`, which is `camvid_plain_smp.py`.
+result is saved as soon as it is known, and a rerun computes only the missing ones. The recipes are those of `RECIPES`,
+and `plain`, which is `camvid_plain_smp.py`.
 """
 
 import argparse

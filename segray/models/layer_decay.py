@@ -29,9 +29,8 @@ def compute_layer_factors(model: SegmentationModel, decay: float) -> dict[int, f
     if isinstance(name := getattr(inner, "name", None), str):
         factors = _list_timm_factors(name, decay)
         named = [(_WRAPPERS.sub("", name).replace(".", "_"), value) for name, value in encoder.named_parameters()]
-        if (len(set(factors.values())) < 2 and decay != 1) or 2 * sum(name in factors for name, _ in named) < len(
-            named
-        ):
+        is_one_layer = len(set(factors.values())) < 2 and decay != 1
+        if is_one_layer or sum(name in factors for name, _ in named) < len(named) / 2:
             raise ConfigError(
                 "train.layer_decay: timm does not say which layers this encoder has; set null and use "
                 "train.encoder_lr_factor, or choose another encoder"

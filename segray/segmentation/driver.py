@@ -196,12 +196,11 @@ def _describe_shortage(placement: Placement, settings: SegmentSettings, capacity
 
 def _count_resources(settings: SegmentSettings) -> tuple[float, float]:
     """Return the minimum CPUs and GPUs of a run: those of the predictors, plus two CPUs to decode and write."""
-    if settings.num_gpus_per_predictor:
+    if share := settings.num_gpus_per_predictor:
         num_predictors = settings.num_predictors or 1
-    else:
-        num_predictors = settings.num_predictors or max(1, count_cores() // settings.num_threads_per_predictor)
-    num_cpus = num_predictors * (1 if settings.num_gpus_per_predictor else settings.num_threads_per_predictor)
-    return num_cpus + 2, num_predictors * settings.num_gpus_per_predictor
+        return num_predictors + 2, num_predictors * share
+    num_threads = settings.num_threads_per_predictor
+    return (settings.num_predictors or max(1, count_cores() // num_threads)) * num_threads + 2, 0
 
 
 def print_outcome(outcome: SegmentResult, console: Console) -> None:

@@ -53,8 +53,8 @@ class Validated:
 def run_training(config: TrainConfig, console: Console) -> str:
     """Train a model and return the URI of its bundle; an interrupted run is resumed, a complete one is not repeated.
 
-    A complete run goes on if ``train.num_epochs`` is higher than before; its bundle is replaced at the end. A run that
-    was started with ``train.num_epochs`` does not go on with ``train.time_budget_min``.
+    A complete run is continued if ``train.num_epochs`` is higher than before; its bundle is replaced at the end. A run
+    that was started with ``train.num_epochs`` is not resumed with ``train.time_budget_min``.
 
     Raises:
         ConfigError: A setting is wrong.

@@ -30,7 +30,7 @@ class Phase(BaseModel):
 
 
 def add_phase(phases: Sequence[Phase], phase: Phase) -> list[Phase]:
-    """Return the phases of a run that starts or resumes with ``phase``; nothing is added if it goes on as before."""
+    """Return the phases of a run that starts or resumes with ``phase``; nothing is added if nothing has changed."""
     if phases and (phases[-1].settings, phases[-1].num_workers) == (phase.settings, phase.num_workers):
         return list(phases)
     return [*phases, phase]

@@ -53,7 +53,7 @@ def place_stages(settings: SegmentSettings, num_fragments: int, capacity: Capaci
     num_threads = 1 if share else settings.num_threads_per_predictor
     predict_cpus *= num_threads
     needs = {"CPU": predict_cpus, **({"GPU": share} if share else {})}
-    setting = "segment.num_gpus_per_predictor" if share else "segment.num_predictors"
+    setting = "segment.num_gpus_per_predictor" if share else "segment.num_threads_per_predictor"
     require_placeable(capacity, "predictor", needs, 1, setting)
     if share:
         require_placeable(capacity, "process", {"CPU": 1}, 2, "segment: one predictor and one decode task")

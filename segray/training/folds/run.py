@@ -1,9 +1,9 @@
 """Cross-validation (``train.folds``): train and score a model for each fold, then train one on all images.
 
 Each fold is an ordinary training run in a folder of its own, ``OUTPUT/folds/1`` and so on, that Ray Tune runs as a
-trial; folds run side by side where the cluster has room. A fold's score is that of its last epoch: choosing an epoch by
-the images that the fold holds out would make it too high. To resume, the same command starts the folds that are not
-finished, each from its newest checkpoint.
+trial; folds run side by side if the cluster is large enough. A fold's score is that of its last epoch: choosing an
+epoch by the images that the fold holds out would make it too high. To resume, the same command starts the folds that
+are not finished, each from its newest checkpoint.
 """
 
 import hashlib

@@ -94,7 +94,7 @@ class RankShare:
         world_size: Number of ranks.
         num_threads: Threads that decode and augment samples.
         num_batches_ahead: Batches that are loaded ahead of the one that is taken.
-        pin_memory: Whether batches are in page-locked memory, from which a GPU copies while the host goes on.
+        pin_memory: Whether batches are in page-locked memory, from which a GPU copies while the host does other work.
     """
 
     world_rank: int = 0

@@ -197,7 +197,7 @@ def read_results(trainer: Trainer) -> None:
 
 
 def iterate_batches(trainer: Trainer, end: int) -> Generator[list[TrainBatch]]:
-    """Yield the batches of the steps left before ``end``; the feed goes on loading during an evaluation."""
+    """Yield the batches of the steps left before ``end``; the feed keeps loading during an evaluation."""
     job, settings = trainer.job, trainer.job.config.train
     return iterate_training(
         job.splits.train,

@@ -129,7 +129,7 @@ class SampleStore:
                 resize_image(image, size.image) if size.image else image,
                 resize_mask(truth, size.truth) if size.truth else truth,
             )
-            any(own.write(key, found) for own in self._own)  # Into the first with room.
+            any(own.write(key, found) for own in self._own)  # Into the first that has space.
         return found
 
     def _find(self, key: bytes) -> SampleFile | None:

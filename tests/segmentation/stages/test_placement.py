@@ -34,6 +34,13 @@ def test_predictors_leave_cpus_for_decoding_and_have_enough_fragments(
     assert place_stages(SegmentSettings(num_predictors=3), num_fragments, capacity).num_predictors == min(3, num_cpus)
 
 
+def test_predictors_with_several_threads_are_fewer() -> None:
+    capacity = Capacity(({"CPU": 64, "memory": 256 * GIB},))
+    placed = place_stages(SegmentSettings(num_threads_per_predictor=8), 10_000, capacity)
+    assert (placed.num_predictors, placed.num_tasks) == (7, 8)
+    assert placed.needs == {"CPU": pytest.approx(8 * 0.89)}
+
+
 def test_predictors_never_occupy_all_cpus_of_a_node() -> None:
     """Also if most nodes are lost, since their predictors restart on the remaining ones."""
     for num_cpus in range(1, 1025):
@@ -102,7 +109,16 @@ def test_with_unknown_autoscaling_the_present_nodes_or_the_request_decide() -> N
             {"CPU": 1, "GPU": 1},
             "segment: one predictor and one decode task: requested 2 processes with 1 CPU each",
         ),
-        ({}, {"CPU": 0}, "segment.num_predictors: requested 1 predictor with 0.89 CPU, but at most 0 can be placed"),
+        (
+            {"num_threads_per_predictor": 8},
+            {"CPU": 4},
+            "segment.num_threads_per_predictor: requested 1 predictor with 7.12 CPU, but at most 0 can be placed",
+        ),
+        (
+            {},
+            {"CPU": 0},
+            "segment.num_threads_per_predictor: requested 1 predictor with 0.89 CPU, but at most 0 can be placed",
+        ),
     ],
 )
 def test_a_request_that_can_never_be_placed_is_refused(

@@ -78,7 +78,7 @@ def test_findings_are_shown_although_the_output_cannot_be_written(
 
     counts = np.full(2, num_px)
     report = replace(SplitReport.empty(2), num_samples=1, pixel_count=counts)
-    fault = LabelFault("/d/masks/a.png", FaultKind.MASK_MISMATCH, "bad", "mend it")
+    fault = LabelFault("/d/masks/a.png", FaultKind.MASK_MISMATCH, "bad", "draw it again")
     reports = {"train": report, "val": replace(report, faults=[] if num_px else [fault])}
     monkeypatch.setattr(command, "remove_record", fail)
     monkeypatch.setattr("segray.training.labels.record.LabelRecord.write", fail)
@@ -88,5 +88,5 @@ def test_findings_are_shown_although_the_output_cannot_be_written(
     assert run_check(build_config(), console) == bool(num_px)
     lines = capsys.readouterr().out.splitlines()
     assert lines[-1] == "warning: the result is not kept for training: /nowhere/out: permission denied"
-    assert ("/d/masks/a.png: mask_mismatch: bad; mend it" in lines) == (num_px == 0)
+    assert ("/d/masks/a.png: mask_mismatch: bad; draw it again" in lines) == (num_px == 0)
     assert check_config(build_config(), console).ok == bool(num_px)
