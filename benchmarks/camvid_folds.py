@@ -146,7 +146,10 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10)
     parser.add_argument("--results", type=Path, default=_RESULTS)
     arguments = parser.parse_args()
-    content = json.loads(arguments.results.read_text()) if arguments.results.exists() else {"results": {}}
+    conditions = {"minutes": arguments.minutes, "recipes": RECIPES}
+    content = json.loads(arguments.results.read_text()) if arguments.results.exists() else {"results": {}, **conditions}
+    if {name: content[name] for name in conditions} != json.loads(json.dumps(conditions)):
+        sys.exit(f"{arguments.results}: has results of other minutes or recipes; choose another file with --results")
     for seed in arguments.seeds:
         for recipe in arguments.recipes:
             for sequence in arguments.sequences:
@@ -159,7 +162,7 @@ def main() -> None:
                 else:
                     found = train_recipe(recipe, sequence, seed, arguments.minutes, folder)
                 content["results"][key] = {**found, "wall_s": round(time.monotonic() - began_s)}
-                content |= {"machine": describe_machine(), "minutes": arguments.minutes, "recipes": RECIPES}
+                content["machine"] = describe_machine()
                 arguments.results.write_text(json.dumps(content) + "\n")
                 print(f"{time.strftime('%H:%M')} {key}: {score(found['confusion']):.2f}", flush=True)
     print_table(content["results"], arguments.recipes)

@@ -165,7 +165,12 @@ def main() -> None:
             f"{median['feed from processes'] / alone:.2f}",
         ],
     ]
-    report("feed", ["what", "measured", "relative to decoding alone"], rows, {"preset": arguments.preset, **figures})
+    report(
+        f"feed-{arguments.preset}",
+        ["what", "measured", "relative to decoding alone"],
+        rows,
+        {"preset": arguments.preset, **figures},
+    )
 
 
 if __name__ == "__main__":

@@ -143,6 +143,8 @@ class SegmentSettings(Section):
         settings = self.model_dump(
             mode="json", include={"batch_size", "precision", "compile", "num_threads_per_predictor"}
         )
+        if self.num_gpus_per_predictor:  # Predictors with a GPU have one thread, whatever is set.
+            settings["num_threads_per_predictor"] = 1
         return {**settings, "device": self.device}
 
     @property

@@ -197,5 +197,4 @@ def require_separate(groups: Groups, num_train: int) -> None:
 
 
 def _hash(group: str, seed: int) -> bytes:
-    # Names of files may hold bytes that are not UTF-8, which Python reads as surrogates.
-    return hashlib.blake2b(f"{seed}:{group}".encode(errors="surrogatepass"), digest_size=16).digest()
+    return hashlib.blake2b(f"{seed}:{group}".encode(), digest_size=16).digest()

@@ -113,8 +113,10 @@ def _list_samples(data: DataConfig, unpaired: list[Unpaired] | None) -> tuple[Sa
     found: list[Unpaired] = []
     if isinstance(data.layout, OxfordPetLayout):
         root = normalize_uri(data.layout.oxford_iiit_pet.root)
-        train = _load_oxford_split(root, "trainval")
-        val = None if data.val else _load_oxford_split(root, "test")
+        version = _list_uris(join_uri(root, "images"), IMAGE_EXTENSIONS)[1]
+        version += _list_uris(join_uri(root, "annotations", "trimaps"), MASK_EXTENSIONS)[1]
+        train = _load_oxford_split(root, "trainval", version)
+        val = None if data.val else _load_oxford_split(root, "test", version)
     else:
         assert data.train is not None
         train = _load_split(data.train, "train", found)
@@ -295,7 +297,7 @@ def _read_manifest(uri: str, split: str) -> tuple[SampleList, npt.NDArray[np.int
     return samples, pc.sort_indices(images).to_numpy()  # Bytes of UTF-8 have the order of the characters.
 
 
-def _load_oxford_split(root: str, name: str) -> SampleList:
+def _load_oxford_split(root: str, name: str, version: str) -> SampleList:
     list_uri = join_uri(root, "annotations", f"{name}.txt")
     # A line is "Abyssinian_100 1 1 1": name, class, species, breed.
     try:
@@ -307,7 +309,7 @@ def _load_oxford_split(root: str, name: str) -> SampleList:
     images, masks = join_uri(root, "images"), join_uri(root, "annotations", "trimaps")
     samples = sorted({Sample(join_uri(images, f"{name}.jpg"), join_uri(masks, f"{name}.png")) for name in names})
     found = SampleList.of(samples)
-    found.version = _list_uris(images, IMAGE_EXTENSIONS)[1] + _list_uris(masks, MASK_EXTENSIONS)[1]
+    found.version = version
     return found
 
 

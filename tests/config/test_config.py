@@ -185,6 +185,12 @@ def test_settings_that_affect_only_speed_or_faults_may_differ_between_reruns(tmp
     assert TrainSettings.model_fields.keys() - slow.weight_settings["train"].keys() == speed | faults | checks | length
 
 
+def test_threads_change_the_bits_of_predictors_on_cpus_only() -> None:
+    for num_gpus, expected in ((0, 4), (1, 1)):
+        settings = SegmentSettings(num_threads_per_predictor=4, num_gpus_per_predictor=num_gpus)
+        assert settings.bit_settings["num_threads_per_predictor"] == expected
+
+
 def test_only_what_a_checkpoint_depends_on_binds_a_training_run(tmp_path: Path) -> None:
     config = load(tmp_path, VALID)
     optimizer = {"optimizer", "learning_rate", "encoder_lr_factor", "layer_decay", "momentum", "weight_decay"}

@@ -63,7 +63,7 @@ def run_folds_and_training(config: TrainConfig, console: Console) -> str:
     folds = load_folds(config.data, config.train.folds)
     listing = folds.compute_sha256()
     bind_output(config, listing)
-    validated = None if is_bundled(config) else _cross_validate(config, folds, console)
+    validated = None if is_bundled(config) else _cross_validate(config, folds, listing, console)
     return train_to_bundle(config, folds.join(), listing, console, validated)
 
 
@@ -138,7 +138,7 @@ class FoldBoard(tune.Callback):  # type: ignore[misc]
         self._bar.console.print(f"fold {trial.config['number'] + 1}: failed", highlight=False)
 
 
-def _cross_validate(config: TrainConfig, folds: Folds, console: Console) -> Validated:
+def _cross_validate(config: TrainConfig, folds: Folds, listing: str, console: Console) -> Validated:
     """Run the folds that are not finished, and write ``cross_validation.csv`` and ``.json`` under the output."""
     num_workers = config.train.num_train_workers
     with connect_ray(num_workers, num_workers if config.train.use_gpu else 0), reported_shortage(console):
@@ -148,9 +148,7 @@ def _cross_validate(config: TrainConfig, folds: Folds, console: Console) -> Vali
         reports = list(check_once(config, checked, partial(check_folds, config, folds, console), console).values())
         save_pretrained(config)
         plan = FoldPlan(config, folds, reports)
-        _run_folds(
-            plan, folds.compute_sha256(), count_concurrent(config.train, len(folds.sizes), find_capacity()), console
-        )
+        _run_folds(plan, listing, count_concurrent(config.train, len(folds.sizes), find_capacity()), console)
     estimate = _collect(plan, console)
     write_bytes(join_uri(config.output, "cross_validation.json"), estimate.format_json())
     write_bytes(join_uri(config.output, "cross_validation.csv"), estimate.format_csv())
