@@ -179,7 +179,7 @@ class TrainSettings(Section):
         8,
         ge=1,
         description="Batches per worker that are read and decoded ahead of the step that takes them. A store with slow "
-        "responses needs more; each takes the memory of a batch.",
+        "responses needs more, until 32 files are being read; each takes the memory of a batch.",
     )
     cache_bytes: int = Field(
         2**30,

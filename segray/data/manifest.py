@@ -113,10 +113,11 @@ def _list_samples(data: DataConfig, unpaired: list[Unpaired] | None) -> tuple[Sa
     found: list[Unpaired] = []
     if isinstance(data.layout, OxfordPetLayout):
         root = normalize_uri(data.layout.oxford_iiit_pet.root)
-        version = _list_uris(join_uri(root, "images"), IMAGE_EXTENSIONS)[1]
-        version += _list_uris(join_uri(root, "annotations", "trimaps"), MASK_EXTENSIONS)[1]
-        train = _load_oxford_split(root, "trainval", version)
-        val = None if data.val else _load_oxford_split(root, "test", version)
+        train = _load_oxford_split(root, "trainval")
+        val = None if data.val else _load_oxford_split(root, "test")
+        # Of both splits, whose files are in the same folders.
+        train.version = _list_uris(join_uri(root, "images"), IMAGE_EXTENSIONS)[1]
+        train.version += _list_uris(join_uri(root, "annotations", "trimaps"), MASK_EXTENSIONS)[1]
     else:
         assert data.train is not None
         train = _load_split(data.train, "train", found)
@@ -297,7 +298,7 @@ def _read_manifest(uri: str, split: str) -> tuple[SampleList, npt.NDArray[np.int
     return samples, pc.sort_indices(images).to_numpy()  # Bytes of UTF-8 have the order of the characters.
 
 
-def _load_oxford_split(root: str, name: str, version: str) -> SampleList:
+def _load_oxford_split(root: str, name: str) -> SampleList:
     list_uri = join_uri(root, "annotations", f"{name}.txt")
     # A line is "Abyssinian_100 1 1 1": name, class, species, breed.
     try:
@@ -308,9 +309,7 @@ def _load_oxford_split(root: str, name: str, version: str) -> SampleList:
         raise DataError(f"{list_uri}: expected one image name per line, got an empty file")
     images, masks = join_uri(root, "images"), join_uri(root, "annotations", "trimaps")
     samples = sorted({Sample(join_uri(images, f"{name}.jpg"), join_uri(masks, f"{name}.png")) for name in names})
-    found = SampleList.of(samples)
-    found.version = version
-    return found
+    return SampleList.of(samples)
 
 
 def _draw_fraction(data: DataConfig, samples: SampleList, split: SplitConfig) -> tuple[SampleList, SampleList]:
